@@ -1,0 +1,103 @@
+"""The operators torch knows: the compiled library's, and the eager definition registered beside it.
+
+A library that is missing or does not load never stops the import: it is a warning that says what to do, and
+`backend="eager"` works without it. `load_error` holds the reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mg_ops import reference
+
+_SIGNATURE = (
+    "(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
+    "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
+    "bool decode, float weight_x, float weight_y, float weight_w, float weight_h, float clip, "
+    "bool classification_by_regressed, bool localization_by_amplified, "
+    "float sigma, float iou_positive, float iou_ignored, float crowd_overlap) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+"""The one signature of every backend's operator; csrc/schema.cpp says the same and holds the contract."""
+
+LIBRARY_FILE = Path(__file__).parent / "libmg_ops.so"
+
+
+def _load_library() -> str:
+    """Loads the compiled operators; the reason why not, or an empty string."""
+    if not LIBRARY_FILE.exists():
+        return f"{LIBRARY_FILE.name} was not built: install a C++ compiler and run `pip install .` again"
+    try:
+        torch.ops.load_library(LIBRARY_FILE)
+    except OSError as error:
+        return f"{LIBRARY_FILE.name} does not load under torch {torch.__version__}: {error}"
+    return ""
+
+
+def _fake(
+    anchors: Tensor, pred_boxes: Tensor, cls_scores: Tensor, gt_boxes: Tensor, *args: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of the result, for torch.compile and torch.export."""
+    match_shape = cls_scores.shape[:2]
+    num_gt = gt_boxes.shape[0]
+    return (
+        anchors.new_empty(match_shape, dtype=torch.int64),
+        anchors.new_empty(match_shape, dtype=torch.int64),
+        anchors.new_empty(num_gt, dtype=torch.int32),
+        anchors.new_empty(num_gt, dtype=torch.int32),
+    )
+
+
+def _eager(
+    anchors: Tensor,
+    pred_boxes: Tensor,
+    cls_scores: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    gt_crowd: Tensor | None,
+    decode: bool,
+    weight_x: float,
+    weight_y: float,
+    weight_w: float,
+    weight_h: float,
+    clip: float,
+    classification_by_regressed: bool,
+    localization_by_amplified: bool,
+    sigma: float,
+    iou_positive: float,
+    iou_ignored: float,
+    crowd_overlap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return reference.mutual_match(
+        anchors,
+        pred_boxes,
+        cls_scores,
+        gt_boxes,
+        gt_labels,
+        gt_offsets,
+        gt_crowd,
+        (weight_x, weight_y, weight_w, weight_h) if decode else None,
+        clip,
+        classification_by_regressed,
+        localization_by_amplified,
+        sigma,
+        iou_positive,
+        iou_ignored,
+        crowd_overlap,
+    )
+
+
+torch.library.define("mg_ops::mutual_match_eager", _SIGNATURE)
+torch.library.impl("mg_ops::mutual_match_eager", ("cpu", "cuda"))(_eager)
+torch.library.register_fake("mg_ops::mutual_match_eager")(_fake)
+
+load_error = _load_library()
+if load_error:
+    warnings.warn(f"mg_ops: no compiled backend: {load_error}. backend='eager' works without it.", RuntimeWarning, stacklevel=2)
+else:
+    torch.library.register_fake("mg_ops::mutual_match")(_fake)
