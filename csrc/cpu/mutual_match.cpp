@@ -1,0 +1,191 @@
+// mg_ops::mutual_match on the CPU: reads the tensors' layout, allocates the outputs, and spreads the images over threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "cpu/mutual_match_kernel.h"
+
+namespace mg_ops {
+namespace {
+
+// Anchors are brought into tiles once a call where this many images share them; fewer images do it on the fly, and the
+// memory beyond the outputs stays within the stated bound.
+constexpr int64_t kShareAnchorTilesFrom = 4;
+
+// The widest instruction set this processor runs.
+const MatchKernels& kernels() {
+  static const MatchKernels chosen = [] {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq")) {
+      return avx512::match_kernels();
+    }
+    if (__builtin_cpu_supports("avx2")) return avx2::match_kernels();
+#endif
+    return baseline::match_kernels();
+  }();
+  return chosen;
+}
+
+FloatType float_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return FloatType::kFloat16;
+    case ScalarType::BFloat16:
+      return FloatType::kBFloat16;
+    case ScalarType::Double:
+      return FloatType::kFloat64;
+    default:
+      return FloatType::kFloat32;
+  }
+}
+
+// A (..., 4)-like tensor of two or three dimensions, read through its strides.
+FloatArray float_array(const Tensor& tensor) {
+  const bool batched = tensor.dim() == 3;
+  return {tensor.const_data_ptr(),
+          float_type(tensor),
+          {batched ? tensor.stride(0) : 0, tensor.stride(batched ? 1 : 0), tensor.stride(batched ? 2 : 1)}};
+}
+
+IntArray int_array(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.scalar_type() == ScalarType::Long, tensor.stride(0)};
+}
+
+using Work = std::unique_ptr<ImageWork, void (*)(ImageWork*)>;
+
+// Enough images for all threads: each thread takes one image after another. False: out of memory.
+bool match_images(const MatchProblem& problem, const BoxTile* anchor_tiles, int64_t num_tiles, int64_t num_threads) {
+  const MatchKernels& run = kernels();
+  std::atomic<int64_t> next_image{0};
+  std::atomic<bool> enough_memory{true};
+  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
+    const Work work(run.create_work(problem, anchor_tiles), run.destroy_work);
+    if (work == nullptr) enough_memory = false;
+    while (enough_memory) {
+      const int64_t image = next_image++;
+      if (image >= problem.batch_size) break;
+      if (!run.begin_image(*work, image)) enough_memory = false;
+      if (!enough_memory) break;
+      run.claim_by_anchors(*work, 0, num_tiles);
+      if (!run.count_positives(*work)) enough_memory = false;
+      if (!enough_memory) break;
+      run.claim_by_regressed(*work, 0, num_tiles);
+      run.label_classification(*work);
+      run.claim_by_amplified(*work, 0, num_tiles);
+      run.label_localization(*work);
+    }
+  });
+  return enough_memory;
+}
+
+// Fewer images than threads: all images are in work at once, and their tiles are shared out. False: out of memory.
+bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles, int64_t num_tiles) {
+  const MatchKernels& run = kernels();
+  std::vector<Work> works;
+  for (int64_t image = 0; image < problem.batch_size; ++image) {
+    works.emplace_back(run.create_work(problem, anchor_tiles), run.destroy_work);
+    if (works.back() == nullptr || !run.begin_image(*works.back(), image)) return false;
+  }
+  const auto for_images = [&](auto step) {
+    torch::stable::parallel_for(0, problem.batch_size, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; ++image) step(*works[static_cast<size_t>(image)]);
+    });
+  };
+  // The tiles of all images are one range, which the threads divide evenly.
+  const auto for_tiles = [&](auto step) {
+    torch::stable::parallel_for(0, problem.batch_size * num_tiles, 1, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t image = begin / num_tiles, first = image * num_tiles;
+        const int64_t stop = std::min(end, first + num_tiles);
+        step(*works[static_cast<size_t>(image)], begin - first, stop - first);
+        begin = stop;
+      }
+    });
+  };
+  std::atomic<bool> enough_memory{true};
+  for_tiles(run.claim_by_anchors);
+  for_images([&](ImageWork& work) {
+    if (!run.count_positives(work)) enough_memory = false;
+  });
+  if (!enough_memory) return false;
+  for_tiles(run.claim_by_regressed);
+  for_images(run.label_classification);
+  for_tiles(run.claim_by_amplified);
+  for_images(run.label_localization);
+  return true;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cpu(
+    const Tensor& anchors, const Tensor& pred_boxes, const Tensor& cls_scores, const Tensor& gt_boxes,
+    const Tensor& gt_labels, const Tensor& gt_offsets, const std::optional<Tensor>& gt_crowd, bool decode,
+    double weight_x, double weight_y, double weight_w, double weight_h, double clip, bool classification_by_regressed,
+    bool localization_by_amplified, double sigma, double iou_positive, double iou_ignored, double crowd_overlap) {
+  const MatchSizes sizes = check_match_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets,
+                                                 gt_crowd, decode, weight_x, weight_y, weight_w, weight_h, clip, sigma,
+                                                 iou_positive, iou_ignored, crowd_overlap);
+  check_offsets(gt_offsets, sizes.num_gt);
+
+  const Tensor cls_match = torch::stable::new_empty(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
+  const Tensor loc_match = torch::stable::new_empty(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
+  const Tensor num_pos = torch::stable::new_empty(anchors, {sizes.num_gt}, ScalarType::Int);
+  const Tensor num_total = torch::stable::new_empty(anchors, {sizes.num_gt}, ScalarType::Int);
+  if (sizes.num_gt > 0) {
+    std::memset(num_pos.mutable_data_ptr(), 0, static_cast<size_t>(sizes.num_gt) * sizeof(int32_t));
+    std::memset(num_total.mutable_data_ptr(), 0, static_cast<size_t>(sizes.num_gt) * sizeof(int32_t));
+  }
+  if (sizes.batch_size == 0 || sizes.num_anchors == 0) return {cls_match, loc_match, num_pos, num_total};
+
+  const MatchProblem problem = {
+      sizes.batch_size,
+      sizes.num_anchors,
+      sizes.num_classes,
+      float_array(anchors),
+      float_array(pred_boxes),
+      float_array(cls_scores),
+      float_array(gt_boxes),
+      int_array(gt_labels),
+      int_array(gt_offsets),
+      gt_crowd.has_value() ? gt_crowd->const_data_ptr<bool>() : nullptr,
+      gt_crowd.has_value() ? gt_crowd->stride(0) : 0,
+      decode,
+      {static_cast<float>(weight_x), static_cast<float>(weight_y), static_cast<float>(weight_w),
+       static_cast<float>(weight_h), static_cast<float>(clip)},
+      {classification_by_regressed, localization_by_amplified, static_cast<float>(sigma),
+       static_cast<float>(iou_positive), static_cast<float>(iou_ignored), static_cast<float>(crowd_overlap)},
+      cls_match.mutable_data_ptr<int64_t>(),
+      loc_match.mutable_data_ptr<int64_t>(),
+      num_pos.mutable_data_ptr<int32_t>(),
+      num_total.mutable_data_ptr<int32_t>(),
+  };
+
+  const int64_t num_tiles = (sizes.num_anchors + kTileSize - 1) / kTileSize;
+  std::unique_ptr<BoxTile[]> anchor_tiles;
+  if (sizes.batch_size >= kShareAnchorTilesFrom) {
+    anchor_tiles.reset(new BoxTile[static_cast<size_t>(num_tiles)]);
+    torch::stable::parallel_for(0, num_tiles, 1, [&](int64_t begin, int64_t end) {
+      kernels().load_anchor_tiles(problem, begin, end, anchor_tiles.get());
+    });
+  }
+  const int64_t num_threads = torch::stable::get_num_threads();
+  const bool enough_memory = sizes.batch_size >= num_threads
+                                 ? match_images(problem, anchor_tiles.get(), num_tiles, num_threads)
+                                 : match_split_images(problem, anchor_tiles.get(), num_tiles);
+  if (!enough_memory) fail("mutual_match: not enough memory for ", sizes.batch_size, " images of ", sizes.num_anchors, " anchors");
+  return {cls_match, loc_match, num_pos, num_total};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mg_ops, CPU, m) { m.impl("mutual_match", TORCH_BOX(&mutual_match_cpu)); }
+
+}  // namespace
+}  // namespace mg_ops

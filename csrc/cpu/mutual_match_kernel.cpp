@@ -1,0 +1,889 @@
+// Mutual matching of one image on the CPU: three claims (by the anchors' IoU, the regressed boxes' IoU, the amplified IoU),
+// each one pass over tiles of 64 boxes, then a selection of the best anchors of each object.
+//
+// What is never made: a tensor of anchors x objects, or a copy of the class scores. What is kept of an anchor is its best
+// object and the quality for it, under q_anchor and under one further quality: 16 bytes. The lists of the selection add 16
+// bytes for each positive or ignored anchor.
+//
+// Everything here has internal linkage (`static`, anonymous namespaces, comparators of local type): this file is compiled
+// for several instruction sets, and a symbol shared between them could bring AVX to a processor without it.
+#include "mutual_match_kernel.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+#ifndef MG_OPS_CPU_TARGET
+#define MG_OPS_CPU_TARGET baseline
+#endif
+
+namespace mg_ops {
+
+// The scratch of the image in work. `slot` numbers the valid objects of the image, crowds excluded, in their order.
+struct ImageWork {
+  const MatchProblem* problem;
+  const BoxTile* anchor_tiles;  // of all anchors, where many images share them; else null
+  int64_t num_tiles;
+  int64_t image;
+
+  // Per anchor, padded to whole tiles. Qualities are stored by their order as unsigned integers, 0 for none.
+  void* anchor_memory;
+  uint32_t* anchor_quality;  // the largest q_anchor (iou_order)
+  int32_t* anchor_owner;     // its slot
+  uint32_t* quality;         // the same under q_regressed, then under q_amplified
+  int32_t* owner;
+
+  // Per slot.
+  void* slot_memory;
+  int64_t slot_capacity;
+  int32_t num_slots;
+  float *x1, *y1, *x2, *y2, *area;
+  int32_t* object;             // index of the slot's object within the image
+  int64_t* label;              // -1 for an unknown one
+  uint64_t* best_by_anchor;    // claim_key of the best anchor; 0: none overlaps, the object takes no part
+  uint64_t* best;              // the same under the quality being claimed
+  float* may_be_best_iou;      // under q_amplified: no pair below this q_anchor can be the slot's best,
+  float* may_be_positive_iou;  // ... and none below this is looked at as its positive, unless too few are found
+  uint32_t* enough_order;      // exponent_order that n_pos anchors must reach for that to be exact
+  int32_t *num_pos, *num_total;
+  int32_t* list_size;
+  int64_t* list_begin;
+  uint32_t* list_floor;   // anchors of at most this quality are no longer of interest
+  uint32_t* saved_value;  // anchor_quality and owner under the slot's forced pair
+  int32_t* saved_owner;
+
+  // Crowd regions of the image.
+  void* crowd_memory;
+  int64_t crowd_capacity;
+  int32_t num_crowds;
+  Box* crowds;
+
+  // The lists of the selection.
+  uint64_t* keys;
+  int64_t key_capacity;
+};
+
+namespace MG_OPS_CPU_TARGET {
+namespace {
+
+// Qualities below are bounded with a margin, so that no rounding can turn a bound into a lie: 1% of an IoU is 0.0145 in
+// log2, and exponents err by less than 1e-4 for every float.
+constexpr float kBoundMargin = 0.99f;
+constexpr int kMaxBoundPower = 32;
+// An object whose n_pos-th best quality is this share of what its count promises needs no second look.
+constexpr float kExpectedShare = 0.75f;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Floating point state and conversions
+
+// Definition arithmetic needs subnormals and round-to-nearest; a caller may have switched them off for this thread.
+class DefaultFloatEnvironment {
+ public:
+#if defined(__SSE2__)
+  DefaultFloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatEnvironment() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  DefaultFloatEnvironment() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
+  }
+  ~DefaultFloatEnvironment() { __asm__ volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  DefaultFloatEnvironment() {}
+#endif
+};
+
+MG_OPS_INLINE float to_float(float x) { return x; }
+MG_OPS_INLINE float to_float(double x) { return static_cast<float>(x); }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+MG_OPS_INLINE float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+
+struct Float16 {
+  uint16_t bits;
+};
+MG_OPS_INLINE float to_float(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  // 2^112 moves the exponent's bias from 15 to 127, subnormals included; infinities and NaN keep the largest exponent.
+  const float finite = bits_float(magnitude) * 5.192296858534828e+33f;
+  const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : float_bits(finite);
+  return bits_float(bits | sign);
+}
+
+// Calls f with a typed pointer to the array's first element.
+template <class F>
+MG_OPS_INLINE auto with_type(const FloatArray& array, F f) {
+  switch (array.type) {
+    case FloatType::kFloat16:
+      return f(static_cast<const Float16*>(array.data));
+    case FloatType::kBFloat16:
+      return f(static_cast<const BFloat16*>(array.data));
+    case FloatType::kFloat64:
+      return f(static_cast<const double*>(array.data));
+    default:
+      return f(static_cast<const float*>(array.data));
+  }
+}
+
+MG_OPS_INLINE float load_float(const FloatArray& array, int64_t offset) {
+  return with_type(array, [=](auto* data) { return to_float(data[offset]); });
+}
+
+MG_OPS_INLINE Box load_box(const FloatArray& array, int64_t index) {
+  const int64_t offset = index * array.stride[1], step = array.stride[2];
+  return {load_float(array, offset), load_float(array, offset + step), load_float(array, offset + 2 * step),
+          load_float(array, offset + 3 * step)};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles
+
+// The four numbers of the `count` boxes (or deltas) from `first` on of image `image`, as a structure of arrays.
+static void load_columns(const FloatArray& array, int64_t image, int64_t first, int64_t count, float* c0, float* c1,
+                         float* c2, float* c3) {
+  with_type(array, [&](auto* data) {
+    const auto* row = data + image * array.stride[0] + first * array.stride[1];
+    const int64_t row_step = array.stride[1], step = array.stride[2];
+    if (row_step == 4 && step == 1 && count == kTileSize) {  // the common layout, with strides the compiler knows
+      for (int64_t i = 0; i < kTileSize; ++i) {
+        c0[i] = to_float(row[4 * i]);
+        c1[i] = to_float(row[4 * i + 1]);
+        c2[i] = to_float(row[4 * i + 2]);
+        c3[i] = to_float(row[4 * i + 3]);
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        c0[i] = to_float(row[i * row_step]);
+        c1[i] = to_float(row[i * row_step + step]);
+        c2[i] = to_float(row[i * row_step + 2 * step]);
+        c3[i] = to_float(row[i * row_step + 3 * step]);
+      }
+    }
+  });
+}
+
+// Empty boxes in the place of those that are not finite and behind the last of `count`; then areas and bounds.
+static void finish_tile(BoxTile& tile, int64_t count) {
+  for (int64_t i = count; i < kTileSize; ++i) tile.x1[i] = tile.y1[i] = tile.x2[i] = tile.y2[i] = 0.0f;
+  for (int64_t i = 0; i < kTileSize; ++i) {
+    const Box box = finite_or_empty({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]});
+    tile.x1[i] = box.x1;
+    tile.y1[i] = box.y1;
+    tile.x2[i] = box.x2;
+    tile.y2[i] = box.y2;
+    tile.area[i] = box_area(box);
+  }
+  // Eight partial bounds, so that the minimum of a vector is taken lane by lane; bounds may be taken in any order.
+  constexpr int kLanes = 16;
+  float x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    x1[lane] = tile.x1[lane];
+    y1[lane] = tile.y1[lane];
+    x2[lane] = tile.x2[lane];
+    y2[lane] = tile.y2[lane];
+  }
+  for (int64_t i = kLanes; i < kTileSize; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      x1[lane] = min_float(x1[lane], tile.x1[i + lane]);
+      y1[lane] = min_float(y1[lane], tile.y1[i + lane]);
+      x2[lane] = max_float(x2[lane], tile.x2[i + lane]);
+      y2[lane] = max_float(y2[lane], tile.y2[i + lane]);
+    }
+  }
+  Box bounds = {x1[0], y1[0], x2[0], y2[0]};
+  for (int lane = 1; lane < kLanes; ++lane) {
+    bounds.x1 = min_float(bounds.x1, x1[lane]);
+    bounds.y1 = min_float(bounds.y1, y1[lane]);
+    bounds.x2 = max_float(bounds.x2, x2[lane]);
+    bounds.y2 = max_float(bounds.y2, y2[lane]);
+  }
+  tile.bounds = bounds;
+}
+
+MG_OPS_INLINE int64_t tile_count(const MatchProblem& problem, int64_t tile) {
+  return std::min(kTileSize, problem.num_anchors - tile * kTileSize);
+}
+
+static void load_anchor_tile(const MatchProblem& problem, int64_t tile_index, BoxTile& tile) {
+  const int64_t count = tile_count(problem, tile_index);
+  load_columns(problem.anchors, 0, tile_index * kTileSize, count, tile.x1, tile.y1, tile.x2, tile.y2);
+  finish_tile(tile, count);
+}
+
+static void load_regressed_tile(const MatchProblem& problem, int64_t image, int64_t tile_index, BoxTile& tile) {
+  const int64_t first = tile_index * kTileSize, count = tile_count(problem, tile_index);
+  if (!problem.decode) {
+    load_columns(problem.pred_boxes, image, first, count, tile.x1, tile.y1, tile.x2, tile.y2);
+    finish_tile(tile, count);
+    return;
+  }
+  alignas(64) float dx[kTileSize], dy[kTileSize], dw[kTileSize], dh[kTileSize];
+  for (int64_t i = count; i < kTileSize; ++i) {
+    tile.x1[i] = tile.y1[i] = tile.x2[i] = tile.y2[i] = 0.0f;
+    dx[i] = dy[i] = dw[i] = dh[i] = 0.0f;
+  }
+  load_columns(problem.anchors, 0, first, count, tile.x1, tile.y1, tile.x2, tile.y2);
+  load_columns(problem.pred_boxes, image, first, count, dx, dy, dw, dh);
+  const BoxCoder coder = problem.coder;
+  for (int64_t i = 0; i < kTileSize; ++i) {
+    const Interval x =
+        decode_interval(tile.x1[i], tile.x2[i], dx[i], dw[i], coder.weight_x, coder.weight_w, coder.clip);
+    tile.x1[i] = x.first;
+    tile.x2[i] = x.second;
+  }
+  for (int64_t i = 0; i < kTileSize; ++i) {
+    const Interval y =
+        decode_interval(tile.y1[i], tile.y2[i], dy[i], dh[i], coder.weight_y, coder.weight_h, coder.clip);
+    tile.y1[i] = y.first;
+    tile.y2[i] = y.second;
+  }
+  finish_tile(tile, count);
+}
+
+MG_OPS_INLINE bool overlap(const Box& a, const Box& b) {
+  return (a.x1 < b.x2) & (a.x2 > b.x1) & (a.y1 < b.y2) & (a.y2 > b.y1);
+}
+
+// Calls visit(slot) for every slot whose box overlaps the bounds, in ascending order.
+template <class Visit>
+MG_OPS_INLINE void for_overlapping_slots(const ImageWork& work, const Box& bounds, Visit visit) {
+  constexpr int32_t kBlock = 64;
+  const int32_t num_slots = work.num_slots;
+  for (int32_t begin = 0; begin < num_slots; begin += kBlock) {
+    const int32_t end = std::min(begin + kBlock, num_slots);
+    alignas(64) uint8_t overlaps[kBlock] = {};
+    for (int32_t slot = begin; slot < end; ++slot) {
+      overlaps[slot - begin] = overlap({work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]}, bounds);
+    }
+    for (int32_t word = 0; word < end - begin; word += 8) {
+      uint64_t bytes;
+      std::memcpy(&bytes, overlaps + word, sizeof bytes);
+      while (bytes != 0) {
+        visit(begin + word + (__builtin_ctzll(bytes) >> 3));
+        bytes &= bytes - 1;
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Claims
+
+// IoU of the tile's boxes with one slot.
+MG_OPS_INLINE void tile_iou(const BoxTile& tile, const ImageWork& work, int32_t slot, float* iou) {
+  const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
+  const float area = work.area[slot];
+  for (int64_t i = 0; i < kTileSize; ++i) {
+    iou[i] = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
+  }
+}
+
+// Raises a best-anchor key shared by the threads of an image. The largest key wins in any order.
+MG_OPS_INLINE void raise_key(uint64_t* shared, uint64_t key) {
+  uint64_t current = __atomic_load_n(shared, __ATOMIC_RELAXED);
+  while (key > current &&
+         !__atomic_compare_exchange_n(shared, &current, key, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+// One tile under an IoU quality: the best slot of each of its boxes, and the best box of each slot.
+static void claim_tile_by_iou(const ImageWork& work, const BoxTile& tile, int64_t first, uint32_t* quality,
+                              int32_t* owner, uint64_t* best) {
+  alignas(64) int32_t tile_quality[kTileSize] = {};
+  alignas(64) int32_t tile_owner[kTileSize];
+  for (int64_t i = 0; i < kTileSize; ++i) tile_owner[i] = -1;
+  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
+    const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
+    const float area = work.area[slot];
+    alignas(64) int32_t order[kTileSize];
+    int32_t largest = 0;
+    for (int64_t i = 0; i < kTileSize; ++i) {
+      const float iou = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
+      order[i] = static_cast<int32_t>(iou_order(iou));  // at most that of 1.0: signed comparison is exact, and cheap
+      const bool better = order[i] > tile_quality[i];   // slots ascend: a tie stays with the lower one
+      tile_quality[i] = better ? order[i] : tile_quality[i];
+      tile_owner[i] = better ? slot : tile_owner[i];
+      largest = order[i] > largest ? order[i] : largest;
+    }
+    // An equal quality may still win: another thread may have found it at a higher index.
+    if (largest > 0 && static_cast<uint32_t>(largest) >= key_order(__atomic_load_n(best + slot, __ATOMIC_RELAXED))) {
+      int64_t i = 0;
+      while (order[i] != largest) ++i;
+      raise_key(best + slot, claim_key(static_cast<uint32_t>(largest), static_cast<uint32_t>(first + i)));
+    }
+  });
+  std::memcpy(quality + first, tile_quality, sizeof tile_quality);
+  std::memcpy(owner + first, tile_owner, sizeof tile_owner);
+}
+
+// A lower bound, with margin, of the q_anchor that a pair needs to reach the amplified quality a pair of this q_anchor has
+// at p = 0: q ** (sigma / (sigma - 1)), the exponent rounded up to the whole `power` (0: no bound).
+template <int kCount>
+MG_OPS_INLINE void iou_to_compete(const float* iou, int power, float* bound) {
+  for (int i = 0; i < kCount; ++i) bound[i] = power == 0 ? 0.0f : kBoundMargin;
+  for (int step = 0; step < power; ++step) {
+    for (int i = 0; i < kCount; ++i) bound[i] *= iou[i];
+  }
+  for (int i = 0; i < kCount; ++i) bound[i] = bound[i] < 1e-30f ? 0.0f : bound[i];
+}
+
+MG_OPS_INLINE int compete_power(float sigma) {
+  const float power = sigma / (sigma - 1.0f);  // above 1; inf where sigma is 1 in float32, which is refused
+  if (!(power <= static_cast<float>(kMaxBoundPower))) return 0;
+  const int whole = static_cast<int>(power);
+  return static_cast<float>(whole) < power ? whole + 1 : whole;
+}
+
+// Pairs whose amplified quality is asked for, gathered so that the arithmetic runs on whole vectors.
+struct PairBatch {
+  static constexpr int kCapacity = 256;
+  int size = 0;
+  int32_t slot[kCapacity];
+  int32_t lane[kCapacity];
+  alignas(64) float iou[kCapacity];
+  alignas(64) float logit[kCapacity];
+  alignas(64) uint32_t order[kCapacity];
+};
+
+static void evaluate_pairs(PairBatch& pairs, float sigma) {
+  for (int i = pairs.size; i < ((pairs.size + 15) & ~15); ++i) {
+    pairs.iou[i] = 1.0f;
+    pairs.logit[i] = 0.0f;
+  }
+  const int padded = (pairs.size + 15) & ~15;
+  for (int i = 0; i < padded; ++i) {
+    const float p = class_probability(pairs.logit[i]);
+    pairs.order[i] = exponent_order(amplified_exponent(det_log2(pairs.iou[i]), p, sigma));
+  }
+}
+
+// One tile under q_amplified. Scores are read only for pairs that can matter:
+//  - an anchor matters if it has a pair of at least the slot's may_be_positive_iou; then every pair that could own it does;
+//  - besides, every pair that could be its slot's best.
+// Anchors that do not matter are left without an owner. `label_localization` verifies that they did not.
+static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_t tile_index, int power,
+                                    bool only_unbounded) {
+  constexpr int32_t kKept = 64;  // slots whose IoUs stay at hand between the two looks at them
+  const MatchProblem& problem = *work.problem;
+  const int64_t first = tile_index * kTileSize;
+  const uint32_t* anchor_quality = work.anchor_quality + first;
+
+  int32_t num_overlapping = 0;
+  float lowest_iou = 2.0f;
+  bool unbounded = false;
+  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
+    ++num_overlapping;
+    lowest_iou = min_float(lowest_iou, work.may_be_positive_iou[slot]);
+    unbounded |= work.may_be_positive_iou[slot] == 0.0f;
+  });
+  if (only_unbounded && !unbounded) return;
+
+  uint32_t* quality = work.quality + first;
+  int32_t* owner = work.owner + first;
+  for (int64_t i = 0; i < kTileSize; ++i) quality[i] = 0;
+  for (int64_t i = 0; i < kTileSize; ++i) owner[i] = -1;
+  int32_t largest = 0;
+  for (int64_t i = 0; i < kTileSize; ++i) {
+    const int32_t order = static_cast<int32_t>(anchor_quality[i]);
+    largest = order > largest ? order : largest;
+  }
+  if (largest == 0 || bits_float(static_cast<uint32_t>(largest)) < lowest_iou) return;
+
+  // First look: the IoUs, and which anchors matter.
+  alignas(64) float kept_iou[kKept][kTileSize];
+  alignas(64) int32_t matters[kTileSize] = {};
+  int32_t position = 0;
+  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
+    alignas(64) float local_iou[kTileSize];
+    float* iou = position < kKept ? kept_iou[position] : local_iou;
+    ++position;
+    tile_iou(tile, work, slot, iou);
+    const float threshold = work.may_be_positive_iou[slot];
+    for (int64_t i = 0; i < kTileSize; ++i) matters[i] |= (iou[i] > 0.0f) & (iou[i] >= threshold);
+  });
+  alignas(64) float needed_iou[kTileSize];
+  int32_t any = 0;
+  for (int64_t i = 0; i < kTileSize; ++i) any |= matters[i];
+  if (any == 0) return;
+  alignas(64) float largest_iou[kTileSize];
+  std::memcpy(largest_iou, anchor_quality, sizeof largest_iou);
+  iou_to_compete<kTileSize>(largest_iou, power, needed_iou);
+  for (int64_t i = 0; i < kTileSize; ++i) needed_iou[i] = matters[i] != 0 ? needed_iou[i] : 2.0f;
+
+  // Second look: gather the pairs, evaluate them, let them compete.
+  PairBatch pairs;
+  const auto compete = [&]() {
+    evaluate_pairs(pairs, problem.params.sigma);
+    for (int j = 0; j < pairs.size; ++j) {
+      const int32_t slot = pairs.slot[j], lane = pairs.lane[j];
+      const uint32_t order = pairs.order[j];
+      if (order > quality[lane]) {  // slots ascend: a tie stays with the lower one
+        quality[lane] = order;
+        owner[lane] = slot;
+      }
+      raise_key(work.best + slot, claim_key(order, static_cast<uint32_t>(first + lane)));
+    }
+    pairs.size = 0;
+  };
+  position = 0;
+  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
+    alignas(64) float local_iou[kTileSize];
+    const float* iou = local_iou;
+    if (position < kKept) {
+      iou = kept_iou[position];
+    } else {
+      tile_iou(tile, work, slot, local_iou);
+    }
+    ++position;
+    alignas(64) uint8_t wanted[kTileSize];
+    const float may_be_best = work.may_be_best_iou[slot];
+    for (int64_t i = 0; i < kTileSize; ++i) {
+      wanted[i] = (iou[i] > 0.0f) & ((iou[i] >= needed_iou[i]) | (iou[i] >= may_be_best));
+    }
+    if (pairs.size > PairBatch::kCapacity - kTileSize) compete();
+    const int64_t label = work.label[slot];
+    const int64_t score_offset = work.image * problem.cls_scores.stride[0] + first * problem.cls_scores.stride[1] +
+                                 label * problem.cls_scores.stride[2];
+    for (int64_t word = 0; word < kTileSize; word += 8) {
+      uint64_t bytes;
+      std::memcpy(&bytes, wanted + word, sizeof bytes);
+      for (; bytes != 0; bytes &= bytes - 1) {
+        const int32_t lane = static_cast<int32_t>(word) + (__builtin_ctzll(bytes) >> 3);
+        const int j = pairs.size++;
+        pairs.slot[j] = slot;
+        pairs.lane[j] = lane;
+        pairs.iou[j] = iou[lane];
+        // An unknown label has p = 0, which is what a NaN logit stands for.
+        pairs.logit[j] = label < 0 ? bits_float(0x7fc00000u)
+                                   : load_float(problem.cls_scores, score_offset + lane * problem.cls_scores.stride[1]);
+      }
+    }
+  });
+  compete();
+}
+
+// Gives each active slot's best anchor quality 1 for it: it then owns the anchor, unless a lower slot's quality is 1 too.
+static void force_best(const ImageWork& work, const uint64_t* best, uint32_t forced_order, uint32_t* quality,
+                       int32_t* owner) {
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    if (work.best_by_anchor[slot] == 0) continue;
+    const uint64_t key = best[slot] != 0 ? best[slot] : work.best_by_anchor[slot];
+    const uint32_t anchor = key_index(key);
+    if (quality[anchor] < forced_order || owner[anchor] > slot) {
+      quality[anchor] = forced_order;
+      owner[anchor] = slot;
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Selection
+
+struct LargerKey {
+  bool operator()(uint64_t a, uint64_t b) const { return a > b; }
+};
+
+MG_OPS_INLINE uint32_t smallest_order(const uint64_t* keys, int64_t size) {
+  uint64_t smallest = ~uint64_t{0};
+  for (int64_t i = 0; i < size; ++i) smallest = keys[i] < smallest ? keys[i] : smallest;
+  return key_order(smallest);
+}
+
+// The first `count` of `size` keys become the `count` largest, in any order.
+static void select_largest(uint64_t* keys, int64_t count, int64_t size) {
+  if (count > 0 && count < size) std::nth_element(keys, keys + count, keys + size, LargerKey{});
+}
+
+// Collects, for every slot, the list_size <= num_kept best of the anchors it owns under a quality.
+static void select_owned(ImageWork& work, const uint32_t* quality, const int32_t* owner, const int32_t* num_kept) {
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    work.list_size[slot] = 0;
+    work.list_floor[slot] = 0;
+  }
+  const int64_t num_anchors = work.problem->num_anchors;
+  for (int64_t anchor = 0; anchor < num_anchors; ++anchor) {
+    const int32_t slot = owner[anchor];
+    if (slot < 0 || quality[anchor] <= work.list_floor[slot]) continue;
+    uint64_t* list = work.keys + work.list_begin[slot];
+    int32_t size = work.list_size[slot];
+    list[size++] = claim_key(quality[anchor], static_cast<uint32_t>(anchor));
+    if (size == work.list_begin[slot + 1] - work.list_begin[slot]) {
+      // Anchors ascend: from now on one of equal quality would come after all that are kept.
+      const int32_t kept = num_kept[slot];
+      select_largest(list, kept, size);
+      size = kept;
+      work.list_floor[slot] = smallest_order(list, kept);
+    }
+    work.list_size[slot] = size;
+  }
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    uint64_t* list = work.keys + work.list_begin[slot];
+    select_largest(list, num_kept[slot], work.list_size[slot]);
+    work.list_size[slot] = std::min(work.list_size[slot], num_kept[slot]);
+  }
+}
+
+static void fill_row(int64_t* row, int64_t count) { std::memset(row, 0xff, static_cast<size_t>(count) * sizeof *row); }
+
+// Writes the collected lists: the num_pos best of each become positives, the others are ignored.
+static void write_classification(ImageWork& work) {
+  int64_t* row = work.problem->cls_match + work.image * work.problem->num_anchors;
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    uint64_t* list = work.keys + work.list_begin[slot];
+    const int32_t size = work.list_size[slot], num_pos = std::min(work.num_pos[slot], size);
+    select_largest(list, num_pos, size);
+    for (int32_t i = 0; i < size; ++i) row[key_index(list[i])] = i < num_pos ? work.object[slot] : kIgnored;
+  }
+}
+
+static void write_localization(ImageWork& work) {
+  int64_t* row = work.problem->loc_match + work.image * work.problem->num_anchors;
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    uint64_t* list = work.keys + work.list_begin[slot];
+    const int32_t size = work.list_size[slot], num_pos = std::min(work.num_pos[slot], size);
+    select_largest(list, num_pos, size);
+    for (int32_t i = 0; i < num_pos; ++i) row[key_index(list[i])] = work.object[slot];
+  }
+}
+
+// Background that a crowd region covers becomes ignored.
+static void ignore_crowds(const ImageWork& work) {
+  const MatchProblem& problem = *work.problem;
+  int64_t* row = problem.cls_match + work.image * problem.num_anchors;
+  BoxTile own_tile;
+  for (int64_t tile_index = 0; tile_index < work.num_tiles; ++tile_index) {
+    const BoxTile* tile = work.anchor_tiles != nullptr ? work.anchor_tiles + tile_index : &own_tile;
+    if (work.anchor_tiles == nullptr) load_anchor_tile(problem, tile_index, own_tile);
+    alignas(64) int32_t covered[kTileSize] = {};
+    bool any = false;
+    for (int32_t k = 0; k < work.num_crowds; ++k) {
+      const Box crowd = work.crowds[k];
+      if (!overlap(tile->bounds, crowd)) continue;
+      any = true;
+      for (int64_t i = 0; i < kTileSize; ++i) {
+        const Box box = {tile->x1[i], tile->y1[i], tile->x2[i], tile->y2[i]};
+        const float coverage = positive_ratio(intersection_area(box, crowd), tile->area[i]);
+        covered[i] |= coverage >= problem.params.crowd_overlap;
+      }
+    }
+    if (!any) continue;
+    const int64_t first = tile_index * kTileSize, count = tile_count(problem, tile_index);
+    for (int64_t i = 0; i < count; ++i) {
+      if (covered[i] != 0 && row[first + i] == kBackground) row[first + i] = kIgnored;
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory: plain malloc, grown on demand and kept between the images of one call
+
+static bool grow(void** memory, int64_t* capacity, int64_t needed, size_t bytes_each) {
+  if (needed <= *capacity) return true;
+  std::free(*memory);
+  const int64_t rounded = (needed + 63) & ~int64_t{63};
+  *memory = std::aligned_alloc(64, (static_cast<size_t>(rounded) * bytes_each + 63) & ~size_t{63});
+  *capacity = *memory != nullptr ? rounded : 0;
+  return *memory != nullptr;
+}
+
+// Hands out consecutive arrays of a block.
+struct Carver {
+  char* next;
+  int64_t count;
+  template <class T>
+  void carve(T*& array) {
+    array = reinterpret_cast<T*>(next);
+    next += static_cast<size_t>(count) * sizeof(T);
+  }
+};
+
+constexpr size_t kSlotBytes = 4 * 8 + 15 * 4;  // four arrays of 8 bytes, fifteen of 4
+constexpr int64_t kListSlack = 8;
+
+static bool reserve_slots(ImageWork& work, int64_t count) {
+  // One more for the end of the last list.
+  if (!grow(&work.slot_memory, &work.slot_capacity, count + 1, kSlotBytes)) return false;
+  Carver carver = {static_cast<char*>(work.slot_memory), work.slot_capacity};
+  carver.carve(work.label);
+  carver.carve(work.best_by_anchor);
+  carver.carve(work.best);
+  carver.carve(work.list_begin);
+  carver.carve(work.x1);
+  carver.carve(work.y1);
+  carver.carve(work.x2);
+  carver.carve(work.y2);
+  carver.carve(work.area);
+  carver.carve(work.object);
+  carver.carve(work.may_be_best_iou);
+  carver.carve(work.may_be_positive_iou);
+  carver.carve(work.enough_order);
+  carver.carve(work.num_pos);
+  carver.carve(work.num_total);
+  carver.carve(work.list_size);
+  carver.carve(work.list_floor);
+  carver.carve(work.saved_value);
+  carver.carve(work.saved_owner);
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The steps of an image
+
+static void load_anchor_tiles(const MatchProblem& problem, int64_t tile_begin, int64_t tile_end, BoxTile* tiles) {
+  const DefaultFloatEnvironment environment;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) load_anchor_tile(problem, tile, tiles[tile]);
+}
+
+static void destroy_work(ImageWork* work) {
+  if (work == nullptr) return;
+  std::free(work->anchor_memory);
+  std::free(work->slot_memory);
+  std::free(work->crowd_memory);
+  std::free(work->keys);
+  std::free(work);
+}
+
+static ImageWork* create_work(const MatchProblem& problem, const BoxTile* anchor_tiles) {
+  ImageWork* work = static_cast<ImageWork*>(std::calloc(1, sizeof(ImageWork)));
+  if (work == nullptr) return nullptr;
+  work->problem = &problem;
+  work->anchor_tiles = anchor_tiles;
+  work->num_tiles = (problem.num_anchors + kTileSize - 1) / kTileSize;
+  int64_t capacity = 0;
+  if (!grow(&work->anchor_memory, &capacity, work->num_tiles * kTileSize, 16)) {
+    destroy_work(work);
+    return nullptr;
+  }
+  Carver carver = {static_cast<char*>(work->anchor_memory), capacity};
+  carver.carve(work->anchor_quality);
+  carver.carve(work->anchor_owner);
+  carver.carve(work->quality);
+  carver.carve(work->owner);
+  return work;
+}
+
+// Reads the objects of an image: the valid ones become slots, crowd regions are kept apart.
+static bool begin_image(ImageWork& work, int64_t image) {
+  const DefaultFloatEnvironment environment;
+  const MatchProblem& problem = *work.problem;
+  work.image = image;
+  work.num_slots = work.num_crowds = 0;
+  const int64_t begin = problem.gt_offsets[image], end = problem.gt_offsets[image + 1];
+  fill_row(problem.cls_match + image * problem.num_anchors, problem.num_anchors);
+  fill_row(problem.loc_match + image * problem.num_anchors, problem.num_anchors);
+  if (!reserve_slots(work, end - begin)) return false;
+  for (int64_t i = begin; i < end; ++i) {
+    const Box box = load_box(problem.gt_boxes, i);
+    if (!is_object(box)) continue;
+    if (problem.gt_crowd != nullptr && problem.gt_crowd[i * problem.gt_crowd_stride]) {
+      if (work.crowd_capacity == 0 && !grow(&work.crowd_memory, &work.crowd_capacity, end - begin, sizeof(Box))) {
+        return false;
+      }
+      work.crowds = static_cast<Box*>(work.crowd_memory);
+      work.crowds[work.num_crowds++] = box;
+      continue;
+    }
+    const int32_t slot = work.num_slots++;
+    work.x1[slot] = box.x1;
+    work.y1[slot] = box.y1;
+    work.x2[slot] = box.x2;
+    work.y2[slot] = box.y2;
+    work.area[slot] = box_area(box);
+    work.object[slot] = static_cast<int32_t>(i - begin);
+    const int64_t label = problem.gt_labels[i];
+    work.label[slot] = label >= 0 && label < problem.num_classes ? label : -1;
+    work.best_by_anchor[slot] = 0;
+  }
+  return true;
+}
+
+MG_OPS_INLINE const BoxTile& anchor_tile(const ImageWork& work, int64_t tile_index, BoxTile& own_tile) {
+  if (work.anchor_tiles != nullptr) return work.anchor_tiles[tile_index];
+  load_anchor_tile(*work.problem, tile_index, own_tile);
+  return own_tile;
+}
+
+static void claim_by_anchors(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
+  if (work.num_slots == 0) return;
+  const DefaultFloatEnvironment environment;
+  BoxTile own_tile;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    claim_tile_by_iou(work, anchor_tile(work, tile, own_tile), tile * kTileSize, work.anchor_quality, work.anchor_owner,
+                      work.best_by_anchor);
+  }
+}
+
+// Counts Np and Np + Ni of each object, writes the labels that follow from q_anchor alone, and prepares the next claims.
+static bool count_positives(ImageWork& work) {
+  const DefaultFloatEnvironment environment;
+  const MatchProblem& problem = *work.problem;
+  const int32_t num_slots = work.num_slots;
+  if (num_slots == 0) return true;
+
+  for (int32_t slot = 0; slot < num_slots; ++slot) {
+    work.num_pos[slot] = work.num_total[slot] = 0;
+    if (work.best_by_anchor[slot] == 0) {  // overlapped by no anchor: an inverted box, which nothing overlaps, ends it
+      work.x1[slot] = work.y1[slot] = kMaxFloat;
+      work.x2[slot] = work.y2[slot] = -kMaxFloat;
+    } else {
+      const uint32_t anchor = key_index(work.best_by_anchor[slot]);
+      work.saved_value[slot] = work.anchor_quality[anchor];
+      work.saved_owner[slot] = work.anchor_owner[anchor];
+    }
+  }
+  force_best(work, work.best_by_anchor, kForcedIouOrder, work.anchor_quality, work.anchor_owner);
+
+  const uint32_t positive = iou_order(problem.params.iou_positive), ignored = iou_order(problem.params.iou_ignored);
+  for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
+    const uint32_t* quality = work.anchor_quality + tile * kTileSize;
+    const int32_t* owner = work.anchor_owner + tile * kTileSize;
+    int32_t largest = 0;
+    for (int64_t i = 0; i < kTileSize; ++i) {
+      const int32_t order = static_cast<int32_t>(quality[i]);
+      largest = order > largest ? order : largest;
+    }
+    if (static_cast<uint32_t>(largest) < ignored) continue;
+    for (int64_t i = 0; i < kTileSize; ++i) {
+      if (quality[i] < ignored || owner[i] < 0) continue;
+      work.num_total[owner[i]] += 1;
+      work.num_pos[owner[i]] += quality[i] >= positive;
+    }
+  }
+
+  const int64_t begin = problem.gt_offsets[work.image];
+  int64_t num_keys = 0;
+  for (int32_t slot = 0; slot < num_slots; ++slot) {
+    work.list_begin[slot] = num_keys;
+    if (work.best_by_anchor[slot] == 0) continue;
+    work.num_pos[slot] = std::max(work.num_pos[slot], 1);
+    work.num_total[slot] = std::max(work.num_total[slot], work.num_pos[slot]);
+    problem.num_pos[begin + work.object[slot]] = work.num_pos[slot];
+    problem.num_total[begin + work.object[slot]] = work.num_total[slot];
+    num_keys += 2 * static_cast<int64_t>(work.num_total[slot]) + kListSlack;
+  }
+  work.list_begin[num_slots] = num_keys;
+  void* keys = work.keys;
+  const bool enough_memory = grow(&keys, &work.key_capacity, num_keys, sizeof(uint64_t));
+  work.keys = static_cast<uint64_t*>(keys);
+  if (!enough_memory) return false;
+
+  if (!problem.params.classification_by_regressed) {
+    select_owned(work, work.anchor_quality, work.anchor_owner, work.num_total);
+    write_classification(work);
+  }
+  if (!problem.params.localization_by_amplified) {
+    select_owned(work, work.anchor_quality, work.anchor_owner, work.num_pos);
+    write_localization(work);
+  }
+  // What q_anchor really is at the forced pairs: the claim by q_amplified bounds from it.
+  for (int32_t slot = 0; slot < num_slots; ++slot) {
+    if (work.best_by_anchor[slot] == 0) continue;
+    const uint32_t anchor = key_index(work.best_by_anchor[slot]);
+    work.anchor_quality[anchor] = work.saved_value[slot];
+    work.anchor_owner[anchor] = work.saved_owner[slot];
+  }
+  for (int32_t slot = 0; slot < num_slots; ++slot) work.best[slot] = 0;
+  return true;
+}
+
+static void claim_by_regressed(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
+  if (work.num_slots == 0 || !work.problem->params.classification_by_regressed) return;
+  const DefaultFloatEnvironment environment;
+  BoxTile tile;
+  for (int64_t i = tile_begin; i < tile_end; ++i) {
+    load_regressed_tile(*work.problem, work.image, i, tile);
+    claim_tile_by_iou(work, tile, i * kTileSize, work.quality, work.owner, work.best);
+  }
+}
+
+static void label_classification(ImageWork& work) {
+  const DefaultFloatEnvironment environment;
+  if (work.num_slots > 0 && work.problem->params.classification_by_regressed) {
+    force_best(work, work.best, kForcedIouOrder, work.quality, work.owner);
+    select_owned(work, work.quality, work.owner, work.num_total);
+    write_classification(work);
+  }
+  if (work.num_crowds > 0) ignore_crowds(work);
+
+  const MatchParams& params = work.problem->params;
+  const int power = compete_power(params.sigma);
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    work.best[slot] = 0;
+    const uint64_t best = work.best_by_anchor[slot];
+    if (best == 0) continue;
+    const float best_iou = bits_float(key_order(best));
+    // n_pos anchors have at least this q_anchor, if they are still owned; with some margin for those that are not.
+    const float expected_iou = kExpectedShare * min_float(best_iou, params.iou_positive);
+    iou_to_compete<1>(&best_iou, power, &work.may_be_best_iou[slot]);
+    iou_to_compete<1>(&expected_iou, power, &work.may_be_positive_iou[slot]);
+    work.enough_order[slot] = exponent_order(det_log2(expected_iou));
+  }
+}
+
+static void claim_by_amplified(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
+  if (work.num_slots == 0 || !work.problem->params.localization_by_amplified) return;
+  const DefaultFloatEnvironment environment;
+  const int power = compete_power(work.problem->params.sigma);
+  BoxTile own_tile;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    claim_tile_by_amplified(work, anchor_tile(work, tile, own_tile), tile, power, false);
+  }
+}
+
+// Verifies that the bounds of the claim kept no anchor from its place, and opens those of the slots where they might have.
+static bool open_bounds(ImageWork& work) {
+  bool opened = false;
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    if (work.best_by_anchor[slot] == 0 || work.may_be_positive_iou[slot] == 0.0f) continue;
+    const uint64_t* list = work.keys + work.list_begin[slot];
+    const int32_t size = work.list_size[slot];
+    if (size == work.num_pos[slot] && smallest_order(list, size) >= work.enough_order[slot]) continue;
+    work.may_be_positive_iou[slot] = 0.0f;
+    opened = true;
+  }
+  return opened;
+}
+
+static void label_localization(ImageWork& work) {
+  if (work.num_slots == 0 || !work.problem->params.localization_by_amplified) return;
+  const DefaultFloatEnvironment environment;
+  force_best(work, work.best, kForcedExponentOrder, work.quality, work.owner);
+  select_owned(work, work.quality, work.owner, work.num_pos);
+  if (open_bounds(work)) {
+    // Only tiles that an opened slot overlaps can change; owners found before stand, new ones join them.
+    const int power = compete_power(work.problem->params.sigma);
+    BoxTile own_tile;
+    for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
+      claim_tile_by_amplified(work, anchor_tile(work, tile, own_tile), tile, power, true);
+    }
+    force_best(work, work.best, kForcedExponentOrder, work.quality, work.owner);
+    select_owned(work, work.quality, work.owner, work.num_pos);
+  }
+  write_localization(work);
+}
+
+}  // namespace
+
+#define MG_OPS_STRING(name) #name
+#define MG_OPS_NAME(name) MG_OPS_STRING(name)
+
+MatchKernels match_kernels() {
+  return {MG_OPS_NAME(MG_OPS_CPU_TARGET), load_anchor_tiles,  create_work,        destroy_work,
+          begin_image,                    claim_by_anchors,   count_positives,    claim_by_regressed,
+          label_classification,           claim_by_amplified, label_localization};
+}
+
+}  // namespace MG_OPS_CPU_TARGET
+}  // namespace mg_ops
