@@ -1,4 +1,4 @@
-"""From a match to what losses need, without one-hot (B, A, C) tensors."""
+"""From a match to what losses need: fixed shapes, no one-hot (B, A, C) tensor, no synchronisation with the device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from mg_ops.reference import BACKGROUND, IGNORED
 
 
 class Targets(NamedTuple):
-    """What the losses of a batch need: B images, A anchors, P localisation positives in the batch."""
+    """What the losses of a batch need: B images, A anchors. `match.loc_match >= 0` says which boxes count."""
 
     class_targets: Tensor
     """(B, A) int64: the label of each classification positive, `BACKGROUND` (-1) or `IGNORED` (-2)."""
-    loc_index: Tensor
-    """(P,) int64: the localisation positives, as indices into predictions flattened to (B * A, ...), ascending."""
     loc_labels: Tensor
-    """(P,) int64: the labels of their objects, as given (for class-specific box heads)."""
+    """(B, A) int64: the label of each localisation positive's object, as given (for class-specific box heads); else -1."""
     box_targets: Tensor
-    """(P, 4) float32: their objects' boxes (x1, y1, x2, y2); with a box coder the deltas from their anchors."""
+    """(B, A, 4) float32: the box (x1, y1, x2, y2) of each localisation positive's object; with a box coder the deltas
+    from its anchor. 0 where there is none."""
 
 
 def encode_targets(
@@ -37,7 +36,7 @@ def encode_targets(
     num_classes: int | None = None,
     box_coder: BoxCoder | None = None,
 ) -> Targets:
-    """Gathers the targets of a match: class targets with the ignore mask, and encoded boxes of the positives.
+    """Gathers the targets of a match: class targets with the ignore mask, and the encoded boxes of the positives.
 
     Args:
         match: what `mutual_match` returned for these objects.
@@ -48,12 +47,16 @@ def encode_targets(
         box_coder: encodes the boxes as regression deltas of their anchors; without it they are the boxes themselves.
 
     Returns:
-        `Targets`. The number of positives P is read from the device (one synchronisation on a GPU).
+        `Targets`, every tensor of a shape known beforehand: nothing is read back from the device.
+
+    Raises:
+        TypeError, ValueError: as `mutual_match`, or the match was made for another number of objects.
 
     Example:
         >>> targets = mg_ops.encode_targets(match, anchors, gt_boxes, gt_labels, box_coder=coder)
-        >>> positive = deltas.reshape(-1, 4)[targets.loc_index]
-        >>> loss = torch.nn.functional.smooth_l1_loss(positive, targets.box_targets)
+        >>> error = torch.nn.functional.smooth_l1_loss(deltas, targets.box_targets, reduction="none")
+        >>> positive = (match.loc_match >= 0).unsqueeze(-1)
+        >>> loss = (error * positive).sum() / (4 * positive.sum()).clamp(min=1)
     """
     check_tensor("anchors", anchors, "floating point", ("A", 4), None)
     device = anchors.device
@@ -71,18 +74,20 @@ def encode_targets(
     if box_coder is not None and not isinstance(box_coder, BoxCoder):
         raise TypeError(f"box_coder: expected mg_ops.BoxCoder or None, got {type(box_coder).__name__}")
 
-    with torch.no_grad():
-        start = offsets[:-1].long().unsqueeze(1)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         if num_gt == 0:
-            class_targets = match.cls_match.clone()
-        else:
-            label_of = labels[(start + match.cls_match).clamp(0, num_gt - 1)]
-            if num_classes is not None:
-                label_of = torch.where((label_of >= 0) & (label_of < num_classes), label_of, IGNORED)
-            class_targets = torch.where(match.cls_match >= 0, label_of, match.cls_match)
-        loc_index = (match.loc_match > BACKGROUND).flatten().nonzero().squeeze(1)
-        objects = (start + match.loc_match).flatten()[loc_index]
-        box_targets = boxes[objects].float()
+            nothing = torch.full_like(match.loc_match, BACKGROUND)
+            return Targets(match.cls_match.clone(), nothing, torch.zeros((*nothing.shape, 4), device=device))
+        start = offsets[:-1].long().unsqueeze(1)  # (B, 1)
+        label_of = labels[(start + match.cls_match).clamp(0, num_gt - 1)]
+        if num_classes is not None:
+            label_of = torch.where((label_of >= 0) & (label_of < num_classes), label_of, IGNORED)
+        class_targets = torch.where(match.cls_match >= 0, label_of, match.cls_match)
+        positive = match.loc_match >= 0
+        objects = (start + match.loc_match).clamp(0, num_gt - 1)
+        loc_labels = torch.where(positive, labels[objects], BACKGROUND)
+        box_targets = boxes.float()[objects]
         if box_coder is not None:
-            box_targets = box_coder.encode(anchors[loc_index % max(num_anchors, 1)], box_targets)
-    return Targets(class_targets, loc_index, labels[objects], box_targets)
+            box_targets = box_coder.encode(anchors, box_targets)
+        box_targets = torch.where(positive.unsqueeze(-1), box_targets, 0.0)
+    return Targets(class_targets, loc_labels, box_targets)
