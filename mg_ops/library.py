@@ -6,6 +6,7 @@ A library that is missing or does not load never stops the import: it is a warni
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -25,16 +26,28 @@ _SIGNATURE = (
 """The one signature of every backend's operator; csrc/schema.cpp says the same and holds the contract."""
 
 LIBRARY_FILE = Path(__file__).parent / "libmg_ops.so"
+MINIMUM_TORCH = (2, 10)
+"""The oldest torch whose stable ABI has what the library uses; TORCH_TARGET_VERSION in CMakeLists.txt."""
 
 
 def _load_library() -> str:
     """Loads the compiled operators; the reason why not, or an empty string."""
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if version is None or (int(version[1]), int(version[2])) < MINIMUM_TORCH:
+        minimum = ".".join(map(str, MINIMUM_TORCH))
+        return f"torch {minimum} or newer is needed, this is {torch.__version__}: run `pip install --upgrade torch`"
     if not LIBRARY_FILE.exists():
-        return f"{LIBRARY_FILE.name} was not built: install a C++ compiler and run `pip install .` again"
+        return (
+            f"{LIBRARY_FILE.name} was not built when mg_ops was installed: install a C++ compiler (on Debian "
+            "`apt install g++`) and run `pip install --force-reinstall --no-deps --no-cache-dir .` in the checkout again"
+        )
     try:
         torch.ops.load_library(LIBRARY_FILE)
-    except OSError as error:
-        return f"{LIBRARY_FILE.name} does not load under torch {torch.__version__}: {error}"
+        schema = str(torch.ops.mg_ops.mutual_match.default._schema)
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"{LIBRARY_FILE.name} does not load under torch {torch.__version__}: {error}. Install mg_ops again"
+    if schema != f"mg_ops::mutual_match{_SIGNATURE}":
+        return f"{LIBRARY_FILE.name} was built from other sources than these Python files: install mg_ops again"
     return ""
 
 

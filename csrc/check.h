@@ -1,0 +1,166 @@
+// Argument checks of the operators. mg_ops.mutual_match has checked everything before (mg_ops/checks.py), but an operator
+// can also be called by itself, from torch.ops or an exported program, and wrong input must never crash the process.
+// Whatever is thrown here reaches Python as a RuntimeError with this message.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace mg_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws std::runtime_error of the parts, written one after the other.
+template <typename... Parts>
+[[noreturn]] inline void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+enum class Kind { kFloating, kInteger, kBool };
+
+inline const char* dtype_names(Kind kind) {
+  switch (kind) {
+    case Kind::kFloating: return "float16, bfloat16, float32 or float64";
+    case Kind::kInteger: return "int64 or int32";
+    default: return "bool";
+  }
+}
+
+inline bool is_of_kind(ScalarType dtype, Kind kind) {
+  switch (kind) {
+    case Kind::kFloating:
+      return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+             dtype == ScalarType::Double;
+    case Kind::kInteger: return dtype == ScalarType::Long || dtype == ScalarType::Int;
+    default: return dtype == ScalarType::Bool;
+  }
+}
+
+constexpr int64_t kAnySize = -1;
+
+// "(2, 100, 4)"; any size is shown as "any".
+inline std::string shape_text(const int64_t* sizes, size_t dim) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t d = 0; d < dim; ++d) {
+    text << (d == 0 ? "" : ", ");
+    sizes[d] == kAnySize ? text << "any" : text << sizes[d];
+  }
+  text << (dim == 1 ? ",)" : ")");
+  return text.str();
+}
+
+// Raises unless the tensor is of this kind and shape and on the device of `anchors`.
+inline void check_tensor(const char* name, const Tensor& tensor, Kind kind, std::initializer_list<int64_t> shape,
+                         const Tensor& anchors) {
+  if (!is_of_kind(tensor.scalar_type(), kind)) {
+    fail(name, ": expected dtype ", dtype_names(kind), ", got ", torch::headeronly::toString(tensor.scalar_type()));
+  }
+  const int64_t dim = tensor.dim();
+  bool fits = dim == static_cast<int64_t>(shape.size());
+  for (int64_t d = 0; fits && d < dim; ++d) {
+    const int64_t expected = shape.begin()[d];
+    fits = expected == kAnySize || expected == tensor.size(d);
+  }
+  if (!fits) {
+    fail(name, ": expected shape ", shape_text(shape.begin(), shape.size()), ", got ",
+         shape_text(tensor.sizes().data(), static_cast<size_t>(dim)));
+  }
+  if (tensor.is_cuda() != anchors.is_cuda() || tensor.is_cpu() != anchors.is_cpu() ||
+      tensor.get_device_index() != anchors.get_device_index()) {
+    fail(name, ": expected the device of anchors, got another one: move all arguments to one device");
+  }
+}
+
+// Raises unless low < value <= high holds, also after rounding to float32.
+inline void check_number(const char* name, double value, double low, double high, const char* expected) {
+  const float rounded = static_cast<float>(value);
+  if (!(value <= high && rounded > static_cast<float>(low) && rounded >= std::numeric_limits<float>::min())) {
+    fail(name, ": expected ", expected, ", got ", value);
+  }
+}
+
+struct MatchSizes {
+  int64_t batch_size, num_anchors, num_classes, num_gt;
+};
+
+// Raises unless the arguments of mg_ops::mutual_match are as csrc/schema.cpp says, but for the values inside the tensors.
+inline MatchSizes check_match_arguments(const Tensor& anchors, const Tensor& pred_boxes, const Tensor& cls_scores,
+                                        const Tensor& gt_boxes, const Tensor& gt_labels, const Tensor& gt_offsets,
+                                        const std::optional<Tensor>& gt_crowd, bool decode, double weight_x,
+                                        double weight_y, double weight_w, double weight_h, double clip, double sigma,
+                                        double iou_positive, double iou_ignored, double crowd_overlap) {
+  check_tensor("anchors", anchors, Kind::kFloating, {kAnySize, 4}, anchors);
+  const int64_t num_anchors = anchors.size(0);
+  check_tensor("cls_scores", cls_scores, Kind::kFloating, {kAnySize, num_anchors, kAnySize}, anchors);
+  const int64_t batch_size = cls_scores.size(0);
+  check_tensor("pred_boxes", pred_boxes, Kind::kFloating, {batch_size, num_anchors, 4}, anchors);
+  check_tensor("gt_boxes", gt_boxes, Kind::kFloating, {kAnySize, 4}, anchors);
+  const int64_t num_gt = gt_boxes.size(0);
+  check_tensor("gt_labels", gt_labels, Kind::kInteger, {num_gt}, anchors);
+  check_tensor("gt_offsets", gt_offsets, Kind::kInteger, {batch_size + 1}, anchors);
+  if (gt_crowd.has_value()) {
+    check_tensor("gt_crowd", *gt_crowd, Kind::kBool, {num_gt}, anchors);
+  }
+  // Kernels count anchors and objects in 32 bits.
+  constexpr int64_t kMaxCount = std::numeric_limits<int32_t>::max();
+  if (num_anchors > kMaxCount || num_gt > kMaxCount) {
+    fail("mutual_match: expected at most ", kMaxCount, " anchors and objects, got ", num_anchors, " and ", num_gt);
+  }
+  if (decode) {
+    for (const double weight : {weight_x, weight_y, weight_w, weight_h}) {
+      if (!std::isfinite(static_cast<float>(weight)) || static_cast<float>(weight) == 0.0f) {
+        fail("box coder weights: expected finite numbers other than 0, got ", weight);
+      }
+    }
+    if (std::isnan(clip)) {
+      fail("clip: expected a number, got NaN");
+    }
+  }
+  constexpr double kMaxFloat = std::numeric_limits<float>::max();
+  check_number("sigma", sigma, 1.0, kMaxFloat, "a finite number above 1");
+  check_number("iou_positive", iou_positive, 0.0, 1.0, "a threshold in (0, 1]");
+  check_number("iou_ignored", iou_ignored, 0.0, 1.0, "a threshold in (0, 1]");
+  check_number("crowd_overlap", crowd_overlap, 0.0, 1.0, "a threshold in (0, 1]");
+  if (iou_ignored > iou_positive) {
+    fail("iou_ignored: must not exceed iou_positive (", iou_positive, "), got ", iou_ignored);
+  }
+  return {batch_size, num_anchors, cls_scores.size(2), num_gt};
+}
+
+// Raises unless checked CPU offsets (B + 1,) start at 0, never decrease and stay within the num_gt objects.
+inline void check_offsets(const Tensor& gt_offsets, int64_t num_gt) {
+  const void* data = gt_offsets.const_data_ptr();
+  const bool is_int64 = gt_offsets.scalar_type() == ScalarType::Long;
+  const int64_t stride = gt_offsets.stride(0);
+  int64_t previous = 0;
+  for (int64_t i = 0; i < gt_offsets.size(0); ++i) {
+    const int64_t offset = is_int64 ? static_cast<const int64_t*>(data)[i * stride]
+                                    : static_cast<const int32_t*>(data)[i * stride];
+    if (i == 0 && offset != 0) {
+      fail("gt_offsets: must start at 0, got ", offset);
+    }
+    if (offset < previous) {
+      fail("gt_offsets: must not decrease, got ", previous, " then ", offset, " for image ", i - 1);
+    }
+    previous = offset;
+  }
+  if (previous > num_gt) {
+    fail("gt_offsets: must not exceed the ", num_gt, " packed objects, got ", previous);
+  }
+}
+
+}  // namespace mg_ops
