@@ -1,0 +1,85 @@
+"""What every test shares: markers, the backends to test on the devices that are here, and hypothesis settings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+import torch
+
+import mg_ops
+
+# Where the build leaves the test-only bindings of the C++ headers (CMake option MG_OPS_TEST_BINDINGS).
+sys.path.insert(0, str(Path(__file__).parent.parent / "build" / "tests"))
+
+# No test has a time limit: machines differ, and a sanitizer makes everything slow.
+hypothesis.settings.register_profile(
+    "mg_ops", deadline=None, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("mg_ops")
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+class Target(NamedTuple):
+    """A backend on a device it can run on."""
+
+    backend: str
+    device: str
+
+
+def usable_targets() -> list[Target]:
+    """Every usable backend on every device here that it takes."""
+    targets = []
+    for backend, status in mg_ops.backends().items():
+        devices = {"eager": DEVICES, "cpp": ["cpu"]}.get(backend, [device for device in DEVICES if device != "cpu"])
+        if status.usable:
+            targets += [Target(backend, device) for device in devices]
+    return targets
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        targets = usable_targets()
+        metafunc.parametrize("target", targets, ids=[f"{target.backend}-{target.device}" for target in targets])
+    if "compiled_target" in metafunc.fixturenames:
+        targets = [target for target in usable_targets() if target.backend != "eager"]
+        if targets:
+            marks = [pytest.mark.gpu if target.device == "cuda" else () for target in targets]
+            params = [
+                pytest.param(target, marks=mark, id=f"{target.backend}-{target.device}")
+                for target, mark in zip(targets, marks, strict=True)
+            ]
+        else:
+            reason = "no backend but eager is usable here: " + "; ".join(
+                f"{name}: {status.detail}" for name, status in mg_ops.backends().items() if not status.usable
+            )
+            params = [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="no compiled backend")]
+        metafunc.parametrize("compiled_target", params)
+
+
+def pytest_report_header() -> str:
+    targets = ", ".join(f"{target.backend} on {target.device}" for target in usable_targets())
+    return f"mg_ops {mg_ops.__version__}, torch {torch.__version__}: {targets}"
+
+
+def fuzz_cases(count: int) -> int:
+    """How many random cases to run: `count`, times the environment variable MG_OPS_FUZZ (0.1: quick; 100: overnight)."""
+    return max(1, int(count * float(os.environ.get("MG_OPS_FUZZ", "1"))))
