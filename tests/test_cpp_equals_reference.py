@@ -1,0 +1,221 @@
+"""Every backend returns the integers of the reference, for every input: ties, garbage, odd sizes, dtypes and strides.
+
+MG_OPS_FUZZ=10 runs ten times as many random cases (0.1: a tenth, as under a sanitizer). A failure names its seed:
+`random_batches.random_batch(seed)` makes the batch again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Target, fuzz_cases, usable_targets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_batches import random_batch, to_device
+
+import mg_ops
+
+
+def assert_same(match: mg_ops.MutualMatch, reference: mg_ops.MutualMatch, what: object) -> None:
+    for name, value, expected in zip(mg_ops.MutualMatch._fields, match, reference, strict=True):
+        assert value.dtype == expected.dtype and value.shape == expected.shape, (name, what)
+        if not torch.equal(value.cpu(), expected.cpu()):
+            where = (value.cpu() != expected.cpu()).nonzero()
+            first = tuple(where[0].tolist())
+            raise AssertionError(
+                f"{name}{list(first)} is {value[first].item()}, the reference says {expected[first].item()}; "
+                f"{len(where)} of {value.numel()} differ; {what}"
+            )
+
+
+def assert_equals_reference(arguments: dict[str, Any], target: Target, what: object) -> None:
+    reference = mg_ops.mutual_match(**arguments, backend="eager")
+    assert_same(mg_ops.mutual_match(**to_device(arguments, target.device), backend=target.backend), reference, what)
+
+
+def test_the_compiled_library_is_here() -> None:
+    """Without it the rest of this file would be skipped and nobody would notice."""
+    if os.environ.get("MG_OPS_TEST_NO_LIBRARY"):
+        pytest.skip("MG_OPS_TEST_NO_LIBRARY is set: testing without the compiled library")
+    status = mg_ops.backends()["cpp"]
+    assert status.usable, f"{status.detail}; build it, or set MG_OPS_TEST_NO_LIBRARY=1 to test without it"
+
+
+# Ten parts, so that a failure leaves the others running and pytest -n can share them.
+@pytest.mark.parametrize("part", range(10))
+def test_random_batches(compiled_target: Target, part: int) -> None:
+    count = fuzz_cases(300)
+    for seed in range(part * count, (part + 1) * count):
+        batch = random_batch(seed)
+        assert_equals_reference(batch.arguments, compiled_target, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_large_random_batches(compiled_target: Target, part: int) -> None:
+    count = fuzz_cases(40)
+    for seed in range(part * count, (part + 1) * count):
+        batch = random_batch(seed, large=True)
+        assert_equals_reference(batch.arguments, compiled_target, batch)
+
+
+def test_random_batches_match_something() -> None:
+    """The generator is worth its time: most batches have positives, many have ties, ignored anchors and bad values."""
+    count = 200
+    batches = [random_batch(seed) for seed in range(count)]
+    matches = [batch.call("eager") for batch in batches]
+    assert sum(bool((match.cls_match >= 0).sum() > 1) for match in matches) > 0.5 * count
+    assert sum(bool((match.cls_match == mg_ops.IGNORED).any()) for match in matches) > 0.15 * count
+    assert sum(not torch.equal(match.cls_match >= 0, match.loc_match >= 0) for match in matches) > 0.25 * count
+    assert sum(bool(batch.arguments["pred_boxes"].isnan().any()) for batch in batches) > 0.1 * count
+    strided = [batch.arguments["cls_scores"] for batch in batches]
+    assert sum(not scores.is_contiguous() for scores in strided) > 0.1 * count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small batches that hypothesis shrinks when one fails
+
+NUMBERS = st.one_of(
+    st.integers(0, 4).map(float),
+    st.sampled_from([0.5, 1.5, -1.0, float("nan"), float("inf"), float("-inf"), 1e30, 3e38, 1e-20, 1e-45, -0.0]),
+    st.floats(width=32),
+)
+LOGITS = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 100.0, -100.0]), st.floats(width=32))
+
+
+@st.composite
+def small_batches(draw: st.DrawFn) -> dict[str, Any]:
+    def rows(count: int, width: int, numbers: st.SearchStrategy[float]) -> torch.Tensor:
+        values = [[draw(numbers) for _ in range(width)] for _ in range(count)]
+        return torch.tensor(values, dtype=torch.float32).reshape(count, width)
+
+    num_anchors, num_classes = draw(st.integers(0, 6)), draw(st.integers(0, 2))
+    batch_size = draw(st.integers(0, 2))
+    counts = [draw(st.integers(0, 4)) for _ in range(batch_size)]
+    numbers = draw(st.sampled_from([NUMBERS, st.integers(0, 4).map(float)]))
+    label = st.one_of(st.integers(0, 1), st.integers(-(2**63), 2**63 - 1))
+    arguments: dict[str, Any] = {
+        "anchors": rows(num_anchors, 4, numbers),
+        "pred_boxes": rows(batch_size * num_anchors, 4, numbers).reshape(batch_size, num_anchors, 4),
+        "cls_scores": rows(batch_size * num_anchors, num_classes, LOGITS).reshape(batch_size, num_anchors, num_classes),
+        "gt_boxes": [rows(count, 4, numbers) for count in counts],
+        "gt_labels": [torch.tensor([draw(label) for _ in range(count)], dtype=torch.int64) for count in counts],
+        "strategy": draw(st.sampled_from(["mutual", "iou", "localize_to_classify", "classify_to_localize"])),
+        "sigma": draw(st.one_of(st.just(2.0), st.floats(1.0000002, 1e38))),
+    }
+    if draw(st.booleans()):
+        arguments["gt_crowd"] = [
+            torch.tensor([draw(st.booleans()) for _ in range(count)], dtype=torch.bool) for count in counts
+        ]
+    if draw(st.booleans()):
+        clip = draw(st.sampled_from([4.135, float("inf"), 0.0]))
+        arguments["box_coder"] = mg_ops.BoxCoder(weights=(1.0, 1.0, 1.0, 1.0), clip=clip)
+    arguments["iou_positive"] = draw(st.sampled_from([0.5, 1.0, 0.25, 1e-30]))
+    arguments["iou_ignored"] = arguments["iou_positive"] * draw(st.sampled_from([1.0, 0.8, 0.5]))
+    return arguments
+
+
+@settings(max_examples=fuzz_cases(1000))
+@given(arguments=small_batches())
+def test_small_batches(compiled_target: Target, arguments: dict[str, Any]) -> None:
+    assert_equals_reference(arguments, compiled_target, arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+def detector_batch(batch_size: int, num_anchors: int, num_objects: int, seed: int = 0) -> dict[str, Any]:
+    """A batch of the usual kind, large enough to be shared among threads."""
+    random = np.random.default_rng(seed)
+    center = random.random((num_anchors, 2)) * 300
+    size = np.exp(random.normal(3.5, 0.7, (num_anchors, 2)))
+    anchors = np.concatenate([center - size / 2, center + size / 2], axis=1).astype(np.float32)
+    gt_boxes, gt_labels = [], []
+    for _ in range(batch_size):
+        center = random.random((num_objects, 2)) * 300
+        size = np.exp(random.normal(3.5, 0.7, (num_objects, 2)))
+        gt_boxes.append(torch.from_numpy(np.concatenate([center - size / 2, center + size / 2], axis=1).astype(np.float32)))
+        gt_labels.append(torch.from_numpy(random.integers(0, 5, num_objects)))
+    return {
+        "anchors": torch.from_numpy(anchors),
+        "pred_boxes": torch.from_numpy((0.3 * random.standard_normal((batch_size, num_anchors, 4))).astype(np.float32)),
+        "cls_scores": torch.from_numpy(random.normal(-2, 2, (batch_size, num_anchors, 5)).astype(np.float32)),
+        "gt_boxes": gt_boxes,
+        "gt_labels": gt_labels,
+        "box_coder": mg_ops.BoxCoder(),
+    }
+
+
+@pytest.fixture
+def thread_count() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("batch_size", "num_anchors", "num_objects"), [(1, 6000, 40), (3, 2000, 7), (13, 1500, 5), (2, 9000, 0), (1, 500, 300)]
+)
+def test_thread_count_does_not_matter(
+    compiled_target: Target, thread_count: None, threads: int, batch_size: int, num_anchors: int, num_objects: int
+) -> None:
+    """Fewer images than threads, and more; the second and third call say the same."""
+    arguments = detector_batch(batch_size, num_anchors, num_objects)
+    reference = mg_ops.mutual_match(**arguments, backend="eager")
+    torch.set_num_threads(threads)
+    for _ in range(3):
+        match = mg_ops.mutual_match(**to_device(arguments, compiled_target.device), backend=compiled_target.backend)
+        assert_same(match, reference, f"{threads} threads")
+
+
+def test_calls_from_several_threads_at_once(compiled_target: Target) -> None:
+    """Nothing is shared between calls: data loaders and servers may match in parallel."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    batches = [detector_batch(2, 1000 + 7 * seed, 5, seed) for seed in range(8)]
+    references = [mg_ops.mutual_match(**batch, backend="eager") for batch in batches]
+
+    def match(batch: dict[str, Any]) -> mg_ops.MutualMatch:
+        return mg_ops.mutual_match(**to_device(batch, compiled_target.device), backend=compiled_target.backend)
+
+    with ThreadPoolExecutor(4) as pool:
+        for result, reference in zip(pool.map(match, batches * 4), references * 4, strict=True):
+            assert_same(result, reference, "four threads at once")
+
+
+@pytest.mark.parametrize("num_objects", [0, 1, 2, 500, 2000])
+def test_many_objects(compiled_target: Target, num_objects: int) -> None:
+    assert_equals_reference(detector_batch(1, 2000, num_objects), compiled_target, f"{num_objects} objects")
+
+
+@pytest.mark.parametrize("kind", ["all one box", "all scores equal", "one object over all", "every object over all"])
+def test_worst_cases_of_ranking(compiled_target: Target, kind: str) -> None:
+    """When thousands of anchors compete for one object, and when all of them tie."""
+    arguments = detector_batch(2, 5000, 6)
+    del arguments["box_coder"]
+    arguments["pred_boxes"] = arguments["anchors"].expand(2, -1, -1)
+    if kind == "all one box":
+        arguments["anchors"] = arguments["anchors"][:1].expand(5000, 4)
+        arguments["gt_boxes"] = [arguments["anchors"][:1].expand(6, 4)] * 2
+    elif kind == "all scores equal":
+        arguments["cls_scores"] = torch.zeros(1, 1, 1).expand(2, 5000, 5)
+    else:
+        whole = torch.tensor([[-500.0, -500.0, 900.0, 900.0]])
+        covered = slice(0, 1) if kind == "one object over all" else slice(0, 6)
+        for boxes in arguments["gt_boxes"]:
+            boxes[covered] = whole
+    for iou_positive in (0.5, 1e-6):  # few positives, and nearly all of them
+        arguments |= {"iou_positive": iou_positive, "iou_ignored": iou_positive / 2}
+        assert_equals_reference(arguments, compiled_target, kind)
+
+
+def test_targets_are_named() -> None:
+    """The other backends join these tests by being listed in mg_ops.backends()."""
+    assert {target.backend for target in usable_targets()} >= {"eager"}
