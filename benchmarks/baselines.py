@@ -1,0 +1,309 @@
+"""What people run today for the same job, written with torch's own operators, to measure `mg_ops` against.
+
+(a) `match_per_image`: mutual matching image by image and object by object.
+(b) `match_batched`: mutual matching of the whole batch in padded (B, G, A) tensors, without a data-dependent shape.
+(c) (b) under torch.compile: see match_speed.py.
+(d) `match_by_torchvision`: torchvision's box_iou and Matcher, the classic IoU assignment (classification only).
+(e) `make_task_aligned_assigner`: ultralytics' assigner, a different algorithm of the same family, where it is installed.
+
+(a) and (b) follow the definition independently of mg_ops: native exp, sigmoid and pow, sort and topk. Their answers differ
+from mg_ops only where two qualities are equal or nearly so. Sizes: B images, A anchors, C classes, G objects in an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
+
+BACKGROUND, IGNORED = -1, -2
+SIGMA, IOU_POSITIVE, IOU_IGNORED, CROWD_OVERLAP = 2.0, 0.5, 0.4, 0.5
+
+
+class Match(NamedTuple):
+    """Classification and localisation matches (B, A) int64, in mg_ops' meaning; None where a baseline has none."""
+
+    cls_match: Tensor
+    loc_match: Tensor | None
+
+
+def decode(anchors: Tensor, deltas: Tensor, weights: Sequence[float], clip: float) -> Tensor:
+    """Boxes (..., A, 4) from anchors (A, 4) and deltas (..., A, 4)."""
+    size = anchors[:, 2:] - anchors[:, :2]
+    center = anchors[:, :2] + 0.5 * size
+    center = center + deltas[..., :2] / weights[0] * size
+    half = 0.5 * torch.exp((deltas[..., 2:] / weights[2]).clamp(max=clip)) * size
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def is_object(boxes: Tensor) -> Tensor:
+    return boxes.isfinite().all(-1) & (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+
+
+def area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def intersection(columns_1: Tensor, columns_2: Tensor) -> Tensor:
+    """Areas of intersection of boxes given as (4, ...) columns that broadcast against each other."""
+    w = torch.minimum(columns_1[2], columns_2[2]) - torch.maximum(columns_1[0], columns_2[0])
+    h = torch.minimum(columns_1[3], columns_2[3]) - torch.maximum(columns_1[1], columns_2[1])
+    return w.clamp(min=0) * h.clamp(min=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (a) image by image, object by object
+
+
+def match_per_image(
+    anchors: Tensor,
+    deltas: Tensor,
+    logits: Tensor,
+    gt_boxes: Sequence[Tensor],
+    gt_labels: Sequence[Tensor],
+    gt_crowd: Sequence[Tensor] | None,
+    weights: Sequence[float],
+    clip: float,
+    objects_at_once: int | None = 1,
+) -> Match:
+    """Mutual matching with a loop over images and, within one, over its objects.
+
+    Args:
+        anchors: (A, 4). deltas: (B, A, 4). logits: (B, A, C).
+        gt_boxes, gt_labels, gt_crowd: lists of B tensors (G, 4), (G,), (G,) bool.
+        weights, clip: of the box coder.
+        objects_at_once: qualities are computed for so many objects at a time; None: for all of an image.
+    """
+    columns = anchors.T.contiguous()
+    anchor_area = area(anchors)
+    cls_matches, loc_matches = [], []
+    for image in range(len(deltas)):
+        pred_boxes = decode(anchors, deltas[image], weights, clip)
+        cls_match, loc_match = _match_image(
+            columns,
+            anchor_area,
+            pred_boxes.T.contiguous(),
+            area(pred_boxes),
+            logits[image],
+            gt_boxes[image],
+            gt_labels[image],
+            None if gt_crowd is None else gt_crowd[image],
+            objects_at_once,
+        )
+        cls_matches.append(cls_match)
+        loc_matches.append(loc_match)
+    return Match(torch.stack(cls_matches), torch.stack(loc_matches))
+
+
+class _Owners:
+    """For each anchor the object with the best quality seen so far."""
+
+    def __init__(self, num_anchors: int, device: torch.device) -> None:
+        self.quality = torch.zeros(num_anchors, device=device)
+        self.owner = torch.full((num_anchors,), -1, device=device)
+
+    def add(self, objects: Tensor, quality: Tensor) -> None:
+        """Objects (K,) in ascending order with their qualities (K, A)."""
+        value, row = quality.max(dim=0) if len(quality) > 1 else (quality[0], None)
+        better = value > self.quality
+        self.quality = torch.where(better, value, self.quality)
+        self.owner = torch.where(better, objects[0] if row is None else objects[row], self.owner)
+
+
+def _match_image(
+    anchor_columns: Tensor,
+    anchor_area: Tensor,
+    pred_columns: Tensor,
+    pred_area: Tensor,
+    logits: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_crowd: Tensor | None,
+    objects_at_once: int | None,
+) -> tuple[Tensor, Tensor]:
+    num_anchors, num_objects, device = len(anchor_area), len(gt_boxes), anchor_area.device
+    cls_match = torch.full((num_anchors,), BACKGROUND, device=device)
+    loc_match = torch.full((num_anchors,), BACKGROUND, device=device)
+    if num_objects == 0:
+        return cls_match, loc_match
+    by_anchor, by_regressed, by_amplified = (_Owners(num_anchors, device) for _ in range(3))
+    objects = is_object(gt_boxes)
+    if gt_crowd is not None:
+        objects &= ~gt_crowd
+    for index in objects.nonzero().squeeze(1).split(objects_at_once or num_objects):
+        boxes = gt_boxes[index]
+        columns, box_area = boxes.T.unsqueeze(2), area(boxes).unsqueeze(1)
+        inter = intersection(anchor_columns.unsqueeze(1), columns)
+        q_anchor = inter / (anchor_area + box_area - inter)
+        inter = intersection(pred_columns.unsqueeze(1), columns)
+        q_regressed = inter / (pred_area + box_area - inter)
+        p = logits[:, gt_labels[index]].T.sigmoid()
+        q_amplified = q_anchor ** ((SIGMA - p) / SIGMA)
+
+        # Each object claims its best anchor of each quality; an object that no anchor overlaps takes no part.
+        best_quality, best = q_anchor.max(dim=1, keepdim=True)
+        found = (best_quality > 0).float()
+        regressed_quality, best_regressed = q_regressed.max(dim=1, keepdim=True)
+        best_regressed = torch.where(regressed_quality > 0, best_regressed, best)
+        best_amplified = q_amplified.argmax(dim=1, keepdim=True)
+        q_regressed *= found
+        for owners, quality, claimed in (
+            (by_anchor, q_anchor, best),
+            (by_regressed, q_regressed, best_regressed),
+            (by_amplified, q_amplified, best_amplified),
+        ):
+            owners.add(index, quality.scatter_(1, claimed, found))
+
+    owned = by_anchor.owner >= 0
+    num_pos = by_anchor.owner[owned & (by_anchor.quality >= IOU_POSITIVE)].bincount(minlength=num_objects).clamp(min=1)
+    num_total = by_anchor.owner[owned & (by_anchor.quality >= IOU_IGNORED)].bincount(minlength=num_objects).maximum(num_pos)
+    for index, positive, total in zip(range(num_objects), num_pos.tolist(), num_total.tolist(), strict=True):
+        competing = (by_regressed.owner == index).nonzero().squeeze(1)
+        ranked = by_regressed.quality[competing].topk(min(total, len(competing))).indices
+        cls_match[competing[ranked]] = IGNORED
+        cls_match[competing[ranked[:positive]]] = index
+        competing = (by_amplified.owner == index).nonzero().squeeze(1)
+        ranked = by_amplified.quality[competing].topk(min(positive, len(competing))).indices
+        loc_match[competing[ranked]] = index
+
+    if gt_crowd is not None and bool(gt_crowd.any()):
+        crowds = gt_boxes[gt_crowd & is_object(gt_boxes)]
+        coverage = intersection(anchor_columns.unsqueeze(1), crowds.T.unsqueeze(2)) / anchor_area
+        covered = (coverage >= CROWD_OVERLAP).any(dim=0)
+        cls_match = torch.where(covered & (cls_match == BACKGROUND), IGNORED, cls_match)
+    return cls_match, loc_match
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (b) the batch in padded tensors
+
+
+def match_batched(
+    anchors: Tensor,
+    deltas: Tensor,
+    logits: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_crowd: Tensor | None,
+    weights: Sequence[float],
+    clip: float,
+) -> Match:
+    """Mutual matching of a batch at once.
+
+    Args:
+        anchors: (A, 4). deltas: (B, A, 4). logits: (B, A, C).
+        gt_boxes, gt_labels, gt_crowd: (B, G, 4), (B, G), (B, G) bool; a place without an object holds a box of zeros.
+        weights, clip: of the box coder.
+    """
+    batch_size, num_anchors = deltas.shape[:2]
+    num_objects = gt_boxes.shape[1]
+    objects = is_object(gt_boxes)
+    if gt_crowd is not None:
+        objects = objects & ~gt_crowd
+    anchor_columns = anchors.T.reshape(4, 1, 1, num_anchors)
+    box_columns = gt_boxes.permute(2, 0, 1).unsqueeze(3)  # (4, B, G, 1)
+    box_area = area(gt_boxes).unsqueeze(2)
+    pred_boxes = decode(anchors, deltas, weights, clip)
+
+    inter = intersection(anchor_columns, box_columns)
+    q_anchor = torch.where(objects.unsqueeze(2), inter / (area(anchors) + box_area - inter), 0.0)
+    best_quality, best = q_anchor.max(dim=2)
+    objects = objects & (best_quality > 0)
+    inter = intersection(pred_boxes.permute(2, 0, 1).unsqueeze(2), box_columns)
+    q_regressed = torch.where(objects.unsqueeze(2), inter / (area(pred_boxes).unsqueeze(1) + box_area - inter), 0.0)
+    p = logits.transpose(1, 2).gather(1, gt_labels.unsqueeze(2).expand(-1, -1, num_anchors)).sigmoid()
+    q_amplified = q_anchor ** ((SIGMA - p) / SIGMA)
+
+    def claim(quality: Tensor, claimed: Tensor) -> tuple[Tensor, Tensor]:
+        """Owners (B, A), -1 for none, and their qualities, once every object holds the anchor it claimed."""
+        quality = quality.scatter(2, claimed.unsqueeze(2), objects.to(quality.dtype).unsqueeze(2))
+        value, owner = quality.max(dim=1)
+        return torch.where(value > 0, owner, -1), value
+
+    anchor_owner, anchor_quality = claim(q_anchor, best)
+    regressed_quality, best_regressed = q_regressed.max(dim=2)
+    cls_owner, cls_quality = claim(q_regressed, torch.where(regressed_quality > 0, best_regressed, best))
+    loc_owner, loc_quality = claim(q_amplified, q_amplified.argmax(dim=2))
+
+    def count(threshold: float) -> Tensor:
+        counts = torch.zeros((batch_size, num_objects + 1), dtype=torch.int64, device=anchors.device)
+        return counts.scatter_add(1, anchor_owner + 1, (anchor_quality >= threshold).long())[:, 1:]
+
+    num_pos = count(IOU_POSITIVE).clamp(min=1)
+    num_total = count(IOU_IGNORED).maximum(num_pos)
+
+    place = torch.arange(num_anchors, device=anchors.device).expand(batch_size, -1)
+
+    def rank(owner: Tensor, quality: Tensor) -> Tensor:
+        """(B, A) place of each anchor among those of its owner."""
+        order = quality.argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, owner.gather(1, order).argsort(dim=1, stable=True))
+        grouped = owner.gather(1, order)
+        start = torch.searchsorted(grouped, grouped)
+        return torch.zeros_like(order).scatter(1, order, place - start)
+
+    cls_rank, owner = rank(cls_owner, cls_quality), cls_owner.clamp(min=0)
+    cls_match = torch.where((cls_owner >= 0) & (cls_rank < num_total.gather(1, owner)), IGNORED, BACKGROUND)
+    cls_match = torch.where((cls_owner >= 0) & (cls_rank < num_pos.gather(1, owner)), cls_owner, cls_match)
+    loc_rank, owner = rank(loc_owner, loc_quality), loc_owner.clamp(min=0)
+    loc_match = torch.where((loc_owner >= 0) & (loc_rank < num_pos.gather(1, owner)), loc_owner, BACKGROUND)
+
+    if gt_crowd is not None:
+        crowds = torch.where((gt_crowd & is_object(gt_boxes)).unsqueeze(2), gt_boxes, 0.0)
+        coverage = intersection(anchor_columns, crowds.permute(2, 0, 1).unsqueeze(3)) / area(anchors)
+        covered = (coverage >= CROWD_OVERLAP).any(dim=1)
+        cls_match = torch.where(covered & (cls_match == BACKGROUND), IGNORED, cls_match)
+    return Match(cls_match, loc_match)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (d) the classic assignment, (e) another algorithm of the family
+
+
+def match_by_torchvision(anchors: Tensor, gt_boxes: Sequence[Tensor], gt_crowd: Sequence[Tensor] | None) -> Match:
+    """torchvision's assignment, as its RetinaNet runs it; crowd regions and boxes without an area are taken out first.
+
+    Args:
+        anchors: (A, 4). gt_boxes, gt_crowd: lists of B tensors (G, 4), (G,) bool.
+    """
+    matcher = Matcher(IOU_POSITIVE, IOU_IGNORED, allow_low_quality_matches=True)
+    matches = []
+    for image, boxes in enumerate(gt_boxes):
+        objects = is_object(boxes)
+        if gt_crowd is not None:
+            objects &= ~gt_crowd[image]
+        index = objects.nonzero().squeeze(1)
+        if len(index) == 0:
+            matches.append(torch.full((len(anchors),), BACKGROUND, device=anchors.device))
+            continue
+        match = matcher(box_iou(boxes[index], anchors))
+        matches.append(torch.where(match >= 0, index[match.clamp(min=0)], match))
+    return Match(torch.stack(matches), None)
+
+
+def make_task_aligned_assigner(
+    anchors: Tensor, num_classes: int, weights: Sequence[float], clip: float
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], object]:
+    """ultralytics' TaskAlignedAssigner with its own training settings, as a call on (deltas, logits, gt_boxes, gt_labels).
+
+    Its job is a relative of ours: it scores each (object, anchor) pair by classification and regressed IoU, takes the 10
+    best for each object, and also gathers the targets. Objects are padded as for `match_batched`.
+
+    Raises:
+        ImportError: ultralytics is not installed.
+    """
+    from ultralytics.utils.tal import TaskAlignedAssigner
+
+    assigner = TaskAlignedAssigner(topk=10, num_classes=num_classes, alpha=0.5, beta=6.0)
+    centers = 0.5 * (anchors[:, :2] + anchors[:, 2:])
+
+    def assign(deltas: Tensor, logits: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> object:
+        mask = is_object(gt_boxes).unsqueeze(2).float()
+        pred_boxes = decode(anchors, deltas, weights, clip)
+        return assigner(logits.sigmoid(), pred_boxes, centers, gt_labels.unsqueeze(2), gt_boxes, mask)
+
+    return assign

@@ -1,0 +1,184 @@
+"""The batches that match_speed.py times: anchors, objects, and predictions like a half-trained network's.
+
+Predictions are made, not run through a network, so that every size is reproducible from a seed:
+
+- Each anchor is paired with the object it overlaps most (IoU with the anchor). Where that IoU is at least 0.3, the anchor's
+  deltas are t times the deltas that hit the object exactly, t uniform in [0.3, 1] (some anchors regress close, some hardly).
+  All deltas have noise added: normal, 0.1 in units of the encoded deltas.
+- Logits are normal around the usual prior -log(99), standard deviation 0.5. Where the IoU is at least 0.4, the logit of the
+  object's class is raised by 8 (IoU - 0.4) / 0.6 times a uniform number in [0, 1], plus 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+import mg_ops
+from benchmarks import anchors as anchor_grids
+from benchmarks.objects import ImageObjects, generate_coco, generate_dense, generate_voc
+
+CODER = mg_ops.BoxCoder()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the benchmark's table of cases."""
+
+    name: str
+    batch_size: int
+    num_classes: int
+    make_anchors: Callable[[], Tensor]
+    image_size: tuple[int, int]
+    """(width, height) in pixels."""
+    keep_aspect: bool
+    """Scale images to fit, placed at the top left (RetinaNet); else stretch them (SSD)."""
+    objects: str
+    """Which generator: "voc", "coco" or "dense"."""
+    objects_per_image: int | None = None
+    """For "dense"."""
+
+    @property
+    def takes_file(self) -> bool:
+        """Whether --boxes replaces the generator."""
+        return self.objects != "dense"
+
+
+def _case(name: str, batch_size: int, grid: str, objects: str, per_image: int | None = None, num_classes: int = 80) -> Case:
+    make_anchors, image_size, keep_aspect = {
+        "ssd": (anchor_grids.make_ssd_anchors, (320, 320), False),
+        "retinanet": (anchor_grids.make_retinanet_anchors, (1333, 800), True),
+        "dense": (anchor_grids.make_dense_anchors, (608, 800), True),
+    }[grid]
+    return Case(name, batch_size, num_classes, make_anchors, image_size, keep_aspect, objects, per_image)
+
+
+SWEEP = (5, 50, 500)
+CASES = {
+    case.name: case
+    for case in (
+        _case("voc320", 32, "ssd", "voc", num_classes=20),
+        _case("coco320", 32, "ssd", "coco"),
+        _case("coco800", 16, "retinanet", "coco"),
+        _case("dense", 8, "dense", "dense", 500),
+        _case("dense5000", 1, "dense", "dense", 5000),
+        *(_case(f"sweep{count}", 1, "dense", "dense", count) for count in SWEEP),
+    )
+}
+
+
+@dataclass
+class Batch:
+    """One batch on one device; B images, A anchors, C classes, N objects in all, G in the fullest image."""
+
+    anchors: Tensor  # (A, 4)
+    deltas: Tensor  # (B, A, 4)
+    logits: Tensor  # (B, A, C)
+    gt_boxes: Tensor  # (N, 4)
+    gt_labels: Tensor  # (N,)
+    gt_offsets: Tensor  # (B + 1,)
+    gt_crowd: Tensor | None  # (N,)
+    counts: list[int]
+    padded_boxes: Tensor  # (B, G, 4), zeros where there is no object
+    padded_labels: Tensor  # (B, G)
+    padded_crowd: Tensor | None  # (B, G)
+
+    def __post_init__(self) -> None:
+        self.boxes_list = list(self.gt_boxes.split(self.counts))
+        self.labels_list = list(self.gt_labels.split(self.counts))
+        self.crowd_list = None if self.gt_crowd is None else list(self.gt_crowd.split(self.counts))
+
+
+def fit_to_case(image: ImageObjects, case: Case) -> Tensor:
+    """Boxes (G, 4) of an image in the pixels of the case."""
+    width, height = case.image_size
+    scale_x, scale_y = width / image.width, height / image.height
+    if case.keep_aspect:
+        scale_x = scale_y = min(scale_x, scale_y)
+    return torch.from_numpy(image.boxes * np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32))
+
+
+def draw_images(case: Case, source: list[ImageObjects] | None, num_images: int, rng: np.random.Generator) -> list[ImageObjects]:
+    """Images from the file given, or from the case's generator."""
+    if source is not None and case.takes_file:
+        return [source[index] for index in rng.integers(len(source), size=num_images)]
+    if case.objects == "dense":
+        assert case.objects_per_image is not None
+        return generate_dense(num_images, case.objects_per_image, case.num_classes, rng)
+    return {"voc": generate_voc, "coco": generate_coco}[case.objects](num_images, case.num_classes, rng)
+
+
+def best_overlaps(anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """For each anchor the largest IoU (A,) with an object, and which object (A,).
+
+    Objects are taken in bands from top to bottom, each against the anchors that reach its rows, so that 5,000 objects on
+    120,000 anchors need neither the memory nor the time of all pairs.
+    """
+    quality = torch.zeros(len(anchors))
+    owner = torch.zeros(len(anchors), dtype=torch.int64)
+    for band in gt_boxes[:, 1].argsort().split(32):
+        boxes = gt_boxes[band]
+        near = ((anchors[:, 3] > boxes[:, 1].min()) & (anchors[:, 1] < boxes[:, 3].max())).nonzero().squeeze(1)
+        if len(near) == 0:
+            continue
+        value, row = box_iou(boxes, anchors[near]).nan_to_num(0.0).max(dim=0)
+        better = value > quality[near]
+        quality[near[better]], owner[near[better]] = value[better], band[row[better]]
+    return quality, owner
+
+
+def make_batches(case: Case, source: list[ImageObjects] | None, num_batches: int, seed: int, device: str) -> list[Batch]:
+    """Batches of a case; the same for the same seed, on every device. They share anchors and padding."""
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+    anchors = case.make_anchors()
+    drawn = [draw_images(case, source, case.batch_size, rng) for _ in range(num_batches)]
+    most = max(len(image.labels) for images in drawn for image in images)
+    has_crowd = any(image.crowd.any() for images in drawn for image in images)
+    batches = []
+    for images in drawn:
+        boxes = [fit_to_case(image, case) for image in images]
+        labels = [torch.from_numpy(image.labels) for image in images]
+        crowds = [torch.from_numpy(image.crowd) for image in images]
+        deltas = torch.empty(len(images), len(anchors), 4).normal_(0, 0.1, generator=generator)
+        logits = torch.empty(len(images), len(anchors), case.num_classes).normal_(-math.log(99), 0.5, generator=generator)
+        padded_boxes = torch.zeros(len(images), most, 4)
+        padded_labels = torch.zeros(len(images), most, dtype=torch.int64)
+        padded_crowd = torch.zeros(len(images), most, dtype=torch.bool)
+        for index, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
+            count = len(image_labels)
+            padded_boxes[index, :count] = image_boxes
+            padded_labels[index, :count] = image_labels
+            padded_crowd[index, :count] = crowds[index]
+            if count == 0:
+                continue
+            quality, owner = best_overlaps(anchors, image_boxes)
+            near = (quality >= 0.3).nonzero().squeeze(1)
+            trained = torch.empty(len(near), 1).uniform_(0.3, 1.0, generator=generator)
+            deltas[index, near] += trained * CODER.encode(anchors[near], image_boxes[owner[near]])
+            near = (quality >= 0.4).nonzero().squeeze(1)
+            raised = torch.empty(len(near)).uniform_(0.0, 1.0, generator=generator)
+            logits[index, near, image_labels[owner[near]]] += 2 + 8 * (quality[near] - 0.4) / 0.6 * raised
+        counts = [len(image_labels) for image_labels in labels]
+        batches.append(
+            Batch(
+                anchors.to(device),
+                deltas.to(device),
+                logits.to(device),
+                torch.cat(boxes).to(device),
+                torch.cat(labels).to(device),
+                torch.tensor([0, *np.cumsum(counts)]).to(device),
+                torch.cat(crowds).to(device) if has_crowd else None,
+                counts,
+                padded_boxes.to(device),
+                padded_labels.to(device),
+                padded_crowd.to(device) if has_crowd else None,
+            )
+        )
+    return batches
