@@ -48,10 +48,12 @@ struct ImageWork {
   float* may_be_best_iou;      // under q_amplified: no pair below this q_anchor can be the slot's best,
   float* may_be_positive_iou;  // ... and none below this is looked at as its positive, unless too few are found
   uint32_t* enough_order;      // exponent_order that n_pos anchors must reach for that to be exact
+  int32_t* look_again;         // they did not: whether the slot is looked at once more
   int32_t *num_pos, *num_total;
   int32_t* list_size;
   int64_t* list_begin;
-  uint32_t* list_floor;   // anchors of at most this quality are no longer of interest
+  uint32_t* list_floor;    // anchors of at most this quality are not, or no longer, of interest; from index -1 on
+  uint32_t* likely_order;  // most of the slot's positives should be above this quality
   uint32_t* saved_value;  // anchor_quality and owner under the slot's forced pair
   int32_t* saved_owner;
 
@@ -73,8 +75,6 @@ namespace {
 // log2, and exponents err by less than 1e-4 for every float.
 constexpr float kBoundMargin = 0.99f;
 constexpr int kMaxBoundPower = 32;
-// An object whose n_pos-th best quality is this share of what its count promises needs no second look.
-constexpr float kExpectedShare = 0.75f;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Floating point state and conversions
@@ -352,17 +352,23 @@ struct PairBatch {
   int size = 0;
   int32_t slot[kCapacity];
   int32_t lane[kCapacity];
+  int64_t score[kCapacity];  // where its logit lies; negative for an unknown label
   alignas(64) float iou[kCapacity];
   alignas(64) float logit[kCapacity];
   alignas(64) uint32_t order[kCapacity];
 };
 
-static void evaluate_pairs(PairBatch& pairs, float sigma) {
-  for (int i = pairs.size; i < ((pairs.size + 15) & ~15); ++i) {
+static void evaluate_pairs(PairBatch& pairs, const FloatArray& cls_scores, float sigma) {
+  with_type(cls_scores, [&](auto* data) {
+    // An unknown label has p = 0, which is what a NaN logit stands for.
+    const float unknown = bits_float(0x7fc00000u);
+    for (int i = 0; i < pairs.size; ++i) pairs.logit[i] = pairs.score[i] < 0 ? unknown : to_float(data[pairs.score[i]]);
+  });
+  const int padded = (pairs.size + 15) & ~15;
+  for (int i = pairs.size; i < padded; ++i) {
     pairs.iou[i] = 1.0f;
     pairs.logit[i] = 0.0f;
   }
-  const int padded = (pairs.size + 15) & ~15;
   for (int i = 0; i < padded; ++i) {
     const float p = class_probability(pairs.logit[i]);
     pairs.order[i] = exponent_order(amplified_exponent(det_log2(pairs.iou[i]), p, sigma));
@@ -372,23 +378,23 @@ static void evaluate_pairs(PairBatch& pairs, float sigma) {
 // One tile under q_amplified. Scores are read only for pairs that can matter:
 //  - an anchor matters if it has a pair of at least the slot's may_be_positive_iou; then every pair that could own it does;
 //  - besides, every pair that could be its slot's best.
-// Anchors that do not matter are left without an owner. `label_localization` verifies that they did not.
+// Anchors that do not matter are left without an owner. `lower_bounds` verifies that they did not.
+// With only_again, tiles without a slot to look at again stay as they are.
 static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_t tile_index, int power,
-                                    bool only_unbounded) {
+                                    bool only_again) {
   constexpr int32_t kKept = 64;  // slots whose IoUs stay at hand between the two looks at them
   const MatchProblem& problem = *work.problem;
+  const int64_t score_bytes = with_type(problem.cls_scores, [](auto* data) { return int64_t{sizeof *data}; });
   const int64_t first = tile_index * kTileSize;
   const uint32_t* anchor_quality = work.anchor_quality + first;
 
-  int32_t num_overlapping = 0;
   float lowest_iou = 2.0f;
-  bool unbounded = false;
+  bool again = false;
   for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
-    ++num_overlapping;
     lowest_iou = min_float(lowest_iou, work.may_be_positive_iou[slot]);
-    unbounded |= work.may_be_positive_iou[slot] == 0.0f;
+    again |= work.look_again[slot] != 0;
   });
-  if (only_unbounded && !unbounded) return;
+  if (only_again && !again) return;
 
   uint32_t* quality = work.quality + first;
   int32_t* owner = work.owner + first;
@@ -425,7 +431,7 @@ static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_
   // Second look: gather the pairs, evaluate them, let them compete.
   PairBatch pairs;
   const auto compete = [&]() {
-    evaluate_pairs(pairs, problem.params.sigma);
+    evaluate_pairs(pairs, problem.cls_scores, problem.params.sigma);
     for (int j = 0; j < pairs.size; ++j) {
       const int32_t slot = pairs.slot[j], lane = pairs.lane[j];
       const uint32_t order = pairs.order[j];
@@ -454,8 +460,8 @@ static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_
     }
     if (pairs.size > PairBatch::kCapacity - kTileSize) compete();
     const int64_t label = work.label[slot];
-    const int64_t score_offset = work.image * problem.cls_scores.stride[0] + first * problem.cls_scores.stride[1] +
-                                 label * problem.cls_scores.stride[2];
+    const int64_t first_score = work.image * problem.cls_scores.stride[0] + first * problem.cls_scores.stride[1] +
+                                label * problem.cls_scores.stride[2];
     for (int64_t word = 0; word < kTileSize; word += 8) {
       uint64_t bytes;
       std::memcpy(&bytes, wanted + word, sizeof bytes);
@@ -465,9 +471,11 @@ static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_
         pairs.slot[j] = slot;
         pairs.lane[j] = lane;
         pairs.iou[j] = iou[lane];
-        // An unknown label has p = 0, which is what a NaN logit stands for.
-        pairs.logit[j] = label < 0 ? bits_float(0x7fc00000u)
-                                   : load_float(problem.cls_scores, score_offset + lane * problem.cls_scores.stride[1]);
+        pairs.score[j] = label < 0 ? -1 : first_score + lane * problem.cls_scores.stride[1];
+        // Scores lie apart, each in a cache line of its own: asked for here, they arrive together.
+        if (label >= 0) {
+          __builtin_prefetch(static_cast<const char*>(problem.cls_scores.data) + pairs.score[j] * score_bytes);
+        }
       }
     }
   });
@@ -506,31 +514,56 @@ static void select_largest(uint64_t* keys, int64_t count, int64_t size) {
   if (count > 0 && count < size) std::nth_element(keys, keys + count, keys + size, LargerKey{});
 }
 
-// Collects, for every slot, the list_size <= num_kept best of the anchors it owns under a quality.
-static void select_owned(ImageWork& work, const uint32_t* quality, const int32_t* owner, const int32_t* num_kept) {
-  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
-    work.list_size[slot] = 0;
-    work.list_floor[slot] = 0;
-  }
-  const int64_t num_anchors = work.problem->num_anchors;
-  for (int64_t anchor = 0; anchor < num_anchors; ++anchor) {
-    const int32_t slot = owner[anchor];
-    if (slot < 0 || quality[anchor] <= work.list_floor[slot]) continue;
-    uint64_t* list = work.keys + work.list_begin[slot];
-    int32_t size = work.list_size[slot];
-    list[size++] = claim_key(quality[anchor], static_cast<uint32_t>(anchor));
-    if (size == work.list_begin[slot + 1] - work.list_begin[slot]) {
-      // Anchors ascend: from now on one of equal quality would come after all that are kept.
-      const int32_t kept = num_kept[slot];
-      select_largest(list, kept, size);
-      size = kept;
-      work.list_floor[slot] = smallest_order(list, kept);
+// Adds to the lists the owned anchors whose quality is above their slot's list_floor, and keeps the num_kept best.
+static void collect_owned(ImageWork& work, const uint32_t* quality, const int32_t* owner, const int32_t* num_kept) {
+  for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
+    const int64_t first = tile * kTileSize;
+    // Most anchors are below: sort them out a vector at a time. list_floor[-1], of those without an owner, lets none pass.
+    alignas(64) uint8_t above[kTileSize];
+    for (int64_t i = 0; i < kTileSize; ++i) above[i] = quality[first + i] > work.list_floor[owner[first + i]];
+    for (int64_t word = 0; word < kTileSize; word += 8) {
+      uint64_t bytes;
+      std::memcpy(&bytes, above + word, sizeof bytes);
+      for (; bytes != 0; bytes &= bytes - 1) {
+        const int64_t anchor = first + word + (__builtin_ctzll(bytes) >> 3);
+        const int32_t slot = owner[anchor];
+        if (quality[anchor] <= work.list_floor[slot]) continue;  // the floor may have risen meanwhile
+        uint64_t* list = work.keys + work.list_begin[slot];
+        int32_t size = work.list_size[slot];
+        list[size++] = claim_key(quality[anchor], static_cast<uint32_t>(anchor));
+        if (size == work.list_begin[slot + 1] - work.list_begin[slot]) {
+          // Anchors ascend: from now on one of equal quality would come after all that are kept.
+          const int32_t kept = num_kept[slot];
+          select_largest(list, kept, size);
+          size = kept;
+          work.list_floor[slot] = smallest_order(list, kept);
+        }
+        work.list_size[slot] = size;
+      }
     }
-    work.list_size[slot] = size;
   }
-  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
-    uint64_t* list = work.keys + work.list_begin[slot];
-    select_largest(list, num_kept[slot], work.list_size[slot]);
+}
+
+// The list_size <= num_kept best of the anchors each slot owns under a quality. Looks first at those above `likely_order`,
+// which should be enough of them, and once more at all where they are not.
+static void select_owned(ImageWork& work, const uint32_t* quality, const int32_t* owner, const int32_t* num_kept,
+                         const uint32_t* likely_order) {
+  const int32_t num_slots = work.num_slots;
+  for (int32_t slot = 0; slot < num_slots; ++slot) {
+    work.list_size[slot] = 0;
+    work.list_floor[slot] = likely_order[slot];
+  }
+  collect_owned(work, quality, owner, num_kept);
+  bool too_few = false;
+  for (int32_t slot = 0; slot < num_slots; ++slot) {
+    const bool again = work.list_size[slot] < num_kept[slot] && likely_order[slot] > 0;
+    work.list_floor[slot] = again ? 0 : ~uint32_t{0};
+    if (again) work.list_size[slot] = 0;
+    too_few |= again;
+  }
+  if (too_few) collect_owned(work, quality, owner, num_kept);
+  for (int32_t slot = 0; slot < num_slots; ++slot) {
+    select_largest(work.keys + work.list_begin[slot], num_kept[slot], work.list_size[slot]);
     work.list_size[slot] = std::min(work.list_size[slot], num_kept[slot]);
   }
 }
@@ -609,11 +642,11 @@ struct Carver {
   }
 };
 
-constexpr size_t kSlotBytes = 4 * 8 + 15 * 4;  // four arrays of 8 bytes, fifteen of 4
+constexpr size_t kSlotBytes = 4 * 8 + 17 * 4;  // four arrays of 8 bytes, seventeen of 4
 constexpr int64_t kListSlack = 8;
 
 static bool reserve_slots(ImageWork& work, int64_t count) {
-  // One more for the end of the last list.
+  // One more for the end of the last list, and for the floor before the first.
   if (!grow(&work.slot_memory, &work.slot_capacity, count + 1, kSlotBytes)) return false;
   Carver carver = {static_cast<char*>(work.slot_memory), work.slot_capacity};
   carver.carve(work.label);
@@ -629,10 +662,13 @@ static bool reserve_slots(ImageWork& work, int64_t count) {
   carver.carve(work.may_be_best_iou);
   carver.carve(work.may_be_positive_iou);
   carver.carve(work.enough_order);
+  carver.carve(work.look_again);
   carver.carve(work.num_pos);
   carver.carve(work.num_total);
   carver.carve(work.list_size);
   carver.carve(work.list_floor);
+  *work.list_floor++ = ~uint32_t{0};
+  carver.carve(work.likely_order);
   carver.carve(work.saved_value);
   carver.carve(work.saved_owner);
   return true;
@@ -771,6 +807,9 @@ static bool count_positives(ImageWork& work) {
     work.num_total[slot] = std::max(work.num_total[slot], work.num_pos[slot]);
     problem.num_pos[begin + work.object[slot]] = work.num_pos[slot];
     problem.num_total[begin + work.object[slot]] = work.num_total[slot];
+    // The counts say how many anchors have this q_anchor; regressed boxes should do no worse.
+    const uint32_t best = key_order(work.best_by_anchor[slot]);
+    work.likely_order[slot] = std::min(best, ignored) - 1;
     num_keys += 2 * static_cast<int64_t>(work.num_total[slot]) + kListSlack;
   }
   work.list_begin[num_slots] = num_keys;
@@ -780,11 +819,11 @@ static bool count_positives(ImageWork& work) {
   if (!enough_memory) return false;
 
   if (!problem.params.classification_by_regressed) {
-    select_owned(work, work.anchor_quality, work.anchor_owner, work.num_total);
+    select_owned(work, work.anchor_quality, work.anchor_owner, work.num_total, work.likely_order);
     write_classification(work);
   }
   if (!problem.params.localization_by_amplified) {
-    select_owned(work, work.anchor_quality, work.anchor_owner, work.num_pos);
+    select_owned(work, work.anchor_quality, work.anchor_owner, work.num_pos, work.likely_order);
     write_localization(work);
   }
   // What q_anchor really is at the forced pairs: the claim by q_amplified bounds from it.
@@ -808,11 +847,18 @@ static void claim_by_regressed(ImageWork& work, int64_t tile_begin, int64_t tile
   }
 }
 
+// Looks for the slot's positives among pairs that can reach the amplified quality of this q_anchor at p = 0.
+static void set_positive_bound(ImageWork& work, int32_t slot, float iou, int power) {
+  iou_to_compete<1>(&iou, power, &work.may_be_positive_iou[slot]);
+  work.enough_order[slot] = exponent_order(det_log2(iou));
+  work.likely_order[slot] = work.enough_order[slot] - 1;
+}
+
 static void label_classification(ImageWork& work) {
   const DefaultFloatEnvironment environment;
   if (work.num_slots > 0 && work.problem->params.classification_by_regressed) {
     force_best(work, work.best, kForcedIouOrder, work.quality, work.owner);
-    select_owned(work, work.quality, work.owner, work.num_total);
+    select_owned(work, work.quality, work.owner, work.num_total, work.likely_order);
     write_classification(work);
   }
   if (work.num_crowds > 0) ignore_crowds(work);
@@ -824,11 +870,9 @@ static void label_classification(ImageWork& work) {
     const uint64_t best = work.best_by_anchor[slot];
     if (best == 0) continue;
     const float best_iou = bits_float(key_order(best));
-    // n_pos anchors have at least this q_anchor, if they are still owned; with some margin for those that are not.
-    const float expected_iou = kExpectedShare * min_float(best_iou, params.iou_positive);
     iou_to_compete<1>(&best_iou, power, &work.may_be_best_iou[slot]);
-    iou_to_compete<1>(&expected_iou, power, &work.may_be_positive_iou[slot]);
-    work.enough_order[slot] = exponent_order(det_log2(expected_iou));
+    // So much q_anchor have n_pos anchors, if they are still owned.
+    set_positive_bound(work, slot, min_float(best_iou, params.iou_positive), power);
   }
 }
 
@@ -842,34 +886,43 @@ static void claim_by_amplified(ImageWork& work, int64_t tile_begin, int64_t tile
   }
 }
 
-// Verifies that the bounds of the claim kept no anchor from its place, and opens those of the slots where they might have.
-static bool open_bounds(ImageWork& work) {
-  bool opened = false;
+// Whether the bounds of the claim may have kept an anchor from its place. Lowers those of the slots where they may.
+static bool lower_bounds(ImageWork& work, int power) {
+  bool lowered = false;
   for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    work.look_again[slot] = 0;
     if (work.best_by_anchor[slot] == 0 || work.may_be_positive_iou[slot] == 0.0f) continue;
-    const uint64_t* list = work.keys + work.list_begin[slot];
     const int32_t size = work.list_size[slot];
-    if (size == work.num_pos[slot] && smallest_order(list, size) >= work.enough_order[slot]) continue;
-    work.may_be_positive_iou[slot] = 0.0f;
-    opened = true;
+    const uint32_t order = smallest_order(work.keys + work.list_begin[slot], size);
+    const bool full = size == work.num_pos[slot];
+    if (full && order >= work.enough_order[slot]) continue;
+    // n_pos anchors reach the exponent found, and more looks only find better ones.
+    const float iou = full ? 0.999f * det_exp(bits_float(~order) * 0.693147181f) : 0.0f;
+    if (iou > 1e-30f) {
+      set_positive_bound(work, slot, iou, power);
+    } else {
+      work.may_be_positive_iou[slot] = 0.0f;
+      work.likely_order[slot] = 0;
+    }
+    work.look_again[slot] = lowered = true;
   }
-  return opened;
+  return lowered;
 }
 
 static void label_localization(ImageWork& work) {
   if (work.num_slots == 0 || !work.problem->params.localization_by_amplified) return;
   const DefaultFloatEnvironment environment;
+  const int power = compete_power(work.problem->params.sigma);
   force_best(work, work.best, kForcedExponentOrder, work.quality, work.owner);
-  select_owned(work, work.quality, work.owner, work.num_pos);
-  if (open_bounds(work)) {
-    // Only tiles that an opened slot overlaps can change; owners found before stand, new ones join them.
-    const int power = compete_power(work.problem->params.sigma);
+  select_owned(work, work.quality, work.owner, work.num_pos, work.likely_order);
+  while (lower_bounds(work, power)) {
+    // Only tiles that such a slot overlaps can change; the owners found before stand, others join them.
     BoxTile own_tile;
     for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
       claim_tile_by_amplified(work, anchor_tile(work, tile, own_tile), tile, power, true);
     }
     force_best(work, work.best, kForcedExponentOrder, work.quality, work.owner);
-    select_owned(work, work.quality, work.owner, work.num_pos);
+    select_owned(work, work.quality, work.owner, work.num_pos, work.likely_order);
   }
   write_localization(work);
 }
