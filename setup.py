@@ -32,7 +32,7 @@ def find_torch() -> Path | None:
     """The folder of a torch whose headers will do: the build environment's, or that of the environment installed into.
 
     pip builds in an isolated environment, where torch would be downloaded again, gigabytes of it. Its headers are all
-    that is needed, any version from 2.10 on gives the same library, and the interpreter still knows its own site-packages.
+    that is needed, those of any version from 2.10 on, and the interpreter still knows its own site-packages.
     """
     spec = importlib.util.find_spec("torch")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []

@@ -1,6 +1,6 @@
-// Argument checks of the operators. mg_ops.mutual_match has checked everything before (mg_ops/checks.py), but an operator
-// can also be called by itself, from torch.ops or an exported program, and wrong input must never crash the process.
-// Whatever is thrown here reaches Python as a RuntimeError with this message.
+// Argument checks of the operators. mg_ops.mutual_match has checked everything before (mg_ops/checks.py), but an
+// operator can also be called by itself, from torch.ops or an exported program, and wrong input must never crash the
+// process. Whatever is thrown here reaches Python as a RuntimeError with this message.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -97,7 +97,8 @@ struct MatchSizes {
   int64_t batch_size, num_anchors, num_classes, num_gt;
 };
 
-// Raises unless the arguments of mg_ops::mutual_match are as csrc/schema.cpp says, but for the values inside the tensors.
+// Raises unless the arguments of mg_ops::mutual_match are as csrc/schema.cpp says, but for the values inside the
+// tensors.
 inline MatchSizes check_match_arguments(const Tensor& anchors, const Tensor& pred_boxes, const Tensor& cls_scores,
                                         const Tensor& gt_boxes, const Tensor& gt_labels, const Tensor& gt_offsets,
                                         const std::optional<Tensor>& gt_crowd, bool decode, double weight_x,
@@ -148,8 +149,8 @@ inline void check_offsets(const Tensor& gt_offsets, int64_t num_gt) {
   const int64_t stride = gt_offsets.stride(0);
   int64_t previous = 0;
   for (int64_t i = 0; i < gt_offsets.size(0); ++i) {
-    const int64_t offset = is_int64 ? static_cast<const int64_t*>(data)[i * stride]
-                                    : static_cast<const int32_t*>(data)[i * stride];
+    const int64_t offset =
+        is_int64 ? static_cast<const int64_t*>(data)[i * stride] : static_cast<const int32_t*>(data)[i * stride];
     if (i == 0 && offset != 0) {
       fail("gt_offsets: must start at 0, got ", offset);
     }

@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
       "float sigma, float iou_positive, float iou_ignored, float crowd_overlap) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 
-  // Why the CUDA kernels of this library do not run on a device: "" where they do. Without a CUDA backend in the library
-  // the operator has no kernel.
+  // Why the CUDA kernels of this library do not run on a device: "" where they do. Without a CUDA backend in the
+  // library the operator has no kernel.
   m.def("cuda_device_error(int device_index) -> str");
 }

@@ -39,13 +39,14 @@ def _load_library() -> str:
     if not LIBRARY_FILE.exists():
         return (
             f"{LIBRARY_FILE.name} was not built when mg_ops was installed: install a C++ compiler (on Debian "
-            "`apt install g++`) and run `pip install --force-reinstall --no-deps --no-cache-dir .` in the checkout again"
+            "`apt install g++`), then run `pip install --force-reinstall --no-deps --no-cache-dir .` in the checkout"
         )
     try:
         torch.ops.load_library(LIBRARY_FILE)
         schema = str(torch.ops.mg_ops.mutual_match.default._schema)
     except (OSError, RuntimeError, AttributeError) as error:
-        return f"{LIBRARY_FILE.name} does not load under torch {torch.__version__}: {error}. Install mg_ops again"
+        reason = error.__cause__ or error  # torch puts the loader's words into the cause
+        return f"{LIBRARY_FILE.name} does not load under torch {torch.__version__} ({reason}): install mg_ops again"
     if schema != f"mg_ops::mutual_match{_SIGNATURE}":
         return f"{LIBRARY_FILE.name} was built from other sources than these Python files: install mg_ops again"
     return ""
@@ -111,6 +112,8 @@ torch.library.register_fake("mg_ops::mutual_match_eager")(_fake)
 
 load_error = _load_library()
 if load_error:
-    warnings.warn(f"mg_ops: no compiled backend: {load_error}. backend='eager' works without it.", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"mg_ops: no compiled backend: {load_error}. backend='eager' works without it.", RuntimeWarning, stacklevel=2
+    )
 else:
     torch.library.register_fake("mg_ops::mutual_match")(_fake)

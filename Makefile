@@ -1,0 +1,117 @@
+# Each target sets up what it needs: .venv, torch, the build. Needs make, g++ and Python 3.10 or newer with venv; all else
+# comes from pip. A second run does only what has changed.
+#
+#   make bench   build, then measure the matching against what people use today
+#   make test    build, then everything a change must pass (CI runs this)
+#   make help    all targets and variables
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+# What pip installs as torch; without torchvision some benchmark baselines and the detector are missing.
+# A CPU build, for example: make test TORCH="torch==2.13.0"
+TORCH ?= torch torchvision
+# Two architectures build in half a minute and run on every GPU from Ampere on (newer ones compile the PTX when first used).
+# A plain `pip install .` or `pip wheel .` compiles for all of them.
+CUDA_ARCHITECTURES ?= 80-real;90
+# The torch that the wheel is tried under, in an environment of its own: one version, and one build, other than .venv's.
+WHEEL_TORCH ?= torch==2.13.0
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+LIBRARY := mg_ops/libmg_ops.so
+SOURCES := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py
+export CMAKE_ARGS := -DMG_OPS_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(CMAKE_ARGS)
+# Here a build without the library is an error, not a package without it.
+export MG_OPS_REQUIRE_LIBRARY := 1
+export PIP_NO_INPUT := 1
+SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),g++) -print-file-name=$(library)))
+
+.PHONY: help venv build bench test test-python test-asan test-wheel test-headers wheel lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@echo; echo "Variables: PYTHON=$(PYTHON)  TORCH='$(TORCH)'  CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'  BENCH_ARGS  PYTEST_ARGS"
+
+venv: $(VENV)/.installed  ## .venv with torch and the tools of pyproject.toml
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer with venv is needed (on Debian: apt install python3-venv), or choose one: make PYTHON=..."; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install $(TORCH)
+	$(PIP) install --group dev
+	@touch $@
+
+build: $(LIBRARY)  ## the library, and mg_ops in .venv (editable: changes of Python files need no build)
+$(LIBRARY): $(SOURCES) $(VENV)/.installed
+	$(PY) setup.py build_ext --inplace
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+bench: build  ## the matching benchmark; options in BENCH_ARGS, "--help" among them
+	$(PY) benchmarks/match_speed.py $(BENCH_ARGS)
+
+test: test-wheel test-asan test-python  ## everything a change must pass
+	@echo "make test: all passed"
+
+test-python: build wheel test-headers  ## the test suite; options in PYTEST_ARGS
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-headers: build/tests/.built  ## the plain C++ headers as a Python module, for the tests
+build/tests/.built: tests/bindings.cpp $(wildcard csrc/*.h) CMakeLists.txt $(VENV)/.installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/headers -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -DMG_OPS_CUDA=OFF -DMG_OPS_TEST_BINDINGS=ON
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build/headers --target mg_ops_headers
+	@touch $@
+
+# The tests of the C++ backend in a copy of the checkout whose library has the sanitizers in it. They must be loaded before
+# Python; Python and torch leak at exit, so leaks are not looked for.
+ASAN_TESTS ?= $(wildcard tests/test_named_cases.py tests/test_cpp_equals_reference.py tests/test_wrong_input.py)
+ASAN_CHECKOUT := build/asan/checkout
+test-asan: $(VENV)/.installed  ## the C++ backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/asan -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -DMG_OPS_SANITIZE=ON
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build/asan --target mg_ops
+	rm -rf $(ASAN_CHECKOUT) && mkdir -p $(ASAN_CHECKOUT)
+	cp -r pyproject.toml mg_ops tests $(ASAN_CHECKOUT) && rm -f $(ASAN_CHECKOUT)/$(LIBRARY)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --install build/asan --prefix $(ASAN_CHECKOUT)
+	cd $(ASAN_CHECKOUT) && LD_PRELOAD="$(SANITIZER_LIBRARIES)" \
+	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(CURDIR)/$(PY) -m pytest -p no:cacheprovider $(ASAN_TESTS) $(PYTEST_ARGS)
+
+wheel: dist/.built  ## dist/mg_ops-*-py3-none-*.whl, audited
+dist/.built: $(LIBRARY) $(wildcard mg_ops/*.py) pyproject.toml MANIFEST.in
+	rm -rf dist build/lib.* build/bdist.*
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(VENV)/bin/torch-abi-audit --check torch $(LIBRARY)
+	@touch $@
+
+build/wheel-venv/.installed: Makefile
+	rm -rf build/wheel-venv && $(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip --disable-pip-version-check install "$(WHEEL_TORCH)"
+	@touch $@
+
+test-wheel: wheel build/wheel-venv/.installed  ## the wheel in a clean environment, under another torch
+	build/wheel-venv/bin/python -m pip --disable-pip-version-check install --quiet --force-reinstall --no-deps dist/*.whl
+	build/wheel-venv/bin/python -I tests/try_installed_wheel.py
+
+lint: $(VENV)/.installed  ## ruff, mypy --strict and clang-format, without changing anything
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy mg_ops
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(VENV)/.installed  ## rewrites what ruff and clang-format can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+clean:  ## removes everything that make has made, .venv too
+	rm -rf $(VENV) build dist *.egg-info $(LIBRARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
