@@ -80,7 +80,7 @@ build/tests/.built: tests/bindings.cpp $(wildcard csrc/*.h) CMakeLists.txt $(VEN
 # The tests of the C++ backend in a copy of the checkout whose library has the sanitizers in it. They must be loaded before
 # Python; Python and torch leak at exit, so leaks are not looked for. Fewer random cases than `make test-python` has: each
 # takes several times as long.
-ASAN_TESTS ?= tests/test_every_clause_of_the_definition.py tests/test_cpp_equals_reference.py
+ASAN_TESTS ?= tests/test_every_clause_of_the_definition.py tests/test_cpp_equals_reference.py tests/test_arguments.py
 ASAN_CHECKOUT := build/asan/checkout
 test-asan: $(VENV)/.installed  ## the C++ backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE) -S . -B build/asan -G Ninja -DPython_EXECUTABLE=$(PY) -DMG_OPS_SANITIZE=ON
