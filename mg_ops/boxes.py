@@ -10,6 +10,9 @@ from torch import Tensor
 
 from mg_ops import reference
 
+_MIN_FLOAT = torch.finfo(torch.float32).tiny
+_MAX_FLOAT = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class BoxCoder:
@@ -21,7 +24,8 @@ class BoxCoder:
         clip: upper limit of the log scales dw / weight and dh / weight when decoding, so that exp cannot overflow.
 
     Raises:
-        ValueError: if weights are not four finite non-zero numbers, or clip is NaN.
+        TypeError: if weights is not a sequence of numbers, or clip not a number.
+        ValueError: if weights are not four finite non-zero numbers, also when rounded to float32, or clip is NaN.
 
     Example:
         >>> coder = BoxCoder()
@@ -34,13 +38,22 @@ class BoxCoder:
     clip: float = math.log(1000.0 / 16)
 
     def __post_init__(self) -> None:
-        weights = tuple(float(weight) for weight in self.weights)
-        if len(weights) != 4 or not all(math.isfinite(weight) and weight != 0 for weight in weights):
-            raise ValueError(f"BoxCoder: weights must be four finite non-zero numbers, got {self.weights!r}")
-        if math.isnan(float(self.clip)):
+        wanted = f"BoxCoder: weights must be four finite non-zero numbers (in float32), got {self.weights!r}"
+        try:
+            weights = tuple(float(weight) for weight in self.weights)
+        except (TypeError, ValueError) as error:
+            raise TypeError(wanted) from error
+        # Rounding to float32 must leave something to divide by.
+        if len(weights) != 4 or not all(_MIN_FLOAT <= abs(weight) <= _MAX_FLOAT for weight in weights):
+            raise ValueError(wanted)
+        try:
+            clip = float(self.clip)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"BoxCoder: clip must be a number, got {self.clip!r}") from error
+        if math.isnan(clip):
             raise ValueError("BoxCoder: clip must be a number, got NaN")
         object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "clip", float(self.clip))
+        object.__setattr__(self, "clip", clip)
 
     def encode(self, anchors: Tensor, boxes: Tensor) -> Tensor:
         """The deltas that turn anchors into boxes.
@@ -52,7 +65,7 @@ class BoxCoder:
         Returns:
             (..., 4) float32 deltas. Differentiable.
         """
-        anchors, boxes = _check_boxes("anchors", anchors), _check_boxes("boxes", boxes)
+        anchors, boxes = _check_boxes("anchors", anchors, ("...", 4)), _check_boxes("boxes", boxes, ("...", 4))
         weights = torch.tensor(self.weights, dtype=torch.float32, device=boxes.device)
         anchor_size = anchors[..., 2:] - anchors[..., :2]
         anchor_center = anchors[..., :2] + 0.5 * anchor_size
@@ -71,7 +84,8 @@ class BoxCoder:
         Returns:
             (..., A, 4) float32 boxes in the anchors' unit. Not differentiable: exp is evaluated by bit operations.
         """
-        anchors, deltas = _check_boxes("anchors", anchors), _check_boxes("deltas", deltas)
+        anchors = _check_boxes("anchors", anchors, ("A", 4))
+        deltas = _check_boxes("deltas", deltas, ("...", anchors.shape[0], 4))
         with torch.no_grad():
             return reference.decode(anchors, deltas, self.weights, self.clip)
 
@@ -86,13 +100,19 @@ def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
     Returns:
         (M, G) float32 in [0, 1]. A box with a non-finite coordinate or x2 <= x1 or y2 <= y1 has IoU 0 with everything.
     """
-    return reference.box_iou(_check_boxes("boxes_1", boxes_1), _check_boxes("boxes_2", boxes_2))
+    return reference.box_iou(_check_boxes("boxes_1", boxes_1, ("M", 4)), _check_boxes("boxes_2", boxes_2, ("G", 4)))
 
 
-def _check_boxes(name: str, boxes: Tensor) -> Tensor:
+def _check_boxes(name: str, boxes: Tensor, shape: tuple[int | str, ...]) -> Tensor:
+    """The tensor in float32; raises unless it has this shape. A name stands for any size, a leading "..." for any more."""
     if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
         kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
         raise TypeError(f"{name}: expected a floating point tensor, got {kind}")
-    if boxes.dim() < 2 or boxes.shape[-1] != 4:
-        raise ValueError(f"{name}: expected shape (..., 4), got {tuple(boxes.shape)}")
+    last = shape[1:] if shape[0] == "..." else shape
+    dims_fit = boxes.dim() >= len(last) if shape[0] == "..." else boxes.dim() == len(last)
+    if not dims_fit or any(
+        isinstance(size, int) and size != actual for size, actual in zip(reversed(last), reversed(boxes.shape), strict=False)
+    ):
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(boxes.shape)}")
     return boxes.float()

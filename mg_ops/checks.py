@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mg_ops import reference
+from mg_ops.boxes import BoxCoder
 
 _MAX_FLOAT = torch.finfo(torch.float32).max
 
@@ -26,7 +26,8 @@ def check_tensor(name: str, value: object, kind: str, shape: tuple[int | str, ..
     A string in shape names a size that may be anything.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a {kind} tensor, got {describe(value)}")
+        article = "an" if kind == "integer" else "a"
+        raise TypeError(f"{name}: expected {article} {kind} tensor, got {describe(value)}")
     dtype = value.dtype
     fits = {
         "floating point": dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -113,7 +114,7 @@ def check_objects(
         packed_labels = torch.cat([label.long() for label in labels])
         packed_crowd = None if crowd is None else torch.cat(list(crowd))
     # The lengths are known here: a pinned, asynchronous copy brings them to a GPU without a synchronisation.
-    packed_offsets = torch.tensor(offsets, dtype=torch.int64, pin_memory=device.type == "cuda")
+    packed_offsets = torch.tensor(offsets, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     if device.type != "cpu":
         packed_offsets = packed_offsets.to(device, non_blocking=True)
     return packed_boxes, packed_labels, packed_offsets, packed_crowd
@@ -146,12 +147,12 @@ def check_values(
     gt_labels: Tensor,
     gt_offsets: Tensor,
     gt_crowd: Tensor | None,
-    decoded: bool,
+    box_coder: BoxCoder | None,
 ) -> None:
     """Raises ValueError naming the first value that `mutual_match` would otherwise pass over in silence.
 
     Args:
-        decoded: whether pred_boxes are boxes, which must not be inverted; deltas need only be finite.
+        box_coder: None where pred_boxes are boxes, which must not be inverted; else it must decode them to finite ones.
     """
     _check_offsets(gt_offsets, gt_boxes.shape[0])
     offsets = gt_offsets.tolist()
@@ -166,11 +167,20 @@ def check_values(
         )
     for image in range(cls_scores.shape[0]):
         boxes = pred_boxes[image].float()
-        ok = reference.is_object(boxes) if decoded else boxes.isfinite().all(-1)
+        ok = reference.is_object(boxes) if box_coder is None else boxes.isfinite().all(-1)
         if not bool(ok.all()):
             index = int((~ok).nonzero()[0])
-            wanted = "four finite coordinates with x2 > x1 and y2 > y1" if decoded else "four finite deltas"
+            wanted = "four finite coordinates with x2 > x1 and y2 > y1" if box_coder is None else "four finite deltas"
             raise ValueError(f"pred_boxes: image {image}, anchor {index}: expected {wanted}, got {boxes[index].tolist()}")
+        if box_coder is not None:
+            decoded = box_coder.decode(anchors, boxes)
+            ok = decoded.isfinite().all(-1)
+            if not bool(ok.all()):
+                index = int((~ok).nonzero()[0])
+                raise ValueError(
+                    f"pred_boxes: image {image}, anchor {index}: the deltas {boxes[index].tolist()} decode to "
+                    f"{decoded[index].tolist()}, expected finite coordinates; lower the clip of the box coder"
+                )
         bad = cls_scores[image].isnan()
         if bool(bad.any()):
             index, class_index = bad.nonzero()[0].tolist()
@@ -201,10 +211,3 @@ def check_values(
                     f"gt_boxes: image {image}, object {index}: no anchor overlaps {objects[index].tolist()}; "
                     "are boxes and anchors in the same unit?"
                 )
-
-
-def check_finite_float32(name: str, value: float) -> float:
-    """Raises unless the number is finite and stays so in float32."""
-    if not math.isfinite(value) or abs(value) > _MAX_FLOAT:
-        raise ValueError(f"{name}: expected a finite float32 number, got {value!r}")
-    return value

@@ -128,7 +128,7 @@ def mutual_match(
     check_tensor("cls_scores", cls_scores, "floating point", ("B", num_anchors, "C"), device)
     batch_size = cls_scores.shape[0]
     check_tensor("pred_boxes", pred_boxes, "floating point", (batch_size, num_anchors, 4), device)
-    if strategy not in STRATEGIES:
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     if box_coder is not None and not isinstance(box_coder, BoxCoder):
         raise TypeError(f"box_coder: expected mg_ops.BoxCoder or None, got {type(box_coder).__name__}")
@@ -141,7 +141,7 @@ def mutual_match(
     boxes, labels, offsets, crowd = check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
     operator = _operator(backend, device)
     if check:
-        check_values(anchors, pred_boxes, cls_scores, boxes, labels, offsets, crowd, decoded=box_coder is None)
+        check_values(anchors, pred_boxes, cls_scores, boxes, labels, offsets, crowd, box_coder)
 
     coder = box_coder if box_coder is not None else BoxCoder()
     classification_by_regressed, localization_by_amplified = STRATEGIES[strategy]
@@ -174,7 +174,7 @@ def _operator(backend: str | None, device: torch.device) -> torch._ops.OpOverloa
     known = backends()
     if backend is None:
         backend = "cpp" if device.type == "cpu" and known["cpp"].usable else "eager"
-    if backend not in known:
+    if not isinstance(backend, str) or backend not in known:
         raise ValueError(f"backend: expected None or one of {', '.join(map(repr, known))}, got {backend!r}")
     if not known[backend].usable:
         raise RuntimeError(f"backend {backend!r} cannot be used: {known[backend].detail}")

@@ -279,7 +279,9 @@ def mutual_match(
     # Wide inputs are rounded once, here, so that every backend computes from the same float32 numbers.
     anchors, gt_boxes = anchors.float(), gt_boxes.float()
     sigma, iou_positive, iou_ignored, crowd_overlap, box_coder_clip = (
-        torch.tensor([sigma, iou_positive, iou_ignored, crowd_overlap, box_coder_clip], dtype=torch.float32).tolist()
+        torch.tensor(
+            [sigma, iou_positive, iou_ignored, crowd_overlap, box_coder_clip], dtype=torch.float32, device="cpu"
+        ).tolist()
     )
     if gt_crowd is None:
         gt_crowd = torch.zeros(num_gt, dtype=torch.bool, device=device)

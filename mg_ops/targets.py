@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mg_ops.boxes import BoxCoder
-from mg_ops.checks import check_objects, check_tensor
+from mg_ops.checks import check_objects, check_tensor, describe
 from mg_ops.matching import MutualMatch
 from mg_ops.reference import BACKGROUND, IGNORED
 
@@ -58,6 +58,13 @@ def encode_targets(
         >>> positive = (match.loc_match >= 0).unsqueeze(-1)
         >>> loss = (error * positive).sum() / (4 * positive.sum()).clamp(min=1)
     """
+    if not isinstance(match, MutualMatch):
+        raise TypeError(f"match: expected what mg_ops.mutual_match returned, got {describe(match)}")
+    if num_classes is not None:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+            raise TypeError(f"num_classes: expected an integer or None, got {describe(num_classes)}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes: expected at least 0, got {num_classes}")
     check_tensor("anchors", anchors, "floating point", ("A", 4), None)
     device = anchors.device
     num_anchors = anchors.shape[0]
@@ -77,7 +84,8 @@ def encode_targets(
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         if num_gt == 0:
             nothing = torch.full_like(match.loc_match, BACKGROUND)
-            return Targets(match.cls_match.clone(), nothing, torch.zeros((*nothing.shape, 4), device=device))
+            no_boxes = torch.zeros((*nothing.shape, 4), dtype=torch.float32, device=device)
+            return Targets(match.cls_match.clone(), nothing, no_boxes)
         start = offsets[:-1].long().unsqueeze(1)  # (B, 1)
         label_of = labels[(start + match.cls_match).clamp(0, num_gt - 1)]
         if num_classes is not None:
