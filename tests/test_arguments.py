@@ -1,0 +1,524 @@
+"""Wrong arguments raise an error that names the argument and says what was expected and what came; nothing crashes.
+
+`ARGUMENTS` is a right call; each test makes one thing wrong. Patterns are regular expressions on the whole message.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICES, Target
+from torch import Tensor
+
+import mg_ops
+
+B, A, C = 2, 3, 4
+
+
+def listed() -> dict[str, Any]:
+    """A right call with objects in lists: 2 objects in the first image, 1 in the second."""
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [5.0, 5.0, 15.0, 15.0], [20.0, 20.0, 30.0, 30.0]])
+    return {
+        "anchors": anchors,
+        "pred_boxes": anchors.repeat(B, 1, 1),
+        "cls_scores": torch.zeros(B, A, C),
+        "gt_boxes": [anchors[:2].clone(), anchors[2:].clone()],
+        "gt_labels": [torch.tensor([0, 1]), torch.tensor([3])],
+    }
+
+
+def packed() -> dict[str, Any]:
+    """The same call, packed."""
+    arguments = listed()
+    return {
+        **arguments,
+        "gt_boxes": torch.cat(arguments["gt_boxes"]),
+        "gt_labels": torch.cat(arguments["gt_labels"]),
+        "gt_offsets": torch.tensor([0, 2, 3]),
+    }
+
+
+def assert_raises(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error) as caught:
+        mg_ops.mutual_match(**arguments)
+    assert type(caught.value) is error
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_the_right_calls_pass() -> None:
+    for arguments in (listed(), packed()):
+        match = mg_ops.mutual_match(**arguments, check=True)
+        assert match.cls_match.tolist() == [[0, 1, -1], [-1, -1, 0]]
+
+
+FLOATING = "float16, bfloat16, float32 or float64"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        # Types
+        ("anchors", None, TypeError, r"^anchors: expected a floating point tensor, got NoneType"),
+        ("anchors", [[0, 0, 1, 1]], TypeError, r"^anchors: expected a floating point tensor, got list"),
+        ("pred_boxes", 3.0, TypeError, r"^pred_boxes: expected a floating point tensor, got float"),
+        ("cls_scores", "logits", TypeError, r"^cls_scores: expected a floating point tensor, got str"),
+        ("gt_boxes", None, TypeError, r"^gt_boxes: expected a list of 2 tensors.*got NoneType"),
+        ("gt_boxes", 5, TypeError, r"^gt_boxes: expected a list of 2 tensors.*got int"),
+        ("gt_labels", None, TypeError, r"^gt_labels: expected a list of 2 tensors.*got NoneType"),
+        ("gt_labels", torch.tensor([0, 1, 3]), TypeError, r"^gt_labels: expected a list of 2 tensors.*got a torch.int64"),
+        ("gt_crowd", torch.zeros(3, dtype=torch.bool), TypeError, r"^gt_crowd: expected a list of 2 tensors"),
+        ("gt_boxes", [None, None], TypeError, r"^gt_boxes\[0\]: expected a floating point tensor, got NoneType"),
+        ("gt_labels", [torch.tensor([0, 1]), [3]], TypeError, r"^gt_labels\[1\]: expected an integer tensor, got list"),
+        ("box_coder", (10.0, 10.0, 5.0, 5.0), TypeError, r"^box_coder: expected mg_ops.BoxCoder or None, got tuple"),
+        # Dtypes
+        ("anchors", torch.zeros(A, 4, dtype=torch.int64), TypeError, rf"^anchors: expected dtype {FLOATING}, got a torch.int64"),
+        ("anchors", torch.zeros(A, 4, dtype=torch.complex64), TypeError, r"^anchors: expected dtype .*torch.complex64"),
+        ("anchors", torch.zeros(A, 4, dtype=torch.float8_e5m2), TypeError, r"^anchors: expected dtype .*torch.float8_e5m2"),
+        ("pred_boxes", torch.zeros(B, A, 4, dtype=torch.int32), TypeError, rf"^pred_boxes: expected dtype {FLOATING}"),
+        ("cls_scores", torch.zeros(B, A, C, dtype=torch.bool), TypeError, rf"^cls_scores: expected dtype {FLOATING}"),
+        ("gt_boxes", [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(1, 4)], TypeError, r"^gt_boxes\[0\]: expected dtype"),
+        ("gt_labels", [torch.zeros(2), torch.zeros(1)], TypeError, r"^gt_labels\[0\]: expected dtype int64 or int32"),
+        (
+            "gt_labels",
+            [torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)],
+            TypeError,
+            r"^gt_labels\[1\]: expected dtype int64 or int32, got a torch.uint8",
+        ),
+        ("gt_crowd", [torch.zeros(2), torch.zeros(1)], TypeError, r"^gt_crowd\[0\]: expected dtype bool"),
+        # Layout
+        ("anchors", torch.zeros(A, 4).to_sparse(), TypeError, r"^anchors: expected a dense tensor, got layout torch.sparse"),
+        # Shapes
+        ("anchors", torch.zeros(B, A, 4), ValueError, r"^anchors: expected shape \(A, 4\), got .*\(2, 3, 4\)"),
+        ("anchors", torch.zeros(A, 5), ValueError, r"^anchors: expected shape \(A, 4\), got .*\(3, 5\)"),
+        ("anchors", torch.zeros(4), ValueError, r"^anchors: expected shape \(A, 4\), got .*\(4,\)"),
+        ("pred_boxes", torch.zeros(A, 4), ValueError, r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(3, 4\)"),
+        ("pred_boxes", torch.zeros(B + 1, A, 4), ValueError, r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(3, 3, 4\)"),
+        ("pred_boxes", torch.zeros(B, A + 1, 4), ValueError, r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(2, 4, 4\)"),
+        ("pred_boxes", torch.zeros(B, 4, A), ValueError, r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(2, 4, 3\)"),
+        ("cls_scores", torch.zeros(B, C, A), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(2, 4, 3\)"),
+        ("cls_scores", torch.zeros(A, C), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(3, 4\)"),
+        ("cls_scores", torch.zeros(()), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(\)"),
+        ("gt_boxes", [torch.zeros(2, 4), torch.zeros(1, 5)], ValueError, r"^gt_boxes\[1\]: expected shape \(G, 4\), got .*\(1, 5\)"),
+        ("gt_boxes", [torch.zeros(2, 4), torch.zeros(0)], ValueError, r"^gt_boxes\[1\]: expected shape \(G, 4\), got .*\(0,\)"),
+        ("gt_labels", [torch.tensor([0]), torch.tensor([3])], ValueError, r"^gt_labels\[0\]: expected shape \(2,\), got .*\(1,\)"),
+        (
+            "gt_labels",
+            [torch.tensor([0, 1]), torch.tensor([[3]])],
+            ValueError,
+            r"^gt_labels\[1\]: expected shape \(1,\), got .*\(1, 1\)",
+        ),
+        (
+            "gt_crowd",
+            [torch.zeros(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)],
+            ValueError,
+            r"^gt_crowd\[1\]: expected shape \(1,\), got .*\(2,\)",
+        ),
+        # Lengths
+        ("gt_boxes", [], ValueError, r"^gt_boxes: expected a list of 2 tensors, one an image, got 0"),
+        ("gt_boxes", [torch.zeros(1, 4)] * 3, ValueError, r"^gt_boxes: expected a list of 2 tensors, one an image, got 3"),
+        ("gt_labels", [torch.tensor([0, 1])], ValueError, r"^gt_labels: expected a list of 2 tensors, one an image, got 1"),
+        ("gt_crowd", [], ValueError, r"^gt_crowd: expected a list of 2 tensors, one an image, got 0"),
+        ("gt_offsets", torch.tensor([0, 2, 3]), ValueError, r"^gt_offsets: only packed gt_boxes .* take offsets"),
+        # Devices
+        ("anchors", torch.zeros(A, 4, device="meta"), ValueError, r"^cls_scores: expected device meta, like anchors, got .*cpu"),
+        ("pred_boxes", torch.zeros(B, A, 4, device="meta"), ValueError, r"^pred_boxes: expected device cpu, like anchors.*meta"),
+        ("cls_scores", torch.zeros(B, A, C, device="meta"), ValueError, r"^cls_scores: expected device cpu, like anchors.*meta"),
+        (
+            "gt_boxes",
+            [torch.zeros(2, 4), torch.zeros(1, 4, device="meta")],
+            ValueError,
+            r"^gt_boxes\[1\]: expected device cpu, like anchors.*meta",
+        ),
+        (
+            "gt_labels",
+            [torch.zeros(2, dtype=torch.int64, device="meta"), torch.tensor([3])],
+            ValueError,
+            r"^gt_labels\[0\]: expected device cpu, like anchors.*meta",
+        ),
+        # Numbers
+        ("sigma", "2", TypeError, r"^sigma: expected a number, got str"),
+        ("sigma", True, TypeError, r"^sigma: expected a number, got bool"),
+        ("sigma", None, TypeError, r"^sigma: expected a number, got NoneType"),
+        ("sigma", torch.tensor(2.0), TypeError, r"^sigma: expected a number, got a torch.float32 tensor"),
+        ("sigma", 1.0, ValueError, r"^sigma: expected a finite number above 1, got 1.0"),
+        ("sigma", 1, ValueError, r"^sigma: expected a finite number above 1, got 1"),
+        ("sigma", 0.5, ValueError, r"^sigma: expected a finite number above 1, got 0.5"),
+        ("sigma", -2.0, ValueError, r"^sigma: expected a finite number above 1, got -2.0"),
+        ("sigma", 1 + 1e-9, ValueError, r"^sigma: expected a finite number above 1, got 1.000000001"),  # 1 in float32
+        ("sigma", float("nan"), ValueError, r"^sigma: expected a finite number above 1, got nan"),
+        ("sigma", float("inf"), ValueError, r"^sigma: expected a finite number above 1, got inf"),
+        ("sigma", 1e39, ValueError, r"^sigma: expected a finite number above 1, got 1e\+39"),  # inf in float32
+        *(
+            (name, value, error, rf"^{name}: expected {text}, got {re.escape(shown)}")
+            for name in ("iou_positive", "iou_ignored", "crowd_overlap")
+            for value, error, text, shown in (
+                (0.0, ValueError, r"a threshold in \(0, 1\]", "0.0"),
+                (-0.1, ValueError, r"a threshold in \(0, 1\]", "-0.1"),
+                (1.1, ValueError, r"a threshold in \(0, 1\]", "1.1"),
+                (50, ValueError, r"a threshold in \(0, 1\]", "50"),
+                (1e-50, ValueError, r"a threshold in \(0, 1\]", "1e-50"),  # 0 in float32
+                (float("nan"), ValueError, r"a threshold in \(0, 1\]", "nan"),
+                (None, TypeError, "a number", "NoneType"),
+                ("0.5", TypeError, "a number", "str"),
+            )
+        ),
+        ("iou_ignored", 0.6, ValueError, r"^iou_ignored: must not exceed iou_positive \(0.5\), got 0.6"),
+        ("iou_positive", 0.3, ValueError, r"^iou_ignored: must not exceed iou_positive \(0.3\), got 0.4"),
+        # Choices
+        (
+            "strategy",
+            "atss",
+            ValueError,
+            r"^strategy: expected one of 'iou', 'localize_to_classify', 'classify_to_localize', 'mutual', got 'atss'",
+        ),
+        ("strategy", None, ValueError, r"^strategy: expected one of .*got None"),
+        ("strategy", ["mutual"], ValueError, r"^strategy: expected one of .*got \['mutual'\]"),
+        ("backend", "tpu", ValueError, r"^backend: expected None or one of .*'eager'.*, got 'tpu'"),
+        ("backend", ["eager"], ValueError, r"^backend: expected None or one of .*, got \['eager'\]"),
+    ],
+)
+def test_wrong_argument(name: str, value: object, error: type[Exception], message: str) -> None:
+    assert_raises(error, message, {**listed(), name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("gt_offsets", None, ValueError, r"^gt_offsets: packed gt_boxes \(N, 4\) need gt_offsets \(B \+ 1,\); .*list"),
+        ("gt_offsets", [0, 2, 3], TypeError, r"^gt_offsets: expected an integer tensor, got list"),
+        ("gt_offsets", torch.tensor([0.0, 2.0, 3.0]), TypeError, r"^gt_offsets: expected dtype int64 or int32, got a torch.float32"),
+        ("gt_offsets", torch.tensor([0, 3]), ValueError, r"^gt_offsets: expected shape \(3,\), got .*\(2,\)"),
+        ("gt_offsets", torch.tensor([[0, 2, 3]]), ValueError, r"^gt_offsets: expected shape \(3,\), got .*\(1, 3\)"),
+        ("gt_offsets", torch.tensor([0, 2, 3], device="meta"), ValueError, r"^gt_offsets: expected device cpu, like anchors"),
+        ("gt_offsets", torch.tensor([1, 2, 3]), ValueError, r"^gt_offsets: must start at 0, got 1"),
+        ("gt_offsets", torch.tensor([-1, 2, 3]), ValueError, r"^gt_offsets: must start at 0, got -1"),
+        ("gt_offsets", torch.tensor([0, 2, 1]), ValueError, r"^gt_offsets: must not decrease, got 2 then 1 for image 1"),
+        ("gt_offsets", torch.tensor([0, -1, 3]), ValueError, r"^gt_offsets: must not decrease, got 0 then -1 for image 0"),
+        ("gt_offsets", torch.tensor([0, 2, 4]), ValueError, r"^gt_offsets: must not exceed the 3 packed objects, got 4"),
+        ("gt_offsets", torch.tensor([0, 2, 2**62]), ValueError, r"^gt_offsets: must not exceed the 3 packed objects"),
+        ("gt_boxes", torch.zeros(3, 5), ValueError, r"^gt_boxes: expected shape \(N, 4\), got .*\(3, 5\)"),
+        ("gt_boxes", torch.zeros(3, 4, dtype=torch.int32), TypeError, rf"^gt_boxes: expected dtype {FLOATING}"),
+        ("gt_boxes", torch.zeros(2, 4), ValueError, r"^gt_labels: expected shape \(2,\), got .*\(3,\)"),
+        ("gt_labels", [torch.tensor([0, 1]), torch.tensor([3])], TypeError, r"^gt_labels: expected an integer tensor, got list"),
+        ("gt_labels", torch.zeros(3), TypeError, r"^gt_labels: expected dtype int64 or int32, got a torch.float32"),
+        ("gt_labels", torch.zeros(3, 1, dtype=torch.int64), ValueError, r"^gt_labels: expected shape \(3,\), got .*\(3, 1\)"),
+        ("gt_crowd", torch.zeros(2, dtype=torch.bool), ValueError, r"^gt_crowd: expected shape \(3,\), got .*\(2,\)"),
+        ("gt_crowd", torch.zeros(3, dtype=torch.int64), TypeError, r"^gt_crowd: expected dtype bool, got a torch.int64"),
+        ("gt_crowd", [torch.zeros(2, dtype=torch.bool)] * 2, TypeError, r"^gt_crowd: expected a bool tensor, got list"),
+        ("gt_boxes", torch.zeros(3, 4, device="meta"), ValueError, r"^gt_boxes: expected device cpu, like anchors.*meta"),
+    ],
+)
+def test_wrong_packed_argument(name: str, value: object, error: type[Exception], message: str) -> None:
+    assert_raises(error, message, {**packed(), name: value})
+
+
+def test_an_unusable_backend_says_why() -> None:
+    for backend, status in mg_ops.backends().items():
+        if not status.usable:
+            with pytest.raises(RuntimeError, match=f"^backend '{backend}' cannot be used: ") as caught:
+                mg_ops.mutual_match(**listed(), backend=backend)
+            assert status.detail in str(caught.value)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_backend_takes_only_its_devices(device: str) -> None:
+    arguments = {
+        name: value.to(device) if isinstance(value, Tensor) else [element.to(device) for element in value]
+        for name, value in listed().items()
+    }
+    for backend, status in mg_ops.backends().items():
+        if not status.usable:
+            continue
+        try:
+            match = mg_ops.mutual_match(**arguments, backend=backend)
+        except RuntimeError as error:
+            assert re.match(f"backend '{backend}' cannot be used: it takes .* tensors, the arguments are on {device}", str(error))
+        else:
+            assert match.cls_match.device.type == device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# check=True
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def replace(arguments: dict[str, Any], name: str, where: tuple[int, ...], value: object) -> dict[str, Any]:
+    """The arguments with one element changed; for a list the first index is the image."""
+    if isinstance(arguments[name], list):
+        elements = [element.clone() for element in arguments[name]]
+        elements[where[0]][where[1:]] = torch.as_tensor(value, dtype=elements[where[0]].dtype)
+        return {**arguments, name: elements}
+    changed = arguments[name].clone()
+    changed[where] = torch.as_tensor(value, dtype=changed.dtype)
+    return {**arguments, name: changed}
+
+
+BOX = "expected four finite coordinates with x2 > x1 and y2 > y1"
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "value", "message"),
+    [
+        ("anchors", (1,), [0, NAN, 1, 1], rf"^anchors\[1\]: {BOX}, got \[0.0, nan, 1.0, 1.0\]"),
+        ("anchors", (2,), [5, 0, 1, 1], rf"^anchors\[2\]: {BOX}, got \[5.0, 0.0, 1.0, 1.0\]"),
+        ("pred_boxes", (1, 2), [0, 0, INF, 1], rf"^pred_boxes: image 1, anchor 2: {BOX}, got \[0.0, 0.0, inf, 1.0\]"),
+        ("pred_boxes", (0, 1), [0, 3, 1, 1], rf"^pred_boxes: image 0, anchor 1: {BOX}, got \[0.0, 3.0, 1.0, 1.0\]"),
+        ("cls_scores", (1, 0, 3), NAN, r"^cls_scores: image 1, anchor 0, class 3: got NaN"),
+        ("gt_boxes", (0, 1), [NAN, 0, 1, 1], rf"^gt_boxes: image 0, object 1: {BOX}, got \[nan, 0.0, 1.0, 1.0\]"),
+        ("gt_boxes", (1, 0), [0, 0, 0, 1], rf"^gt_boxes: image 1, object 0: {BOX}, got \[0.0, 0.0, 0.0, 1.0\]"),
+        ("gt_boxes", (0, 0), [0, 1, 1, 0], rf"^gt_boxes: image 0, object 0: {BOX}"),
+        ("gt_boxes", (1, 0), [900, 900, 910, 910], r"^gt_boxes: image 1, object 0: no anchor overlaps \[900.0, .*same unit\?"),
+        ("gt_labels", (0, 1), 4, r"^gt_labels: image 0, object 1: expected a label in \[0, 4\), got 4"),
+        ("gt_labels", (1, 0), -1, r"^gt_labels: image 1, object 0: expected a label in \[0, 4\), got -1"),
+        ("gt_labels", (0, 0), 2**40, r"^gt_labels: image 0, object 0: expected a label in \[0, 4\), got 1099511627776"),
+    ],
+)
+@pytest.mark.parametrize("form", ["listed", "packed"])
+def test_check_names_the_bad_value(name: str, where: tuple[int, ...], value: object, message: str, form: str) -> None:
+    arguments = replace(listed(), name, where, value)
+    if form == "packed":
+        objects = {key: torch.cat(arguments[key]) for key in ("gt_boxes", "gt_labels")}
+        arguments = {**arguments, **objects, "gt_offsets": torch.tensor([0, 2, 3])}
+    mg_ops.mutual_match(**arguments)  # passed over without check
+    assert_raises(ValueError, message, {**arguments, "check": True})
+
+
+@pytest.mark.parametrize(
+    ("deltas", "clip", "message"),
+    [
+        ([NAN, 0, 0, 0], 4.0, r"^pred_boxes: image 1, anchor 2: expected four finite deltas, got \[nan, 0.0, 0.0, 0.0\]"),
+        ([0, 0, INF, 0], 4.0, r"^pred_boxes: image 1, anchor 2: expected four finite deltas, got \[0.0, 0.0, inf, 0.0\]"),
+        ([0, 0, 1e4, 0], INF, r"^pred_boxes: image 1, anchor 2: .*\[0.0, 0.0, 10000.0, 0.0\].* decode to .*inf"),
+        ([3e38, 0, 0, 0], 4.0, r"^pred_boxes: image 1, anchor 2: .*\[3.*e\+38, 0.0, 0.0, 0.0\].* decode to .*inf"),
+    ],
+)
+def test_check_names_bad_deltas(deltas: list[float], clip: float, message: str) -> None:
+    arguments = listed()
+    arguments["pred_boxes"] = torch.zeros(B, A, 4)
+    arguments["box_coder"] = mg_ops.BoxCoder(weights=(1.0, 1.0, 1.0, 1.0), clip=clip)
+    mg_ops.mutual_match(**arguments, check=True)
+    arguments = replace(arguments, "pred_boxes", (1, 2), deltas)
+    mg_ops.mutual_match(**arguments)
+    assert_raises(ValueError, message, {**arguments, "check": True})
+
+
+def test_check_lets_a_crowd_lie_anywhere_with_any_label() -> None:
+    crowd = [torch.tensor([True, False]), torch.tensor([False])]
+    arguments = {**listed(), "gt_crowd": crowd, "check": True}
+    mg_ops.mutual_match(**replace(arguments, "gt_boxes", (0, 0), [900, 900, 910, 910]))
+    mg_ops.mutual_match(**replace(arguments, "gt_labels", (0, 0), -7))
+    bad = replace(arguments, "gt_boxes", (0, 0), [NAN, 900, 910, 910])
+    assert_raises(ValueError, r"^gt_boxes: image 0, object 0: expected four finite", bad)
+
+
+def test_check_does_not_look_at_slack() -> None:
+    arguments = packed()
+    arguments["gt_boxes"] = torch.cat([arguments["gt_boxes"], torch.full((2, 4), NAN)])
+    arguments["gt_labels"] = torch.cat([arguments["gt_labels"], torch.tensor([-5, 99])])
+    mg_ops.mutual_match(**arguments, check=True)
+
+
+def test_check_takes_every_ordinary_emptiness() -> None:
+    no_image = {**listed(), "pred_boxes": torch.zeros(0, A, 4), "cls_scores": torch.zeros(0, A, C), "gt_boxes": [], "gt_labels": []}
+    mg_ops.mutual_match(**no_image, check=True)
+    no_object = {**listed(), "gt_boxes": [torch.zeros(0, 4)] * B, "gt_labels": [torch.zeros(0, dtype=torch.int64)] * B}
+    mg_ops.mutual_match(**no_object, check=True)
+    no_anchor = {"anchors": torch.zeros(0, 4), "pred_boxes": torch.zeros(B, 0, 4), "cls_scores": torch.zeros(B, 0, C)}
+    mg_ops.mutual_match(**{**no_object, **no_anchor}, check=True)
+    assert_raises(ValueError, "image 0, object 0: no anchor overlaps", {**listed(), **no_anchor, "check": True})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other functions
+
+
+@pytest.mark.parametrize(
+    ("weights", "clip", "error", "message"),
+    [
+        ((10.0, 10.0, 5.0), 4.0, ValueError, r"^BoxCoder: weights must be four finite non-zero numbers \(in float32\), got \(10.0, 10.0, 5.0\)"),
+        ((10.0, 10.0, 5.0, 0.0), 4.0, ValueError, r"^BoxCoder: weights must be four finite non-zero numbers"),
+        ((10.0, 10.0, 5.0, NAN), 4.0, ValueError, r"^BoxCoder: weights must be four finite non-zero numbers"),
+        ((INF, 10.0, 5.0, 5.0), 4.0, ValueError, r"^BoxCoder: weights must be four finite non-zero numbers"),
+        ((1e-60, 10.0, 5.0, 5.0), 4.0, ValueError, r"^BoxCoder: weights must be four finite non-zero numbers.*float32"),
+        ((10.0, 1e39, 5.0, 5.0), 4.0, ValueError, r"^BoxCoder: weights must be four finite non-zero numbers.*float32"),
+        (10.0, 4.0, TypeError, r"^BoxCoder: weights must be four finite non-zero numbers.*got 10.0"),
+        ("abcd", 4.0, TypeError, r"^BoxCoder: weights must be four finite non-zero numbers.*got 'abcd'"),
+        ((10.0, 10.0, 5.0, 5.0), NAN, ValueError, r"^BoxCoder: clip must be a number, got NaN"),
+        ((10.0, 10.0, 5.0, 5.0), None, TypeError, r"^BoxCoder: clip must be a number, got None"),
+    ],
+)
+def test_wrong_box_coder(weights: Any, clip: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mg_ops.BoxCoder(weights=weights, clip=clip)
+
+
+def test_box_coder_takes_any_numbers() -> None:
+    coder = mg_ops.BoxCoder(weights=[1, 2, 3, 4], clip=1e300)
+    assert coder.weights == (1.0, 2.0, 3.0, 4.0)
+    match = mg_ops.mutual_match(**{**listed(), "pred_boxes": torch.zeros(B, A, 4)}, box_coder=coder)
+    assert match.cls_match.tolist() == [[0, 1, -1], [-1, -1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda boxes: mg_ops.box_iou(boxes, None), TypeError, r"^boxes_2: expected a floating point tensor, got NoneType"),
+        (lambda boxes: mg_ops.box_iou(boxes.long(), boxes), TypeError, r"^boxes_1: expected a floating point .*torch.int64"),
+        (lambda boxes: mg_ops.box_iou(boxes[:, :3], boxes), ValueError, r"^boxes_1: expected shape \(M, 4\), got \(3, 3\)"),
+        (lambda boxes: mg_ops.box_iou(boxes, boxes[None]), ValueError, r"^boxes_2: expected shape \(G, 4\), got \(1, 3, 4\)"),
+        (lambda boxes: mg_ops.box_iou(boxes[0], boxes), ValueError, r"^boxes_1: expected shape \(M, 4\), got \(4,\)"),
+        (lambda boxes: mg_ops.BoxCoder().decode(boxes[None], boxes), ValueError, r"^anchors: expected shape \(A, 4\), got"),
+        (lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes[:2]), ValueError, r"^deltas: expected shape \(..., 3, 4\), got \(2, 4\)"),
+        (lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes[0]), ValueError, r"^deltas: expected shape \(..., 3, 4\), got \(4,\)"),
+        (lambda boxes: mg_ops.BoxCoder().decode(boxes, 3), TypeError, r"^deltas: expected a floating point tensor, got int"),
+        (lambda boxes: mg_ops.BoxCoder().encode(boxes, boxes[:, :2]), ValueError, r"^boxes: expected shape \(..., 4\), got \(3, 2\)"),
+        (lambda boxes: mg_ops.BoxCoder().encode([1], boxes), TypeError, r"^anchors: expected a floating point tensor, got list"),
+    ],
+)
+def test_wrong_boxes(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(listed()["anchors"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"anchors": torch.zeros(A + 1, 4)}, ValueError, r"^match.cls_match: expected shape \(B, 4\), got .*\(2, 3\)"),
+        ({"anchors": None}, TypeError, r"^anchors: expected a floating point tensor, got NoneType"),
+        ({"gt_boxes": [torch.zeros(1, 4)] * 2, "gt_labels": [torch.zeros(1).long()] * 2}, ValueError, r"^match: made for 3 objects"),
+        ({"gt_boxes": [torch.zeros(3, 4)]}, ValueError, r"^gt_boxes: expected a list of 2 tensors"),
+        ({"gt_labels": [torch.zeros(2), torch.zeros(1)]}, TypeError, r"^gt_labels\[0\]: expected dtype int64 or int32"),
+        ({"box_coder": "ssd"}, TypeError, r"^box_coder: expected mg_ops.BoxCoder or None, got str"),
+        ({"match": (1, 2)}, TypeError, r"^match: expected what mg_ops.mutual_match returned, got tuple"),
+        ({"num_classes": 2.5}, TypeError, r"^num_classes: expected an integer or None, got float"),
+        ({"num_classes": -1}, ValueError, r"^num_classes: expected at least 0, got -1"),
+    ],
+)
+def test_wrong_targets(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = listed()
+    match = mg_ops.mutual_match(**arguments)
+    right = {"match": match, **{name: arguments[name] for name in ("anchors", "gt_boxes", "gt_labels")}}
+    mg_ops.encode_targets(**right)
+    with pytest.raises(error, match=message):
+        mg_ops.encode_targets(**{**right, **change})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators themselves, as an exported program or another library would call them
+
+
+def operator_arguments(device: str) -> dict[str, Any]:
+    tensors = {name: value.to(device) for name, value in packed().items()}
+    return {
+        **tensors,
+        "gt_crowd": torch.zeros(3, dtype=torch.bool, device=device),
+        "decode": False,
+        "weight_x": 1.0,
+        "weight_y": 1.0,
+        "weight_w": 1.0,
+        "weight_h": 1.0,
+        "clip": 4.0,
+        "classification_by_regressed": True,
+        "localization_by_amplified": True,
+        "sigma": 2.0,
+        "iou_positive": 0.5,
+        "iou_ignored": 0.4,
+        "crowd_overlap": 0.5,
+    }
+
+
+def operators() -> list[Any]:
+    """Every operator that is registered with the signature of mutual_match."""
+    names = [name for name in ("mutual_match", "mutual_match_eager") if hasattr(torch.ops.mg_ops, name)]
+    return [getattr(torch.ops.mg_ops, name).default for name in names]
+
+
+WRONG_FOR_OPERATORS: list[tuple[str, Any]] = [
+    ("anchors", torch.zeros(A, 5)),
+    ("anchors", torch.zeros(A + 1, 4)),
+    ("anchors", torch.zeros(4)),
+    ("anchors", torch.zeros(A, 4, dtype=torch.int64)),
+    ("anchors", torch.zeros(A, 4, dtype=torch.complex64)),
+    ("pred_boxes", torch.zeros(B, A, 3)),
+    ("pred_boxes", torch.zeros(B - 1, A, 4)),
+    ("pred_boxes", torch.zeros(B, A, 4, dtype=torch.uint8)),
+    ("cls_scores", torch.zeros(B, A)),
+    ("cls_scores", torch.zeros(B, A + 1, C)),
+    ("cls_scores", torch.zeros(B + 1, A, C)),
+    ("cls_scores", torch.zeros(B, A, C, dtype=torch.int32)),
+    ("gt_boxes", torch.zeros(3, 2)),
+    ("gt_boxes", torch.zeros(12)),
+    ("gt_boxes", torch.zeros(1, 4)),
+    ("gt_labels", torch.zeros(3)),
+    ("gt_labels", torch.zeros(2, dtype=torch.int64)),
+    ("gt_labels", torch.zeros(3, 1, dtype=torch.int64)),
+    ("gt_offsets", torch.zeros(3)),
+    ("gt_offsets", torch.zeros(2, dtype=torch.int64)),
+    ("gt_offsets", torch.zeros(0, dtype=torch.int64)),
+    ("gt_crowd", torch.zeros(3)),
+    ("gt_crowd", torch.zeros(2, dtype=torch.bool)),
+    ("anchors", torch.zeros(A, 4, device="meta")),
+    ("gt_boxes", torch.zeros(3, 4, device="meta")),
+    ("gt_offsets", torch.zeros(3, dtype=torch.int64, device="meta")),
+    ("gt_offsets", torch.tensor([0, 2, 9])),
+    ("gt_offsets", torch.tensor([0, 3, 2])),
+    ("gt_offsets", torch.tensor([-4, 2, 3])),
+    ("gt_offsets", torch.tensor([-(2**62), 2**62, 2**63 - 1])),
+    ("sigma", 1.0),
+    ("sigma", NAN),
+    ("iou_positive", 0.0),
+    ("iou_positive", NAN),
+    ("iou_ignored", 0.6),
+    ("crowd_overlap", 2.0),
+    ("anchors", None),
+    ("anchors", torch.zeros(A, 4).to_sparse()),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "value"), WRONG_FOR_OPERATORS)
+def test_wrong_input_of_the_compiled_operator_raises(name: str, value: Any, device: str) -> None:
+    """With a message that names an argument, except for wrong offsets on a GPU, which are clamped."""
+    if not mg_ops.backends()["cpp"].usable:
+        pytest.skip(mg_ops.backends()["cpp"].detail)
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        value = value.to(device)
+    arguments = {**operator_arguments(device), name: value}
+    wrong_offset = name == "gt_offsets" and value.dtype == torch.int64 and value.shape == (B + 1,) and not value.is_meta
+    if device != "cpu" and wrong_offset:
+        torch.ops.mg_ops.mutual_match(**arguments)
+        torch.cuda.synchronize()
+        return
+    with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)) as caught:
+        torch.ops.mg_ops.mutual_match(**arguments)
+    if value is not None and not (isinstance(value, Tensor) and (value.is_meta or value.is_sparse)):
+        named = re.match(r"[^:]*\b(anchors|pred_boxes|cls_scores|gt_\w+|sigma|iou_\w+|crowd_overlap)\b", str(caught.value))
+        assert named, str(caught.value)
+
+
+def test_the_right_operator_call_passes() -> None:
+    for operator in operators():
+        assert operator(**operator_arguments("cpu"))[0].tolist() == [[0, 1, -1], [-1, -1, 0]]
+
+
+def test_every_operator_has_the_one_signature() -> None:
+    signatures = {str(operator._schema).partition("(")[2] for operator in operators()}
+    assert len(signatures) == 1
+
+
+@pytest.mark.parametrize("kind", ["positional", "missing", "unknown"])
+def test_wrong_call_of_the_function(kind: str) -> None:
+    """Options are keyword-only: a positional sigma would be taken for something else one day."""
+    arguments = listed()
+    with pytest.raises(TypeError):
+        if kind == "positional":
+            mg_ops.mutual_match(*arguments.values(), None, None)  # type: ignore[misc]
+        elif kind == "missing":
+            mg_ops.mutual_match(arguments["anchors"])  # type: ignore[call-arg]
+        else:
+            mg_ops.mutual_match(**arguments, sigmas=2.0)  # type: ignore[call-arg]
