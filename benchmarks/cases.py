@@ -94,6 +94,25 @@ class Batch:
         self.labels_list = list(self.gt_labels.split(self.counts))
         self.crowd_list = None if self.gt_crowd is None else list(self.gt_crowd.split(self.counts))
 
+    def head(self, num_images: int, most_objects: int) -> Batch:
+        """The first images, with the first objects of each."""
+        counts = [min(count, most_objects) for count in self.counts[:num_images]]
+        kept = [slice(0, count) for count in counts]
+        padded = max(counts, default=0)
+        return Batch(
+            self.anchors,
+            self.deltas[:num_images],
+            self.logits[:num_images],
+            torch.cat([self.boxes_list[i][s] for i, s in enumerate(kept)]),
+            torch.cat([self.labels_list[i][s] for i, s in enumerate(kept)]),
+            torch.tensor([0, *np.cumsum(counts)]).to(self.gt_offsets.device),
+            None if self.crowd_list is None else torch.cat([self.crowd_list[i][s] for i, s in enumerate(kept)]),
+            counts,
+            self.padded_boxes[:num_images, :padded],
+            self.padded_labels[:num_images, :padded],
+            None if self.padded_crowd is None else self.padded_crowd[:num_images, :padded],
+        )
+
 
 def fit_to_case(image: ImageObjects, case: Case) -> Tensor:
     """Boxes (G, 4) of an image in the pixels of the case."""

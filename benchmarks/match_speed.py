@@ -61,7 +61,7 @@ CASE_GROUPS = {
 }
 LEAST_AGREEMENT = 0.999
 ONE_CALL_SECONDS = 4.0  # a method whose call takes longer is timed once
-LONGEST_CALL_SECONDS = 20.0  # a baseline other than the loop that would take longer is not run
+LONGEST_CALL_SECONDS = 12.0  # a baseline other than the loop that would take longer is not run
 SLOT_SECONDS = 0.25  # the turn of a method in each round
 BATCH_BYTES = 256e6  # predictions of the batches that take turns, on a CPU
 
@@ -72,12 +72,11 @@ BATCH_BYTES = 256e6  # predictions of the batches that take turns, on a CPU
 
 @dataclass
 class Method:
-    """One way to do the job, bound to the batches of a case."""
+    """One way to do the job."""
 
     name: str
     label: str
-    calls: list[Callable[[], object]]
-    """One call for each batch."""
+    call: Callable[[Batch], object]
     strategy: str | None
     """What its answer is compared with: mg_ops' answer under this strategy, or None: another algorithm."""
     threads: int
@@ -147,6 +146,20 @@ def match(batch: Batch, backend: str | None, strategy: str = "mutual", lists: bo
     )
 
 
+def match_loop(batch: Batch, objects_at_once: int | None = 1) -> baselines.Match:
+    return baselines.match_per_image(
+        batch.anchors,
+        batch.deltas,
+        batch.logits,
+        batch.boxes_list,
+        batch.labels_list,
+        batch.crowd_list,
+        CODER.weights,
+        CODER.clip,
+        objects_at_once,
+    )
+
+
 class Methods:
     """Builds the methods of a case, in the order of the tables."""
 
@@ -154,7 +167,7 @@ class Methods:
         self.options = options
         self.compiled = None
 
-    def build(self, case: Case, batches: list[Batch]) -> list[Method | tuple[str, str, str]]:
+    def build(self, case: Case, anchors: Tensor) -> list[Method | tuple[str, str, str]]:
         """Methods; a (name, label, reason) for one that cannot run here."""
         threads, device = self.options.threads, self.options.device
         names = self.options.backends
@@ -164,22 +177,14 @@ class Methods:
         methods: list[Method | tuple[str, str, str]] = []
 
         def add(name: str, label: str, call: Callable[[Batch], object], strategy: str | None, **more: object) -> None:
-            calls = [(lambda batch=batch: call(batch)) for batch in batches]
-            methods.append(Method(name, label, calls, strategy, **{"threads": threads, **more}))
+            methods.append(Method(name, label, call, strategy, **{"threads": threads, **more}))
 
         for name in names:
             reference = {"pair_bytes": 90.0, "per_image": True} if name == "eager" else {}
             add(f"{name}", f"mg_ops {name}", lambda b, n=name: match(b, n), "mutual", subject=True, **reference)
         if best != "eager" and not sweep:
             add(f"{best}-lists", f"mg_ops {best}, objects as lists", lambda b: match(b, best, lists=True), "mutual", subject=True)
-        add(
-            LOOP,
-            "(a) loop over images and objects",
-            lambda b: baselines.match_per_image(
-                b.anchors, b.deltas, b.logits, b.boxes_list, b.labels_list, b.crowd_list, *coder
-            ),
-            "mutual",
-        )
+        add(LOOP, "(a) loop over images and objects", match_loop, "mutual")
         batched = lambda b, run: run(  # noqa: E731
             b.anchors, b.deltas, b.logits, b.padded_boxes, b.padded_labels, b.padded_crowd, *coder
         )
@@ -187,7 +192,7 @@ class Methods:
         label = "(c) batched, torch.compile"
         if self.options.no_compile:
             methods.append(("compiled", label, "--no-compile"))
-        else:
+        elif not sweep:
             if self.compiled is None:
                 self.compiled = torch.compile(baselines.match_batched, fullgraph=True, dynamic=device == "cpu")
             add("compiled", label, lambda b: batched(b, self.compiled), "mutual", pair_bytes=36.0)
@@ -203,7 +208,7 @@ class Methods:
         )
         label = "(e) ultralytics TaskAlignedAssigner"
         try:
-            assign = baselines.make_task_aligned_assigner(batches[0].anchors, case.num_classes, *coder)
+            assign = baselines.make_task_aligned_assigner(anchors, case.num_classes, *coder)
         except ImportError as error:
             methods.append(("task-aligned", label, f"not installed ({error})"))
         else:
@@ -236,27 +241,24 @@ def available_bytes(device: str) -> float:
     return math.inf
 
 
-class SpeedBook:
-    """Seconds a pair of each method in the cases so far, to leave out what would take too long."""
-
-    def __init__(self) -> None:
-        self.seconds_per_pair: dict[str, float] = {}
-
-    def reason_to_skip(self, method: Method, batch: Batch, device: str) -> str | None:
-        pairs, alive = count_pairs(batch, method)
-        needed, free = method.pair_bytes * alive, available_bytes(device)
-        if needed > 0.6 * free:
-            return f"needs about {format_bytes(needed)} by estimate, {format_bytes(free)} are free"
-        if method.name != LOOP and not (method.subject and method.name != "eager"):
-            seconds = self.seconds_per_pair.get(method.name, 0.0) * pairs
-            if seconds > LONGEST_CALL_SECONDS:
-                return f"would take about {seconds:.0f} s a call by its speed in the cases before"
+def reason_to_skip(method: Method, batch: Batch, results: dict[str, Result]) -> str | None:
+    """Why a method is not run on this batch: too much memory by estimate, or too much time by a trial on a small part."""
+    device = batch.anchors.device.type
+    pairs, alive = count_pairs(batch, method)
+    needed, free = method.pair_bytes * alive, available_bytes(device)
+    if needed > 0.6 * free:
+        return f"needs about {format_bytes(needed)} by estimate, {format_bytes(free)} are free"
+    if method.name == "compiled":  # a trial would compile for its own sizes
+        eager = results["batched"]
+        return f"(b) is: {eager.skipped}" if eager.skipped else None
+    if method.name == LOOP or (method.subject and method.name != "eager") or pairs < 5_000_000:
         return None
-
-    def note(self, method: Method, batch: Batch, seconds: float) -> None:
-        pairs, _ = count_pairs(batch, method)
-        if pairs:
-            self.seconds_per_pair[method.name] = seconds / pairs
+    part = batch.head(1, 30)
+    with thread_count(method.threads):
+        seconds = time_call(lambda: method.call(part), device)[0] * pairs / count_pairs(part, method)[0]
+    if seconds > LONGEST_CALL_SECONDS:
+        return f"would take about {seconds:.0f} s a call, by a trial on one image with {max(part.counts)} objects"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,31 +350,26 @@ def time_call(call: Callable[[], object], device: str) -> tuple[float, object]:
     return time.perf_counter() - start, answer
 
 
-def choose_threads(method: Method, batch: Batch, threads: int) -> None:
-    """The thread count, and one object or all at a time, that make (a) fastest on the first image or two."""
-    num_images = 2 if sum(batch.counts[:2]) * len(batch.anchors) < 20_000_000 else 1
-    boxes, labels = batch.boxes_list[:num_images], batch.labels_list[:num_images]
-    crowds = None if batch.crowd_list is None else batch.crowd_list[:num_images]
-    boxes, labels = [b[:500] for b in boxes], [b[:500] for b in labels]
-    crowds = None if crowds is None else [c[:500] for c in crowds]
-    deltas, logits = batch.deltas[:num_images], batch.logits[:num_images]
-    whole = max(map(len, boxes)) * len(batch.anchors) <= 8_000_000
-    counts = [1 << power for power in range(10) if 1 << power < threads] + [threads] if batch.anchors.is_cpu else [threads]
+def choose_loop(method: Method, batch: Batch, threads: int) -> None:
+    """The thread count, and one object or all at a time, that make (a) fastest on a few images; sets them in method."""
+    device = batch.anchors.device.type
+    part = batch.head(8 if len(batch.anchors) < 50_000 else 2, 150)
+    if sum(part.counts) * len(batch.anchors) > 20_000_000:
+        part = batch.head(1, 150)
+    whole = max(batch.counts, default=0) * len(batch.anchors) <= 8_000_000
+    counts = [1 << power for power in range(10) if 1 << power < threads] + [threads] if device == "cpu" else [threads]
     best, chosen = math.inf, (1, 1)
     for at_once in (1, None) if whole else (1,):
         for count in counts:
             with thread_count(count):
-                def run(at_once: int | None = at_once) -> object:
-                    return baselines.match_per_image(
-                        batch.anchors, deltas, logits, boxes, labels, crowds, CODER.weights, CODER.clip, at_once
-                    )
-
-                seconds, _ = time_call(run, batch.anchors.device.type)
+                run = lambda at_once=at_once: match_loop(part, at_once)  # noqa: E731
+                seconds, _ = time_call(run, device)
                 for _ in range(4 if seconds < 0.1 else 1 if seconds < 1.0 else 0):
-                    seconds = min(seconds, time_call(run, batch.anchors.device.type)[0])
+                    seconds = min(seconds, time_call(run, device)[0])
             if seconds < best:
                 best, chosen = seconds, (count, at_once)
     method.threads = chosen[0]
+    method.call = lambda batch: match_loop(batch, chosen[1])
     way = "object by object" if chosen[1] == 1 else "an image's objects at once"
     tried = f"the fastest of {counts} threads" if len(counts) > 1 else ""
     tried += ", the fastest of object by object and an image's at once" if whole else ""
@@ -380,9 +377,10 @@ def choose_threads(method: Method, batch: Batch, threads: int) -> None:
 
 
 def time_methods(
-    methods: list[Method], results: dict[str, Result], repeats: int, device: str, tick: Callable[[str], None]
+    methods: list[Method], batches: list[Batch], results: dict[str, Result], repeats: int, tick: Callable[[str], None]
 ) -> None:
     """Rounds in which each method has its turn: as many calls as fit, the batches one after the other."""
+    device = batches[0].anchors.device.type
     finished: set[str] = set()
     for turn in range(repeats):
         for method in methods:
@@ -400,11 +398,11 @@ def time_methods(
             with thread_count(method.threads):
                 index = turn
                 if first < 0.1:
-                    time_call(method.calls[index % len(method.calls)], device)  # caches are the last method's: not timed
+                    time_call(lambda i=index: method.call(batches[i % len(batches)]), device)  # caches are the last method's: not timed
                 spent = 0.0
                 while spent < SLOT_SECONDS and len(result.seconds) < 200 * (turn + 1):
                     index += 1
-                    seconds, answer = time_call(method.calls[index % len(method.calls)], device)
+                    seconds, answer = time_call(lambda i=index: method.call(batches[i % len(batches)]), device)
                     del answer
                     result.seconds.append(seconds)
                     spent += seconds
@@ -439,19 +437,20 @@ def measure_peaks(
     """
     builder = Methods(options)
     torch.set_num_threads(options.threads)
-    small = {m.name: m for m in builder.build(tiny, make_batches(tiny, None, 1, 1, "cpu")) if isinstance(m, Method)}
-    batches = make_batches(case, source, 1, options.seed, "cpu")
+    with thread_count(1):
+        small = make_batches(tiny, None, 1, 1, "cpu")[0]
+        batch = make_batches(case, source, 1, options.seed, "cpu")[0]
     measured: dict[str, tuple[int, int] | str] = {}
-    for method in builder.build(case, batches):
+    for method in builder.build(case, batch.anchors):
         if not isinstance(method, Method) or method.name not in names:
             continue
         with thread_count(names[method.name]):
-            (method.calls if method.name == "compiled" else small[method.name].calls)[0]()
+            method.call(batch if method.name == "compiled" else small)
             gc.collect()
             try:
                 before = status_bytes("VmRSS")
                 Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present size
-                answer = method.calls[0]()
+                answer = method.call(batch)
                 peak = status_bytes("VmHWM")
             except OSError as error:
                 measured[method.name] = f"not measured: {error}"
@@ -466,8 +465,9 @@ def measure_memory(
     case: Case, source: list[ImageObjects] | None, options: argparse.Namespace, names: dict[str, int]
 ) -> dict[str, tuple[int, int] | str]:
     """`measure_peaks` in a process of its own, where freed memory goes back to the system at once."""
-    tiny = replace(case, batch_size=1, objects_per_image=min(case.objects_per_image or 3, 3), num_classes=3)
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    tiny = replace(case, batch_size=1, objects_per_image=min(case.objects_per_image or 3, 3))
+    # What importing mg_ops warns of has been said by this process.
+    settings = {"PYTHONWARNINGS": "ignore::RuntimeWarning", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)  # glibc reads them when the process starts
     try:
@@ -487,12 +487,14 @@ def measure_memory(
 # What only a GPU shows
 
 
-def measure_cuda(method: Method, result: Result, floor: dict[str, float], min_bytes: int, repeats: int) -> None:
+def measure_cuda(
+    method: Method, batches: list[Batch], result: Result, floor: dict[str, float], min_bytes: int, repeats: int
+) -> None:
     """Device time under graph replay, launches, host synchronisations, peak memory; fills result."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    answer = method.calls[0]()
+    answer = method.call(batches[0])
     torch.cuda.synchronize()
     outputs = sum(t.untyped_storage().nbytes() for t in tensors_of(answer))
     result.extra_bytes = max(0, torch.cuda.max_memory_allocated() - before - outputs)
@@ -503,7 +505,7 @@ def measure_cuda(method: Method, result: Result, floor: dict[str, float], min_by
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            method.calls[0]()
+            method.call(batches[0])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     syncs = sum("synchroniz" in str(warning.message) for warning in caught)
@@ -511,7 +513,7 @@ def measure_cuda(method: Method, result: Result, floor: dict[str, float], min_by
 
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        method.calls[0]()
+        method.call(batches[0])
         torch.cuda.synchronize()
     on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     launches = len(on_device)
@@ -521,7 +523,7 @@ def measure_cuda(method: Method, result: Result, floor: dict[str, float], min_by
     reason = f"not captured: {syncs} host synchronisations" if syncs else ""
     if not syncs:
         try:
-            replay = time_graph(method.calls, repeats)
+            replay = time_graph([lambda b=b: method.call(b) for b in batches], repeats)
         except RuntimeError as error:
             reason = f"not captured: {str(error).splitlines()[0]}"
             torch.cuda.synchronize()
@@ -588,7 +590,6 @@ def run_case(
     source: list[ImageObjects] | None,
     options: argparse.Namespace,
     builder: Methods,
-    book: SpeedBook,
     floor: dict[str, float] | None,
     console: Console,
 ) -> dict[str, object]:
@@ -624,7 +625,7 @@ def run_case(
 
         results: dict[str, Result] = {}
         runnable: list[Method] = []
-        built = builder.build(case, batches)
+        built = builder.build(case, batch.anchors)
         progress.update(task, total=steps * len(built))
         for method in built:
             if not isinstance(method, Method):
@@ -634,23 +635,22 @@ def run_case(
                 continue
             result = Result(method.label, method.subject, method.strategy)
             results[method.name] = result
-            result.skipped = book.reason_to_skip(method, batch, device)
-            if result.skipped:
-                say(method.label, steps)
-                continue
             say(f"{method.label}: first call, its answer checked", 1)
+            result.skipped = reason_to_skip(method, batch, results)
+            if result.skipped:
+                say(method.label, steps - 1)
+                continue
             if method.name == LOOP:
-                choose_threads(method, batch, options.threads)
-                bind_objects_at_once(method, batches)
+                choose_loop(method, batch, options.threads)
             result.threads, result.note = method.threads, method.note
             try:
                 with thread_count(method.threads):
-                    seconds, answer = time_call(method.calls[0], device)
+                    seconds, answer = time_call(lambda: method.call(batch), device)
                     if method.name == "compiled":
                         result.note = f"compiled in {seconds:.0f} s"
-                        seconds, answer = time_call(method.calls[0], device)
+                        seconds, answer = time_call(lambda: method.call(batch), device)
                     elif seconds < ONE_CALL_SECONDS:
-                        seconds = min(seconds, time_call(method.calls[0], device)[0])
+                        seconds = min(seconds, time_call(lambda: method.call(batch), device)[0])
             except (RuntimeError, MemoryError, torch.OutOfMemoryError) as error:
                 result.skipped = f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
                 if method.subject:
@@ -658,7 +658,6 @@ def run_case(
                 say(method.label, steps - 1)
                 continue
             result.first_call_seconds = seconds
-            book.note(method, batch, seconds)
             if method.strategy is not None:
                 if method.strategy not in expected:
                     expected[method.strategy] = (
@@ -675,7 +674,7 @@ def run_case(
             del answer
             runnable.append(method)
 
-        time_methods(runnable, results, options.repeats, device, lambda label: say(f"{label}: timing", 1))
+        time_methods(runnable, batches, results, options.repeats, lambda label: say(f"{label}: timing", 1))
 
         if device == "cpu":
             say("memory, in a fresh process")
@@ -689,7 +688,9 @@ def run_case(
             assert floor is not None
             for method in runnable:
                 say(f"{method.label}: device time, launches, memory", 1)
-                measure_cuda(method, results[method.name], floor, least_bytes(batch, expected["mutual"]), options.repeats)
+                measure_cuda(
+                    method, batches, results[method.name], floor, least_bytes(batch, expected["mutual"]), options.repeats
+                )
 
     sizes = {"B": case.batch_size, "A": len(batch.anchors), "C": case.num_classes}
     counts = [count for b in batches for count in b.counts]
@@ -700,16 +701,6 @@ def run_case(
         "checked": compared,
         "methods": {name: result_as_json(result, results.get(LOOP), sizes) for name, result in results.items()},
     }
-
-
-def bind_objects_at_once(method: Method, batches: list[Batch]) -> None:
-    at_once = 1 if method.note.startswith("object by object") else None
-    method.calls = [
-        lambda b=b: baselines.match_per_image(
-            b.anchors, b.deltas, b.logits, b.boxes_list, b.labels_list, b.crowd_list, CODER.weights, CODER.clip, at_once
-        )
-        for b in batches
-    ]
 
 
 def result_as_json(result: Result, loop: Result | None, sizes: dict[str, int]) -> dict[str, object]:
@@ -831,7 +822,7 @@ def verdict_lines(cases: dict[str, dict]) -> list[str]:
         memory = "extra memory not measured" if extra is None else f"extra memory {extra:.1f} bytes x B x A"
         lines.append(
             f"{name}: {subject['label']} {time_text}, {subject['loop_over_this']:.3g} times as fast as the loop (a) "
-            f"({format_seconds(loop['median_seconds'])}, {loop['threads']} threads); {memory}"
+            f"({format_seconds(loop['median_seconds'])}, {loop['threads']} thread{'' if loop['threads'] == 1 else 's'}); {memory}"
         )
     return lines
 
@@ -1016,7 +1007,7 @@ def main() -> int:
         if not status.usable:
             console.print(f"  backend {name}: {status.detail}")
     floor = measure_floor() if options.device == "cuda" else None
-    builder, book = Methods(options), SpeedBook()
+    builder = Methods(options)
     cases: dict[str, dict] = {}
     names = [name for group in options.cases for name in CASE_GROUPS[group]]
     if options.quick:
@@ -1026,7 +1017,7 @@ def main() -> int:
         if source is not None and case.takes_file:
             case = replace(case, num_classes=max(case.num_classes, len(read.classes)))
         try:
-            cases[name] = run_case(case, source, options, builder, book, floor, console)
+            cases[name] = run_case(case, source, options, builder, floor, console)
         except RuntimeError as error:
             console.print(f"[bold red]{name} failed:[/] {error}")
             return 1
