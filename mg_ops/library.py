@@ -6,9 +6,12 @@ A library that is missing or does not load never stops the import: it is a warni
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,9 +109,23 @@ def _eager(
     )
 
 
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from mg_ops import triton_mutual_match  # not above: importing Triton takes longer than importing mg_ops
+
+    return triton_mutual_match.mutual_match(*arguments)
+
+
 torch.library.define("mg_ops::mutual_match_eager", _SIGNATURE)
 torch.library.impl("mg_ops::mutual_match_eager", ("cpu", "cuda"))(_eager)
 torch.library.register_fake("mg_ops::mutual_match_eager")(_fake)
+
+triton_error = "" if importlib.util.find_spec("triton") else "Triton is not installed: run `pip install triton`"
+"""Why the Triton backend cannot be used, or an empty string."""
+TRITON_DEVICES = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+"""Where it runs: Triton's interpreter, slow and for tests, takes CPU tensors too."""
+torch.library.define("mg_ops::mutual_match_triton", _SIGNATURE)
+torch.library.impl("mg_ops::mutual_match_triton", TRITON_DEVICES)(_triton)
+torch.library.register_fake("mg_ops::mutual_match_triton")(_fake)
 
 load_error = _load_library()
 if load_error:

@@ -54,7 +54,11 @@ def backends() -> dict[str, BackendStatus]:
         cpp = BackendStatus(False, library.load_error)
     else:
         cpp = BackendStatus(True, "CPU tensors")
-    return {"cpp": cpp, "eager": BackendStatus(True, "tensors on any device")}
+    if library.triton_error:
+        triton = BackendStatus(False, library.triton_error)
+    else:
+        triton = BackendStatus(True, " and ".join(device.upper() for device in library.TRITON_DEVICES) + " tensors")
+    return {"cpp": cpp, "triton": triton, "eager": BackendStatus(True, "tensors on any device")}
 
 
 def mutual_match(
@@ -173,13 +177,21 @@ def _operator(backend: str | None, device: torch.device) -> torch._ops.OpOverloa
     """The operator of a backend for tensors on this device; RuntimeError if it cannot be used."""
     known = backends()
     if backend is None:
-        backend = "cpp" if device.type == "cpu" and known["cpp"].usable else "eager"
+        preferred = {"cpu": "cpp", "cuda": "triton"}.get(device.type, "eager")
+        backend = preferred if known[preferred].usable else "eager"
     if not isinstance(backend, str) or backend not in known:
         raise ValueError(f"backend: expected None or one of {', '.join(map(repr, known))}, got {backend!r}")
     if not known[backend].usable:
         raise RuntimeError(f"backend {backend!r} cannot be used: {known[backend].detail}")
     if backend == "cpp" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpp' cannot be used: it takes CPU tensors, the arguments are on {device}")
+    if backend == "triton" and device.type not in library.TRITON_DEVICES:
+        raise RuntimeError(
+            f"backend 'triton' cannot be used: it takes {known['triton'].detail}, the arguments are on {device}; "
+            "Triton's interpreter takes CPU tensors: set TRITON_INTERPRET=1 before Python starts"
+        )
     if backend == "eager":
         return torch.ops.mg_ops.mutual_match_eager.default
+    if backend == "triton":
+        return torch.ops.mg_ops.mutual_match_triton.default
     return torch.ops.mg_ops.mutual_match.default
