@@ -45,6 +45,8 @@ struct ImageWork {
   int64_t* label;              // -1 for an unknown one
   uint64_t* best_by_anchor;    // claim_key of the best anchor; 0: none overlaps, the object takes no part
   uint64_t* best;              // the same under the quality being claimed
+  float* cut;                  // of the claim in work: see claim_tile_by_iou
+  bool all_anchor_pairs_seen;  // the claim by q_anchor was repeated without cuts
   float* may_be_best_iou;      // under q_amplified: no pair below this q_anchor can be the slot's best,
   float* may_be_positive_iou;  // ... and none below this is looked at as its positive, unless too few are found
   uint32_t* enough_order;      // exponent_order that n_pos anchors must reach for that to be exact
@@ -71,6 +73,9 @@ struct ImageWork {
 namespace MG_OPS_CPU_TARGET {
 namespace {
 
+// Positives are looked for among pairs of at least this share of the IoU they should have; a slot that finds too few of them
+// there is looked at again, without bounds.
+constexpr float kExpectedShare = 0.8f;
 // Qualities below are bounded with a margin, so that no rounding can turn a bound into a lie: 1% of an IoU is 0.0145 in
 // log2, and exponents err by less than 1e-4 for every float.
 constexpr float kBoundMargin = 0.99f;
@@ -185,14 +190,15 @@ static void finish_tile(BoxTile& tile, int64_t count) {
     tile.y2[i] = box.y2;
     tile.area[i] = box_area(box);
   }
-  // Eight partial bounds, so that the minimum of a vector is taken lane by lane; bounds may be taken in any order.
+  // Sixteen partial bounds, so that the minimum of a vector is taken lane by lane; bounds may be taken in any order.
   constexpr int kLanes = 16;
-  float x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes];
+  float x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes], smallest[kLanes], largest[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     x1[lane] = tile.x1[lane];
     y1[lane] = tile.y1[lane];
     x2[lane] = tile.x2[lane];
     y2[lane] = tile.y2[lane];
+    smallest[lane] = largest[lane] = tile.area[lane];
   }
   for (int64_t i = kLanes; i < kTileSize; i += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -200,6 +206,8 @@ static void finish_tile(BoxTile& tile, int64_t count) {
       y1[lane] = min_float(y1[lane], tile.y1[i + lane]);
       x2[lane] = max_float(x2[lane], tile.x2[i + lane]);
       y2[lane] = max_float(y2[lane], tile.y2[i + lane]);
+      smallest[lane] = min_float(smallest[lane], tile.area[i + lane]);
+      largest[lane] = max_float(largest[lane], tile.area[i + lane]);
     }
   }
   Box bounds = {x1[0], y1[0], x2[0], y2[0]};
@@ -208,8 +216,12 @@ static void finish_tile(BoxTile& tile, int64_t count) {
     bounds.y1 = min_float(bounds.y1, y1[lane]);
     bounds.x2 = max_float(bounds.x2, x2[lane]);
     bounds.y2 = max_float(bounds.y2, y2[lane]);
+    smallest[0] = min_float(smallest[0], smallest[lane]);
+    largest[0] = max_float(largest[0], largest[lane]);
   }
   tile.bounds = bounds;
+  tile.min_area = smallest[0];
+  tile.max_area = largest[0];
 }
 
 MG_OPS_INLINE int64_t tile_count(const MatchProblem& problem, int64_t tile) {
@@ -222,7 +234,15 @@ static void load_anchor_tile(const MatchProblem& problem, int64_t tile_index, Bo
   finish_tile(tile, count);
 }
 
-static void load_regressed_tile(const MatchProblem& problem, int64_t image, int64_t tile_index, BoxTile& tile) {
+MG_OPS_INLINE const BoxTile& anchor_tile(const ImageWork& work, int64_t tile_index, BoxTile& own_tile) {
+  if (work.anchor_tiles != nullptr) return work.anchor_tiles[tile_index];
+  load_anchor_tile(*work.problem, tile_index, own_tile);
+  return own_tile;
+}
+
+static void load_regressed_tile(const ImageWork& work, int64_t tile_index, BoxTile& tile) {
+  const MatchProblem& problem = *work.problem;
+  const int64_t image = work.image;
   const int64_t first = tile_index * kTileSize, count = tile_count(problem, tile_index);
   if (!problem.decode) {
     load_columns(problem.pred_boxes, image, first, count, tile.x1, tile.y1, tile.x2, tile.y2);
@@ -230,22 +250,21 @@ static void load_regressed_tile(const MatchProblem& problem, int64_t image, int6
     return;
   }
   alignas(64) float dx[kTileSize], dy[kTileSize], dw[kTileSize], dh[kTileSize];
-  for (int64_t i = count; i < kTileSize; ++i) {
-    tile.x1[i] = tile.y1[i] = tile.x2[i] = tile.y2[i] = 0.0f;
-    dx[i] = dy[i] = dw[i] = dh[i] = 0.0f;
-  }
-  load_columns(problem.anchors, 0, first, count, tile.x1, tile.y1, tile.x2, tile.y2);
+  for (int64_t i = count; i < kTileSize; ++i) dx[i] = dy[i] = dw[i] = dh[i] = 0.0f;
+  // Where an anchor is not finite its tile has the empty box; whatever is decoded from either overlaps nothing.
+  BoxTile own_tile;
+  const BoxTile& anchors = anchor_tile(work, tile_index, own_tile);
   load_columns(problem.pred_boxes, image, first, count, dx, dy, dw, dh);
   const BoxCoder coder = problem.coder;
   for (int64_t i = 0; i < kTileSize; ++i) {
     const Interval x =
-        decode_interval(tile.x1[i], tile.x2[i], dx[i], dw[i], coder.weight_x, coder.weight_w, coder.clip);
+        decode_interval(anchors.x1[i], anchors.x2[i], dx[i], dw[i], coder.weight_x, coder.weight_w, coder.clip);
     tile.x1[i] = x.first;
     tile.x2[i] = x.second;
   }
   for (int64_t i = 0; i < kTileSize; ++i) {
     const Interval y =
-        decode_interval(tile.y1[i], tile.y2[i], dy[i], dh[i], coder.weight_y, coder.weight_h, coder.clip);
+        decode_interval(anchors.y1[i], anchors.y2[i], dy[i], dh[i], coder.weight_y, coder.weight_h, coder.clip);
     tile.y1[i] = y.first;
     tile.y2[i] = y.second;
   }
@@ -256,55 +275,116 @@ MG_OPS_INLINE bool overlap(const Box& a, const Box& b) {
   return (a.x1 < b.x2) & (a.x2 > b.x1) & (a.y1 < b.y2) & (a.y2 > b.y1);
 }
 
+// Slots are compared with a tile by the vector; behind the last one come boxes that nothing overlaps.
+constexpr int32_t kSlotBlock = 16;
+
+MG_OPS_INLINE void set_box_that_nothing_overlaps(ImageWork& work, int32_t slot) {
+  work.x1[slot] = work.y1[slot] = kMaxFloat;
+  work.x2[slot] = work.y2[slot] = -kMaxFloat;
+  work.area[slot] = 0.0f;
+}
+
+// The largest quality in a tile.
+MG_OPS_INLINE uint32_t largest_order(const uint32_t* quality) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < kTileSize; ++i) largest = quality[i] > largest ? quality[i] : largest;
+  return largest;
+}
+
 // Calls visit(slot) for every slot whose box overlaps the bounds, in ascending order.
 template <class Visit>
 MG_OPS_INLINE void for_overlapping_slots(const ImageWork& work, const Box& bounds, Visit visit) {
-  constexpr int32_t kBlock = 64;
-  const int32_t num_slots = work.num_slots;
-  for (int32_t begin = 0; begin < num_slots; begin += kBlock) {
-    const int32_t end = std::min(begin + kBlock, num_slots);
-    alignas(64) uint8_t overlaps[kBlock] = {};
-    for (int32_t slot = begin; slot < end; ++slot) {
-      overlaps[slot - begin] = overlap({work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]}, bounds);
-    }
-    for (int32_t word = 0; word < end - begin; word += 8) {
+  for (int32_t begin = 0; begin < work.num_slots; begin += kSlotBlock) {
+    const float *x1 = work.x1 + begin, *y1 = work.y1 + begin, *x2 = work.x2 + begin, *y2 = work.y2 + begin;
+    alignas(16) uint8_t overlaps[kSlotBlock];
+    for (int32_t i = 0; i < kSlotBlock; ++i) overlaps[i] = overlap({x1[i], y1[i], x2[i], y2[i]}, bounds);
+    for (int32_t word = 0; word < kSlotBlock; word += 8) {
       uint64_t bytes;
       std::memcpy(&bytes, overlaps + word, sizeof bytes);
-      while (bytes != 0) {
-        visit(begin + word + (__builtin_ctzll(bytes) >> 3));
-        bytes &= bytes - 1;
-      }
+      for (; bytes != 0; bytes &= bytes - 1) visit(begin + word + (__builtin_ctzll(bytes) >> 3));
     }
+  }
+}
+
+// An upper bound of the IoU of any box of the tile with the slot's: no intersection is larger than what the bounds share
+// with the object, and for a given intersection the best area is the smallest that can hold it.
+MG_OPS_INLINE float largest_possible_iou(const BoxTile& tile, const ImageWork& work, int32_t slot) {
+  const float area = work.area[slot];
+  const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
+  const float shared = min_float(intersection_area(tile.bounds, object), area);
+  const float best_area = min_float(max_float(shared, tile.min_area), tile.max_area);
+  const float intersection = min_float(shared, best_area);
+  const float largest_union = (best_area + area) - intersection;
+  // Areas too large to add up bound nothing.
+  return largest_union <= kMaxFloat ? 1.00001f * (intersection / largest_union) : 1.0f;
+}
+
+// The slots that a tile may have something to do with.
+struct TileSlots {
+  static constexpr int32_t kCapacity = 128;
+  bool listed;      // else there are more, and nothing is known of them
+  int32_t count;
+  float least_cut;  // the smallest cut of them
+  int32_t slot[kCapacity];
+  float possible_iou[kCapacity];
+};
+
+static void list_slots(const ImageWork& work, const BoxTile& tile, const float* cut, TileSlots& slots) {
+  slots.count = 0;
+  slots.least_cut = 2.0f;
+  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
+    if (slots.count < TileSlots::kCapacity) {
+      slots.slot[slots.count] = slot;
+      slots.possible_iou[slots.count] = largest_possible_iou(tile, work, slot);
+    }
+    ++slots.count;
+    float slot_cut;
+    __atomic_load(cut + slot, &slot_cut, __ATOMIC_RELAXED);
+    slots.least_cut = min_float(slots.least_cut, slot_cut);
+  });
+  slots.listed = slots.count <= TileSlots::kCapacity;
+}
+
+// Calls visit(slot, position), in ascending order, for the slots that may have a pair of at least needed_iou(slot) here.
+template <class NeededIou, class Visit>
+MG_OPS_INLINE void for_slots_reaching(const ImageWork& work, const BoxTile& tile, const TileSlots& slots,
+                                      NeededIou needed_iou, Visit visit) {
+  if (slots.listed) {
+    for (int32_t i = 0; i < slots.count; ++i) {
+      if (slots.possible_iou[i] >= needed_iou(slots.slot[i])) visit(slots.slot[i], i);
+    }
+  } else {
+    int32_t i = 0;
+    for_overlapping_slots(work, tile.bounds, [&](int32_t slot) { visit(slot, i++); });
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Claims
 
-// IoU of the tile's boxes with one slot.
-MG_OPS_INLINE void tile_iou(const BoxTile& tile, const ImageWork& work, int32_t slot, float* iou) {
-  const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
-  const float area = work.area[slot];
-  for (int64_t i = 0; i < kTileSize; ++i) {
-    iou[i] = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
-  }
-}
-
-// Raises a best-anchor key shared by the threads of an image. The largest key wins in any order.
-MG_OPS_INLINE void raise_key(uint64_t* shared, uint64_t key) {
+// Raises a best-anchor key shared by the threads of an image; whether it was raised. The largest key wins in any order.
+MG_OPS_INLINE bool raise_key(uint64_t* shared, uint64_t key) {
   uint64_t current = __atomic_load_n(shared, __ATOMIC_RELAXED);
-  while (key > current &&
-         !__atomic_compare_exchange_n(shared, &current, key, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (key > current) {
+    if (__atomic_compare_exchange_n(shared, &current, key, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return true;
   }
+  return false;
 }
 
 // One tile under an IoU quality: the best slot of each of its boxes, and the best box of each slot.
-static void claim_tile_by_iou(const ImageWork& work, const BoxTile& tile, int64_t first, uint32_t* quality,
-                              int32_t* owner, uint64_t* best) {
+//
+// A slot has a use for pairs of at least its `cut` only: below it lies neither its best anchor nor one that it needs. All
+// pairs of a tile that reach the least cut of its slots are seen, so that whoever owns such a pair's box is known. What lies
+// below is seen or not, and must not matter. `next_cut(slot, iou)` is the cut that follows from a best IoU found so far.
+template <class NextCut>
+MG_OPS_INLINE void claim_tile_by_iou(ImageWork& work, const BoxTile& tile, int64_t first, uint32_t* quality, int32_t* owner,
+                                     uint64_t* best, NextCut next_cut) {
   alignas(64) int32_t tile_quality[kTileSize] = {};
   alignas(64) int32_t tile_owner[kTileSize];
   for (int64_t i = 0; i < kTileSize; ++i) tile_owner[i] = -1;
-  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
+  TileSlots slots;
+  list_slots(work, tile, work.cut, slots);
+  for_slots_reaching(work, tile, slots, [&](int32_t) { return slots.least_cut; }, [&](int32_t slot, int32_t) {
     const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
     const float area = work.area[slot];
     alignas(64) int32_t order[kTileSize];
@@ -317,11 +397,15 @@ static void claim_tile_by_iou(const ImageWork& work, const BoxTile& tile, int64_
       tile_owner[i] = better ? slot : tile_owner[i];
       largest = order[i] > largest ? order[i] : largest;
     }
-    // An equal quality may still win: another thread may have found it at a higher index.
+    // An equal quality may still win: it may have been found at a higher index before.
     if (largest > 0 && static_cast<uint32_t>(largest) >= key_order(__atomic_load_n(best + slot, __ATOMIC_RELAXED))) {
       int64_t i = 0;
       while (order[i] != largest) ++i;
-      raise_key(best + slot, claim_key(static_cast<uint32_t>(largest), static_cast<uint32_t>(first + i)));
+      if (raise_key(best + slot, claim_key(static_cast<uint32_t>(largest), static_cast<uint32_t>(first + i)))) {
+        // Threads may overtake each other here: a cut that follows from a lesser pair is only more careful.
+        const float cut = next_cut(slot, bits_float(static_cast<uint32_t>(largest)));
+        __atomic_store(work.cut + slot, &cut, __ATOMIC_RELAXED);
+      }
     }
   });
   std::memcpy(quality + first, tile_quality, sizeof tile_quality);
@@ -346,12 +430,20 @@ MG_OPS_INLINE int compete_power(float sigma) {
   return static_cast<float>(whole) < power ? whole + 1 : whole;
 }
 
-// Pairs whose amplified quality is asked for, gathered so that the arithmetic runs on whole vectors.
+// Whether a tile has something to do with a slot that is to be looked at again.
+static bool has_slot_to_look_again(const ImageWork& work, const BoxTile& tile) {
+  bool again = false;
+  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) { again |= work.look_again[slot] != 0; });
+  return again;
+}
+
+// Pairs whose amplified quality is asked for, gathered over tiles: their scores arrive together, and the arithmetic runs on
+// whole vectors.
 struct PairBatch {
-  static constexpr int kCapacity = 256;
+  static constexpr int kCapacity = 512;
   int size = 0;
   int32_t slot[kCapacity];
-  int32_t lane[kCapacity];
+  uint32_t anchor[kCapacity];
   int64_t score[kCapacity];  // where its logit lies; negative for an unknown label
   alignas(64) float iou[kCapacity];
   alignas(64) float logit[kCapacity];
@@ -375,90 +467,96 @@ static void evaluate_pairs(PairBatch& pairs, const FloatArray& cls_scores, float
   }
 }
 
+// Evaluates the pairs gathered, lets them compete for their anchors and to be their slots' best, and empties the batch.
+static void compete(ImageWork& work, PairBatch& pairs) {
+  evaluate_pairs(pairs, work.problem->cls_scores, work.problem->params.sigma);
+  for (int i = 0; i < pairs.size; ++i) {
+    const int32_t slot = pairs.slot[i];
+    const uint32_t anchor = pairs.anchor[i], order = pairs.order[i];
+    if (order > work.quality[anchor]) {  // an anchor's slots ascend: a tie stays with the lower one
+      work.quality[anchor] = order;
+      work.owner[anchor] = slot;
+    }
+    raise_key(work.best + slot, claim_key(order, anchor));
+  }
+  pairs.size = 0;
+}
+
 // One tile under q_amplified. Scores are read only for pairs that can matter:
 //  - an anchor matters if it has a pair of at least the slot's may_be_positive_iou; then every pair that could own it does;
 //  - besides, every pair that could be its slot's best.
 // Anchors that do not matter are left without an owner. `lower_bounds` verifies that they did not.
 // With only_again, tiles without a slot to look at again stay as they are.
 static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_t tile_index, int power,
-                                    bool only_again) {
-  constexpr int32_t kKept = 64;  // slots whose IoUs stay at hand between the two looks at them
+                                    float least_positive_iou, bool only_again, PairBatch& pairs) {
+  constexpr int32_t kKept = 32;  // slots whose IoUs stay at hand between the two looks at them
   const MatchProblem& problem = *work.problem;
-  const int64_t score_bytes = with_type(problem.cls_scores, [](auto* data) { return int64_t{sizeof *data}; });
   const int64_t first = tile_index * kTileSize;
   const uint32_t* anchor_quality = work.anchor_quality + first;
 
-  float lowest_iou = 2.0f;
-  bool again = false;
-  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
-    lowest_iou = min_float(lowest_iou, work.may_be_positive_iou[slot]);
-    again |= work.look_again[slot] != 0;
-  });
-  if (only_again && !again) return;
+  if (only_again && !has_slot_to_look_again(work, tile)) return;
+  for (int64_t i = 0; i < kTileSize; ++i) work.quality[first + i] = 0;
+  for (int64_t i = 0; i < kTileSize; ++i) work.owner[first + i] = -1;
+  const float largest_anchor_iou = bits_float(largest_order(anchor_quality));
+  if (largest_anchor_iou == 0.0f || largest_anchor_iou < least_positive_iou) return;
+  TileSlots slots;
+  list_slots(work, tile, work.may_be_positive_iou, slots);
+  if (largest_anchor_iou < slots.least_cut) return;
 
-  uint32_t* quality = work.quality + first;
-  int32_t* owner = work.owner + first;
-  for (int64_t i = 0; i < kTileSize; ++i) quality[i] = 0;
-  for (int64_t i = 0; i < kTileSize; ++i) owner[i] = -1;
-  int32_t largest = 0;
-  for (int64_t i = 0; i < kTileSize; ++i) {
-    const int32_t order = static_cast<int32_t>(anchor_quality[i]);
-    largest = order > largest ? order : largest;
-  }
-  if (largest == 0 || bits_float(static_cast<uint32_t>(largest)) < lowest_iou) return;
+  const auto tile_iou = [&](int32_t slot, float* iou) {
+    const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
+    const float area = work.area[slot];
+    for (int64_t i = 0; i < kTileSize; ++i) {
+      iou[i] = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
+    }
+  };
 
-  // First look: the IoUs, and which anchors matter.
+  // First look: which anchors matter, and from which IoU on they can be owned.
   alignas(64) float kept_iou[kKept][kTileSize];
+  bool kept[kKept] = {};
   alignas(64) int32_t matters[kTileSize] = {};
-  int32_t position = 0;
-  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
+  const auto may_be_positive = [&](int32_t slot) { return work.may_be_positive_iou[slot]; };
+  for_slots_reaching(work, tile, slots, may_be_positive, [&](int32_t slot, int32_t position) {
     alignas(64) float local_iou[kTileSize];
     float* iou = position < kKept ? kept_iou[position] : local_iou;
-    ++position;
-    tile_iou(tile, work, slot, iou);
+    if (position < kKept) kept[position] = true;
+    tile_iou(slot, iou);
     const float threshold = work.may_be_positive_iou[slot];
     for (int64_t i = 0; i < kTileSize; ++i) matters[i] |= (iou[i] > 0.0f) & (iou[i] >= threshold);
   });
-  alignas(64) float needed_iou[kTileSize];
   int32_t any = 0;
   for (int64_t i = 0; i < kTileSize; ++i) any |= matters[i];
   if (any == 0) return;
   alignas(64) float largest_iou[kTileSize];
+  alignas(64) float needed_iou[kTileSize];
   std::memcpy(largest_iou, anchor_quality, sizeof largest_iou);
   iou_to_compete<kTileSize>(largest_iou, power, needed_iou);
-  for (int64_t i = 0; i < kTileSize; ++i) needed_iou[i] = matters[i] != 0 ? needed_iou[i] : 2.0f;
+  uint32_t least_needed = 0x40000000u;  // 2.0
+  for (int64_t i = 0; i < kTileSize; ++i) {
+    needed_iou[i] = matters[i] != 0 ? needed_iou[i] : 2.0f;
+    const uint32_t bits = float_bits(needed_iou[i]);
+    least_needed = bits < least_needed ? bits : least_needed;
+  }
 
-  // Second look: gather the pairs, evaluate them, let them compete.
-  PairBatch pairs;
-  const auto compete = [&]() {
-    evaluate_pairs(pairs, problem.cls_scores, problem.params.sigma);
-    for (int j = 0; j < pairs.size; ++j) {
-      const int32_t slot = pairs.slot[j], lane = pairs.lane[j];
-      const uint32_t order = pairs.order[j];
-      if (order > quality[lane]) {  // slots ascend: a tie stays with the lower one
-        quality[lane] = order;
-        owner[lane] = slot;
-      }
-      raise_key(work.best + slot, claim_key(order, static_cast<uint32_t>(first + lane)));
-    }
-    pairs.size = 0;
+  // Second look: gather the pairs.
+  const int64_t score_bytes = with_type(problem.cls_scores, [](auto* data) { return int64_t{sizeof *data}; });
+  const auto may_own_or_be_best = [&](int32_t slot) {
+    return min_float(bits_float(least_needed), work.may_be_best_iou[slot]);
   };
-  position = 0;
-  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
+  for_slots_reaching(work, tile, slots, may_own_or_be_best, [&](int32_t slot, int32_t position) {
     alignas(64) float local_iou[kTileSize];
     const float* iou = local_iou;
-    if (position < kKept) {
+    if (position < kKept && kept[position]) {
       iou = kept_iou[position];
     } else {
-      tile_iou(tile, work, slot, local_iou);
+      tile_iou(slot, local_iou);
     }
-    ++position;
     alignas(64) uint8_t wanted[kTileSize];
     const float may_be_best = work.may_be_best_iou[slot];
     for (int64_t i = 0; i < kTileSize; ++i) {
       wanted[i] = (iou[i] > 0.0f) & ((iou[i] >= needed_iou[i]) | (iou[i] >= may_be_best));
     }
-    if (pairs.size > PairBatch::kCapacity - kTileSize) compete();
+    if (pairs.size > PairBatch::kCapacity - kTileSize) compete(work, pairs);
     const int64_t label = work.label[slot];
     const int64_t first_score = work.image * problem.cls_scores.stride[0] + first * problem.cls_scores.stride[1] +
                                 label * problem.cls_scores.stride[2];
@@ -466,20 +564,19 @@ static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_
       uint64_t bytes;
       std::memcpy(&bytes, wanted + word, sizeof bytes);
       for (; bytes != 0; bytes &= bytes - 1) {
-        const int32_t lane = static_cast<int32_t>(word) + (__builtin_ctzll(bytes) >> 3);
-        const int j = pairs.size++;
-        pairs.slot[j] = slot;
-        pairs.lane[j] = lane;
-        pairs.iou[j] = iou[lane];
-        pairs.score[j] = label < 0 ? -1 : first_score + lane * problem.cls_scores.stride[1];
+        const int64_t lane = word + (__builtin_ctzll(bytes) >> 3);
+        const int i = pairs.size++;
+        pairs.slot[i] = slot;
+        pairs.anchor[i] = static_cast<uint32_t>(first + lane);
+        pairs.iou[i] = iou[lane];
+        pairs.score[i] = label < 0 ? -1 : first_score + lane * problem.cls_scores.stride[1];
         // Scores lie apart, each in a cache line of its own: asked for here, they arrive together.
         if (label >= 0) {
-          __builtin_prefetch(static_cast<const char*>(problem.cls_scores.data) + pairs.score[j] * score_bytes);
+          __builtin_prefetch(static_cast<const char*>(problem.cls_scores.data) + pairs.score[i] * score_bytes);
         }
       }
     }
   });
-  compete();
 }
 
 // Gives each active slot's best anchor quality 1 for it: it then owns the anchor, unless a lower slot's quality is 1 too.
@@ -516,9 +613,12 @@ static void select_largest(uint64_t* keys, int64_t count, int64_t size) {
 
 // Adds to the lists the owned anchors whose quality is above their slot's list_floor, and keeps the num_kept best.
 static void collect_owned(ImageWork& work, const uint32_t* quality, const int32_t* owner, const int32_t* num_kept) {
+  uint32_t least_floor = ~uint32_t{0};
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) least_floor = std::min(least_floor, work.list_floor[slot]);
   for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
     const int64_t first = tile * kTileSize;
-    // Most anchors are below: sort them out a vector at a time. list_floor[-1], of those without an owner, lets none pass.
+    // Most anchors are below: sort out whole tiles, then vectors. list_floor[-1], of those without an owner, lets none pass.
+    if (largest_order(quality + first) <= least_floor) continue;
     alignas(64) uint8_t above[kTileSize];
     for (int64_t i = 0; i < kTileSize; ++i) above[i] = quality[first + i] > work.list_floor[owner[first + i]];
     for (int64_t word = 0; word < kTileSize; word += 8) {
@@ -597,17 +697,16 @@ static void ignore_crowds(const ImageWork& work) {
   int64_t* row = problem.cls_match + work.image * problem.num_anchors;
   BoxTile own_tile;
   for (int64_t tile_index = 0; tile_index < work.num_tiles; ++tile_index) {
-    const BoxTile* tile = work.anchor_tiles != nullptr ? work.anchor_tiles + tile_index : &own_tile;
-    if (work.anchor_tiles == nullptr) load_anchor_tile(problem, tile_index, own_tile);
+    const BoxTile& tile = anchor_tile(work, tile_index, own_tile);
     alignas(64) int32_t covered[kTileSize] = {};
     bool any = false;
     for (int32_t k = 0; k < work.num_crowds; ++k) {
       const Box crowd = work.crowds[k];
-      if (!overlap(tile->bounds, crowd)) continue;
+      if (!overlap(tile.bounds, crowd)) continue;
       any = true;
       for (int64_t i = 0; i < kTileSize; ++i) {
-        const Box box = {tile->x1[i], tile->y1[i], tile->x2[i], tile->y2[i]};
-        const float coverage = positive_ratio(intersection_area(box, crowd), tile->area[i]);
+        const Box box = {tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
+        const float coverage = positive_ratio(intersection_area(box, crowd), tile.area[i]);
         covered[i] |= coverage >= problem.params.crowd_overlap;
       }
     }
@@ -642,7 +741,7 @@ struct Carver {
   }
 };
 
-constexpr size_t kSlotBytes = 4 * 8 + 17 * 4;  // four arrays of 8 bytes, seventeen of 4
+constexpr size_t kSlotBytes = 4 * 8 + 18 * 4;  // four arrays of 8 bytes, eighteen of 4
 constexpr int64_t kListSlack = 8;
 
 static bool reserve_slots(ImageWork& work, int64_t count) {
@@ -659,6 +758,7 @@ static bool reserve_slots(ImageWork& work, int64_t count) {
   carver.carve(work.y2);
   carver.carve(work.area);
   carver.carve(work.object);
+  carver.carve(work.cut);
   carver.carve(work.may_be_best_iou);
   carver.carve(work.may_be_positive_iou);
   carver.carve(work.enough_order);
@@ -716,6 +816,7 @@ static bool begin_image(ImageWork& work, int64_t image) {
   const MatchProblem& problem = *work.problem;
   work.image = image;
   work.num_slots = work.num_crowds = 0;
+  work.all_anchor_pairs_seen = false;
   const int64_t begin = problem.gt_offsets[image], end = problem.gt_offsets[image + 1];
   fill_row(problem.cls_match + image * problem.num_anchors, problem.num_anchors);
   fill_row(problem.loc_match + image * problem.num_anchors, problem.num_anchors);
@@ -741,23 +842,75 @@ static bool begin_image(ImageWork& work, int64_t image) {
     const int64_t label = problem.gt_labels[i];
     work.label[slot] = label >= 0 && label < problem.num_classes ? label : -1;
     work.best_by_anchor[slot] = 0;
+    work.cut[slot] = 0.0f;
   }
+  for (int32_t slot = work.num_slots; slot % kSlotBlock != 0; ++slot) set_box_that_nothing_overlaps(work, slot);
   return true;
 }
 
-MG_OPS_INLINE const BoxTile& anchor_tile(const ImageWork& work, int64_t tile_index, BoxTile& own_tile) {
-  if (work.anchor_tiles != nullptr) return work.anchor_tiles[tile_index];
-  load_anchor_tile(*work.problem, tile_index, own_tile);
-  return own_tile;
+// What the claim by q_anchor must see of an object whose best q_anchor is at least `best_iou`: all that counts, and all that
+// the claim by q_amplified will look at.
+static float cut_by_anchors(const MatchParams& params, int power, float best_iou) {
+  float cut = min_float(best_iou, params.iou_ignored);
+  if (params.localization_by_amplified) {
+    const float expected_iou = kExpectedShare * min_float(best_iou, params.iou_positive);
+    float to_compete;
+    iou_to_compete<1>(&expected_iou, power, &to_compete);
+    cut = min_float(cut, to_compete);
+  }
+  return cut;
 }
 
+// What the claim by q_regressed must see: IoUs well below those of the anchors, since regressed boxes should do no worse.
+static float cut_by_regressed(const ImageWork& work, int32_t slot, float best_iou) {
+  const float best_anchor_iou = bits_float(key_order(work.best_by_anchor[slot]));
+  return min_float(best_iou, kExpectedShare * min_float(best_anchor_iou, work.problem->params.iou_ignored));
+}
+
+// Tiles run from the last to the first: detectors list their small anchors, which are most, first. Large objects have found
+// good anchors by then, and need not look at the small ones.
 static void claim_by_anchors(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
   if (work.num_slots == 0) return;
   const DefaultFloatEnvironment environment;
+  const MatchParams& params = work.problem->params;
+  const int power = compete_power(params.sigma);
   BoxTile own_tile;
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+  for (int64_t tile = tile_end - 1; tile >= tile_begin; --tile) {
     claim_tile_by_iou(work, anchor_tile(work, tile, own_tile), tile * kTileSize, work.anchor_quality, work.anchor_owner,
-                      work.best_by_anchor);
+                      work.best_by_anchor,
+                      [&](int32_t, float best_iou) { return cut_by_anchors(params, power, best_iou); });
+  }
+}
+
+// The same without cuts.
+static void see_all_anchor_pairs(ImageWork& work) {
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) work.cut[slot] = 0.0f;
+  BoxTile own_tile;
+  for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
+    claim_tile_by_iou(work, anchor_tile(work, tile, own_tile), tile * kTileSize, work.anchor_quality, work.anchor_owner,
+                      work.best_by_anchor, [](int32_t, float) { return 0.0f; });
+  }
+  work.all_anchor_pairs_seen = true;
+}
+
+// Forces the best anchors of q_anchor, and keeps what was there for `unforce_anchors`.
+static void force_anchors(ImageWork& work) {
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    if (work.best_by_anchor[slot] == 0) continue;
+    const uint32_t anchor = key_index(work.best_by_anchor[slot]);
+    work.saved_value[slot] = work.anchor_quality[anchor];
+    work.saved_owner[slot] = work.anchor_owner[anchor];
+  }
+  force_best(work, work.best_by_anchor, kForcedIouOrder, work.anchor_quality, work.anchor_owner);
+}
+
+// What q_anchor really is at the forced pairs: the claim by q_amplified bounds from it.
+static void unforce_anchors(ImageWork& work) {
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    if (work.best_by_anchor[slot] == 0) continue;
+    const uint32_t anchor = key_index(work.best_by_anchor[slot]);
+    work.anchor_quality[anchor] = work.saved_value[slot];
+    work.anchor_owner[anchor] = work.saved_owner[slot];
   }
 }
 
@@ -765,32 +918,22 @@ static void claim_by_anchors(ImageWork& work, int64_t tile_begin, int64_t tile_e
 static bool count_positives(ImageWork& work) {
   const DefaultFloatEnvironment environment;
   const MatchProblem& problem = *work.problem;
+  const MatchParams& params = problem.params;
   const int32_t num_slots = work.num_slots;
   if (num_slots == 0) return true;
 
   for (int32_t slot = 0; slot < num_slots; ++slot) {
     work.num_pos[slot] = work.num_total[slot] = 0;
-    if (work.best_by_anchor[slot] == 0) {  // overlapped by no anchor: an inverted box, which nothing overlaps, ends it
-      work.x1[slot] = work.y1[slot] = kMaxFloat;
-      work.x2[slot] = work.y2[slot] = -kMaxFloat;
-    } else {
-      const uint32_t anchor = key_index(work.best_by_anchor[slot]);
-      work.saved_value[slot] = work.anchor_quality[anchor];
-      work.saved_owner[slot] = work.anchor_owner[anchor];
-    }
+    // Overlapped by no anchor, it takes no part from here on.
+    if (work.best_by_anchor[slot] == 0) set_box_that_nothing_overlaps(work, slot);
   }
-  force_best(work, work.best_by_anchor, kForcedIouOrder, work.anchor_quality, work.anchor_owner);
+  force_anchors(work);
 
-  const uint32_t positive = iou_order(problem.params.iou_positive), ignored = iou_order(problem.params.iou_ignored);
+  const uint32_t positive = iou_order(params.iou_positive), ignored = iou_order(params.iou_ignored);
   for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
     const uint32_t* quality = work.anchor_quality + tile * kTileSize;
     const int32_t* owner = work.anchor_owner + tile * kTileSize;
-    int32_t largest = 0;
-    for (int64_t i = 0; i < kTileSize; ++i) {
-      const int32_t order = static_cast<int32_t>(quality[i]);
-      largest = order > largest ? order : largest;
-    }
-    if (static_cast<uint32_t>(largest) < ignored) continue;
+    if (largest_order(quality) < ignored) continue;
     for (int64_t i = 0; i < kTileSize; ++i) {
       if (quality[i] < ignored || owner[i] < 0) continue;
       work.num_total[owner[i]] += 1;
@@ -800,16 +943,18 @@ static bool count_positives(ImageWork& work) {
 
   const int64_t begin = problem.gt_offsets[work.image];
   int64_t num_keys = 0;
+  bool some_own_too_few = false;
   for (int32_t slot = 0; slot < num_slots; ++slot) {
     work.list_begin[slot] = num_keys;
+    work.likely_order[slot] = 0;
     if (work.best_by_anchor[slot] == 0) continue;
+    some_own_too_few |= work.num_total[slot] == 0;
     work.num_pos[slot] = std::max(work.num_pos[slot], 1);
     work.num_total[slot] = std::max(work.num_total[slot], work.num_pos[slot]);
     problem.num_pos[begin + work.object[slot]] = work.num_pos[slot];
     problem.num_total[begin + work.object[slot]] = work.num_total[slot];
     // The counts say how many anchors have this q_anchor; regressed boxes should do no worse.
-    const uint32_t best = key_order(work.best_by_anchor[slot]);
-    work.likely_order[slot] = std::min(best, ignored) - 1;
+    work.likely_order[slot] = std::min(key_order(work.best_by_anchor[slot]), ignored) - 1;
     num_keys += 2 * static_cast<int64_t>(work.num_total[slot]) + kListSlack;
   }
   work.list_begin[num_slots] = num_keys;
@@ -818,33 +963,80 @@ static bool count_positives(ImageWork& work) {
   work.keys = static_cast<uint64_t*>(keys);
   if (!enough_memory) return false;
 
-  if (!problem.params.classification_by_regressed) {
-    select_owned(work, work.anchor_quality, work.anchor_owner, work.num_total, work.likely_order);
-    write_classification(work);
+  if (!params.classification_by_regressed || !params.localization_by_amplified) {
+    // An object that lost all anchors that count takes the best of those it has left, however low their quality.
+    if (some_own_too_few) {
+      see_all_anchor_pairs(work);
+      force_anchors(work);
+    }
+    if (!params.classification_by_regressed) {
+      select_owned(work, work.anchor_quality, work.anchor_owner, work.num_total, work.likely_order);
+      write_classification(work);
+    }
+    if (!params.localization_by_amplified) {
+      select_owned(work, work.anchor_quality, work.anchor_owner, work.num_pos, work.likely_order);
+      write_localization(work);
+    }
   }
-  if (!problem.params.localization_by_amplified) {
-    select_owned(work, work.anchor_quality, work.anchor_owner, work.num_pos, work.likely_order);
-    write_localization(work);
-  }
-  // What q_anchor really is at the forced pairs: the claim by q_amplified bounds from it.
+  unforce_anchors(work);
   for (int32_t slot = 0; slot < num_slots; ++slot) {
-    if (work.best_by_anchor[slot] == 0) continue;
-    const uint32_t anchor = key_index(work.best_by_anchor[slot]);
-    work.anchor_quality[anchor] = work.saved_value[slot];
-    work.anchor_owner[anchor] = work.saved_owner[slot];
+    work.best[slot] = 0;
+    work.cut[slot] = 0.0f;
   }
-  for (int32_t slot = 0; slot < num_slots; ++slot) work.best[slot] = 0;
   return true;
+}
+
+// Asks for the predictions of a tile ahead of time: tiles run backwards, which the processor does not foresee.
+static void prefetch_predictions(const ImageWork& work, int64_t tile) {
+  const FloatArray& pred_boxes = work.problem->pred_boxes;
+  const int64_t first = work.image * pred_boxes.stride[0] + tile * kTileSize * pred_boxes.stride[1];
+  with_type(pred_boxes, [&](auto* data) {
+    if (pred_boxes.stride[1] != 4 || pred_boxes.stride[2] != 1) return;
+    const char* begin = reinterpret_cast<const char*>(data + first);
+    for (size_t byte = 0; byte < 4 * kTileSize * sizeof *data; byte += 64) __builtin_prefetch(begin + byte);
+  });
 }
 
 static void claim_by_regressed(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
   if (work.num_slots == 0 || !work.problem->params.classification_by_regressed) return;
   const DefaultFloatEnvironment environment;
   BoxTile tile;
-  for (int64_t i = tile_begin; i < tile_end; ++i) {
-    load_regressed_tile(*work.problem, work.image, i, tile);
-    claim_tile_by_iou(work, tile, i * kTileSize, work.quality, work.owner, work.best);
+  for (int64_t i = tile_end - 1; i >= tile_begin; --i) {
+    if (i - 2 >= tile_begin) prefetch_predictions(work, i - 2);
+    load_regressed_tile(work, i, tile);
+    claim_tile_by_iou(work, tile, i * kTileSize, work.quality, work.owner, work.best,
+                      [&](int32_t slot, float best_iou) { return cut_by_regressed(work, slot, best_iou); });
   }
+}
+
+// Selects the classification's anchors; a slot that finds too few above its cut is looked at again, without one.
+static void select_by_regressed(ImageWork& work) {
+  force_best(work, work.best, kForcedIouOrder, work.quality, work.owner);
+  select_owned(work, work.quality, work.owner, work.num_total, work.likely_order);
+  bool again = false;
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    work.look_again[slot] = 0;
+    if (work.best_by_anchor[slot] == 0) continue;
+    const float cut = work.best[slot] == 0 ? 0.0f : cut_by_regressed(work, slot, bits_float(key_order(work.best[slot])));
+    const int32_t size = work.list_size[slot];
+    const bool enough = size == work.num_total[slot] &&
+                        smallest_order(work.keys + work.list_begin[slot], size) >= iou_order(cut);
+    if (enough || cut == 0.0f) continue;
+    work.look_again[slot] = again = true;
+  }
+  if (!again) return;
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    if (work.look_again[slot]) work.cut[slot] = 0.0f;
+  }
+  BoxTile tile;
+  for (int64_t i = 0; i < work.num_tiles; ++i) {
+    load_regressed_tile(work, i, tile);
+    if (!has_slot_to_look_again(work, tile)) continue;
+    claim_tile_by_iou(work, tile, i * kTileSize, work.quality, work.owner, work.best,
+                      [&](int32_t slot, float) { return work.cut[slot]; });
+  }
+  force_best(work, work.best, kForcedIouOrder, work.quality, work.owner);
+  select_owned(work, work.quality, work.owner, work.num_total, work.likely_order);
 }
 
 // Looks for the slot's positives among pairs that can reach the amplified quality of this q_anchor at p = 0.
@@ -857,8 +1049,7 @@ static void set_positive_bound(ImageWork& work, int32_t slot, float iou, int pow
 static void label_classification(ImageWork& work) {
   const DefaultFloatEnvironment environment;
   if (work.num_slots > 0 && work.problem->params.classification_by_regressed) {
-    force_best(work, work.best, kForcedIouOrder, work.quality, work.owner);
-    select_owned(work, work.quality, work.owner, work.num_total, work.likely_order);
+    select_by_regressed(work);
     write_classification(work);
   }
   if (work.num_crowds > 0) ignore_crowds(work);
@@ -880,10 +1071,16 @@ static void claim_by_amplified(ImageWork& work, int64_t tile_begin, int64_t tile
   if (work.num_slots == 0 || !work.problem->params.localization_by_amplified) return;
   const DefaultFloatEnvironment environment;
   const int power = compete_power(work.problem->params.sigma);
-  BoxTile own_tile;
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    claim_tile_by_amplified(work, anchor_tile(work, tile, own_tile), tile, power, false);
+  float least_positive_iou = 1.0f;
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    if (work.best_by_anchor[slot] != 0) least_positive_iou = min_float(least_positive_iou, work.may_be_positive_iou[slot]);
   }
+  BoxTile own_tile;
+  PairBatch pairs;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    claim_tile_by_amplified(work, anchor_tile(work, tile, own_tile), tile, power, least_positive_iou, false, pairs);
+  }
+  compete(work, pairs);
 }
 
 // Whether the bounds of the claim may have kept an anchor from its place. Lowers those of the slots where they may.
@@ -909,6 +1106,18 @@ static bool lower_bounds(ImageWork& work, int power) {
   return lowered;
 }
 
+// Whether the claim by q_anchor saw all pairs that the bounds of the claim by q_amplified ask for.
+static bool anchor_pairs_suffice(const ImageWork& work, int power) {
+  if (work.all_anchor_pairs_seen) return true;
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    const uint64_t best = work.best_by_anchor[slot];
+    if (best == 0) continue;
+    const float cut = cut_by_anchors(work.problem->params, power, bits_float(key_order(best)));
+    if (work.may_be_positive_iou[slot] < cut) return false;
+  }
+  return true;
+}
+
 static void label_localization(ImageWork& work) {
   if (work.num_slots == 0 || !work.problem->params.localization_by_amplified) return;
   const DefaultFloatEnvironment environment;
@@ -916,11 +1125,14 @@ static void label_localization(ImageWork& work) {
   force_best(work, work.best, kForcedExponentOrder, work.quality, work.owner);
   select_owned(work, work.quality, work.owner, work.num_pos, work.likely_order);
   while (lower_bounds(work, power)) {
+    if (!anchor_pairs_suffice(work, power)) see_all_anchor_pairs(work);
     // Only tiles that such a slot overlaps can change; the owners found before stand, others join them.
     BoxTile own_tile;
+    PairBatch pairs;
     for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
-      claim_tile_by_amplified(work, anchor_tile(work, tile, own_tile), tile, power, true);
+      claim_tile_by_amplified(work, anchor_tile(work, tile, own_tile), tile, power, 0.0f, true, pairs);
     }
+    compete(work, pairs);
     force_best(work, work.best, kForcedExponentOrder, work.quality, work.owner);
     select_owned(work, work.quality, work.owner, work.num_pos, work.likely_order);
   }

@@ -49,12 +49,14 @@ struct MatchProblem {
 };
 
 // Boxes are handled in tiles of 64: structure of arrays, so that loops over a tile become vector instructions, with the
-// box around them all, so that a tile far from an object costs one comparison.
+// box around them all and the range of their areas, so that a tile too far from an object, or of boxes too small or too
+// large for it, costs one comparison.
 constexpr int64_t kTileSize = 64;
 
 struct alignas(64) BoxTile {
   float x1[kTileSize], y1[kTileSize], x2[kTileSize], y2[kTileSize], area[kTileSize];
   Box bounds;
+  float min_area, max_area;
 };
 
 struct ImageWork;  // scratch of one image at a time
