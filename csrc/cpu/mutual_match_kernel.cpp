@@ -825,7 +825,7 @@ static bool begin_image(ImageWork& work, int64_t image) {
     const Box box = load_box(problem.gt_boxes, i);
     if (!is_object(box)) continue;
     if (problem.gt_crowd != nullptr && problem.gt_crowd[i * problem.gt_crowd_stride]) {
-      if (work.crowd_capacity == 0 && !grow(&work.crowd_memory, &work.crowd_capacity, end - begin, sizeof(Box))) {
+      if (work.num_crowds == 0 && !grow(&work.crowd_memory, &work.crowd_capacity, end - begin, sizeof(Box))) {
         return false;
       }
       work.crowds = static_cast<Box*>(work.crowd_memory);
