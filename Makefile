@@ -78,8 +78,8 @@ build/tests/.built: tests/bindings.cpp $(wildcard csrc/*.h) CMakeLists.txt $(VEN
 	@touch $@
 
 # The tests of the C++ backend in a copy of the checkout whose library has the sanitizers in it. They must be loaded before
-# Python; Python and torch leak at exit, so leaks are not looked for. Fewer random cases than `make test-python` has: each
-# takes several times as long.
+# Python; Python and torch leak at exit, so leaks are not looked for. What they find they write to file descriptor 2, which
+# pytest must leave alone. Fewer random cases than `make test-python` has: each takes several times as long.
 ASAN_TESTS ?= tests/test_every_clause_of_the_definition.py tests/test_cpp_equals_reference.py tests/test_arguments.py
 ASAN_CHECKOUT := build/asan/checkout
 test-asan: $(VENV)/.installed  ## the C++ backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -91,7 +91,7 @@ test-asan: $(VENV)/.installed  ## the C++ backend's tests under AddressSanitizer
 	cd $(ASAN_CHECKOUT) && LD_PRELOAD="$(SANITIZER_LIBRARIES)" \
 	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  MG_OPS_FUZZ=$${MG_OPS_FUZZ:-0.1} \
-	  $(PY) -m pytest -p no:cacheprovider $(ASAN_TESTS) $(PYTEST_ARGS)
+	  $(PY) -m pytest -p no:cacheprovider --capture=sys $(ASAN_TESTS) $(PYTEST_ARGS)
 
 wheel: dist/.built  ## dist/mg_ops-*-py3-none-*.whl, audited
 dist/.built: $(LIBRARY) $(wildcard mg_ops/*.py) pyproject.toml MANIFEST.in
