@@ -140,6 +140,9 @@ def built_wheel() -> Path:
     wheels = sorted((ROOT / "dist").glob("mg_ops-*.whl"))
     if not wheels:
         pytest.skip("no wheel in dist: run `make wheel`")
+    newest_source = max(path.stat().st_mtime for path in (ROOT / "mg_ops").glob("*.py"))
+    if wheels[-1].stat().st_mtime < newest_source:
+        pytest.skip("the wheel in dist is older than the sources: run `make wheel`")
     return wheels[-1]
 
 
