@@ -49,7 +49,7 @@ def test_the_compiled_library_is_here() -> None:
 # Ten parts, so that a failure leaves the others running and pytest -n can share them.
 @pytest.mark.parametrize("part", range(10))
 def test_random_batches(compiled_target: Target, part: int) -> None:
-    count = fuzz_cases(300)
+    count = fuzz_cases(200)
     for seed in range(part * count, (part + 1) * count):
         batch = random_batch(seed)
         assert_equals_reference(batch.arguments, compiled_target, batch)
@@ -58,7 +58,7 @@ def test_random_batches(compiled_target: Target, part: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_large_random_batches(compiled_target: Target, part: int) -> None:
-    count = fuzz_cases(40)
+    count = fuzz_cases(12)
     for seed in range(part * count, (part + 1) * count):
         batch = random_batch(seed, large=True)
         assert_equals_reference(batch.arguments, compiled_target, batch)
@@ -80,7 +80,7 @@ def test_random_batches_match_something() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Small batches that hypothesis shrinks when one fails
 
-@settings(max_examples=fuzz_cases(1000))
+@settings(max_examples=fuzz_cases(600))
 @given(arguments=small_batches())
 def test_small_batches(compiled_target: Target, arguments: dict[str, Any]) -> None:
     assert_equals_reference(arguments, compiled_target, arguments)
