@@ -108,6 +108,7 @@ class Result:
     extra_bytes: int | None = None
     """Peak memory beyond inputs and outputs."""
     output_bytes: int | None = None
+    memory_resolution: int = 0
     memory_note: str = ""
     cuda: dict[str, float | int | str | None] = field(default_factory=dict)
 
@@ -129,8 +130,7 @@ def usable_backends(device: str) -> list[str]:
     for name, status in mg_ops.backends().items():
         if not status.usable or name == "eager":
             continue
-        on_cpu = "CPU" in status.detail
-        if on_cpu == (device == "cpu"):
+        if (name == "cpp") == (device == "cpu"):
             names.append(name)
     return [*names, "eager"]
 
@@ -241,7 +241,7 @@ def available_bytes(device: str) -> float:
     return math.inf
 
 
-def reason_to_skip(method: Method, batch: Batch, results: dict[str, Result]) -> str | None:
+def reason_to_skip(method: Method, batch: Batch, results: dict[str, Result], longest_call: float) -> str | None:
     """Why a method is not run on this batch: too much memory by estimate, or too much time by a trial on a small part."""
     device = batch.anchors.device.type
     pairs, alive = count_pairs(batch, method)
@@ -256,7 +256,7 @@ def reason_to_skip(method: Method, batch: Batch, results: dict[str, Result]) -> 
     part = batch.head(1, 30)
     with thread_count(method.threads):
         seconds = time_call(lambda: method.call(part), device)[0] * pairs / count_pairs(part, method)[0]
-    if seconds > LONGEST_CALL_SECONDS:
+    if seconds > longest_call:
         return f"would take about {seconds:.0f} s a call, by a trial on one image with {max(part.counts)} objects"
     return None
 
@@ -280,6 +280,7 @@ def check_backends(batch: Batch, backends: list[str]) -> str:
     num_anchors = len(batch.anchors)
     boxes, labels, crowds = batch.boxes_list, batch.labels_list, batch.crowd_list
     num_images, pairs = 0, 0
+    # Whole images as long as they fit, the first objects of one image where not even that does.
     while num_images < min(len(boxes), 8) and (num_images == 0 or pairs + num_anchors * len(boxes[num_images]) <= most_pairs):
         pairs += num_anchors * len(boxes[num_images])
         num_images += 1
@@ -304,7 +305,8 @@ def check_backends(batch: Batch, backends: list[str]) -> str:
                         f'backend {backend!r} differs from "eager" under strategy {strategy!r}: {int((a != b).sum())} of '
                         f"{a.numel()} values of {name}"
                     )
-    images = "all images" if num_images == len(boxes) else f"the first {num_images} of {len(boxes)} images"
+    images = "the first image" if num_images == 1 else f"the first {num_images} images"
+    images = "all images" if num_images == len(boxes) else images
     objects = f", the first {most_objects} objects of each" if most_objects < max(batch.counts) else ""
     compared = [backend for backend in backends if backend != "eager"]
     return f"{', '.join(compared)} equal eager in every integer on {images}{objects}"
@@ -422,6 +424,11 @@ def status_bytes(name: str) -> int:
     return 1024 * int(found[1])
 
 
+def memory_resolution(threads: int) -> int:
+    """How far the kernel's count of a process's pages may be off: it adds up the counts of the processors in batches."""
+    return 4096 * max(32, 2 * (os.cpu_count() or 1)) * threads
+
+
 def tensors_of(answer: object) -> list[Tensor]:
     if isinstance(answer, Tensor):
         return [answer]
@@ -429,23 +436,29 @@ def tensors_of(answer: object) -> list[Tensor]:
 
 
 def measure_peaks(
-    case: Case, tiny: Case, source: list[ImageObjects] | None, options: argparse.Namespace, names: dict[str, int]
+    case: Case, source: list[ImageObjects] | None, options: argparse.Namespace, threads_of: dict[str, int]
 ) -> dict[str, tuple[int, int] | str]:
     """Runs in the fresh process: name -> (peak bytes beyond inputs and outputs, bytes of the outputs), or why not.
 
-    Each method runs once on a tiny batch first, for what any first call loads.
+    Each method runs once on a few anchors first, for what any first call loads.
     """
     builder = Methods(options)
     torch.set_num_threads(options.threads)
+    objects_per_image = None if case.objects_per_image is None else 3
+    tiny = replace(case, batch_size=1, make_anchors=lambda: case.make_anchors()[:64], objects_per_image=objects_per_image)
     with thread_count(1):
-        small = make_batches(tiny, None, 1, 1, "cpu")[0]
+        small = make_batches(tiny, None, 1, options.seed, "cpu")[0]
         batch = make_batches(case, source, 1, options.seed, "cpu")[0]
+    warm_up = {m.name: m for m in builder.build(tiny, small.anchors) if isinstance(m, Method)}
     measured: dict[str, tuple[int, int] | str] = {}
     for method in builder.build(case, batch.anchors):
-        if not isinstance(method, Method) or method.name not in names:
+        if not isinstance(method, Method) or method.name not in threads_of:
             continue
-        with thread_count(names[method.name]):
-            method.call(batch if method.name == "compiled" else small)
+        with thread_count(threads_of[method.name]):
+            if method.name == "compiled":
+                method.call(batch)  # compiled for these sizes
+            else:
+                warm_up[method.name].call(small)
             gc.collect()
             try:
                 before = status_bytes("VmRSS")
@@ -462,19 +475,22 @@ def measure_peaks(
 
 
 def measure_memory(
-    case: Case, source: list[ImageObjects] | None, options: argparse.Namespace, names: dict[str, int]
+    case: Case, source: list[ImageObjects] | None, options: argparse.Namespace, threads_of: dict[str, int]
 ) -> dict[str, tuple[int, int] | str]:
-    """`measure_peaks` in a process of its own, where freed memory goes back to the system at once."""
-    tiny = replace(case, batch_size=1, objects_per_image=min(case.objects_per_image or 3, 3))
-    # What importing mg_ops warns of has been said by this process.
-    settings = {"PYTHONWARNINGS": "ignore::RuntimeWarning", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    """`measure_peaks` in a process of its own, in which freed memory goes back to the system at once."""
+    settings = {
+        "MALLOC_MMAP_THRESHOLD_": "16384",  # glibc reads them when the process starts
+        "MALLOC_TRIM_THRESHOLD_": "16384",
+        "PYTHONWARNINGS": "ignore::RuntimeWarning",  # what importing mg_ops warns of has been said by this process
+    }
     before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)  # glibc reads them when the process starts
+    os.environ.update(settings)
     try:
-        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(measure_peaks, case, tiny, source, options, names).result()
+        # The server imports torch once and forks a process for each case.
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("forkserver")) as pool:
+            return pool.submit(measure_peaks, case, source, options, threads_of).result()
     except BrokenProcessPool:
-        return dict.fromkeys(names, "not measured: the process ran out of memory")
+        return dict.fromkeys(threads_of, "not measured: the process ran out of memory")
     finally:
         for name, value in before.items():
             if value is None:
@@ -636,7 +652,7 @@ def run_case(
             result = Result(method.label, method.subject, method.strategy)
             results[method.name] = result
             say(f"{method.label}: first call, its answer checked", 1)
-            result.skipped = reason_to_skip(method, batch, results)
+            result.skipped = reason_to_skip(method, batch, results, options.longest_call)
             if result.skipped:
                 say(method.label, steps - 1)
                 continue
@@ -684,6 +700,7 @@ def run_case(
                     results[name].memory_note = memory
                 else:
                     results[name].extra_bytes, results[name].output_bytes = memory
+                    results[name].memory_resolution = memory_resolution(results[name].threads)
         else:
             assert floor is not None
             for method in runnable:
@@ -721,6 +738,7 @@ def result_as_json(result: Result, loop: Result | None, sizes: dict[str, int]) -
         "share_of_labelled_anchors_equal": result.agreement_labelled,
         "extra_bytes": result.extra_bytes,
         "extra_bytes_per_image_and_anchor": None if result.extra_bytes is None else result.extra_bytes / cells,
+        "extra_bytes_resolution": result.memory_resolution,
         "output_bytes": result.output_bytes,
         "memory_note": result.memory_note,
         **({"cuda": result.cuda} if result.cuda else {}),
@@ -742,6 +760,15 @@ def format_bytes(size: float) -> str:
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
     return f"{size:.0f} B"
+
+
+def format_memory(method: dict, cells: int = 1) -> str:
+    """Extra memory, divided by `cells`; "<" where it is under what the measurement can tell."""
+    extra, resolution = method["extra_bytes"], method["extra_bytes_resolution"]
+    if extra is None:
+        return "not measured"
+    text = format_bytes if cells == 1 else "{:.1f} B".format
+    return text(extra / cells) if extra >= resolution else f"< {text(resolution / cells)}"
 
 
 def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
@@ -788,9 +815,10 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
         else:
             row.append(str(method["threads"]))
         equal = method["share_of_labels_equal"]
+        cells = sizes["B"] * sizes["A"]
         row += [
-            "not measured" if extra is None else format_bytes(extra),
-            "" if extra is None else f"{method['extra_bytes_per_image_and_anchor']:.1f} B",
+            format_memory(method),
+            "" if extra is None else format_memory(method, cells),
             "another algorithm" if equal is None else "all" if equal == 1 else f"{100 * equal:.3f} %",
         ]
         table.add_row(*row)
@@ -804,10 +832,50 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
         console.print(f"  [dim]{note}[/]", highlight=False)
 
 
+def swept_cases(cases: dict[str, dict]) -> list[dict]:
+    """One image with more and more objects."""
+    swept = [case for name, case in cases.items() if name.startswith("sweep") or name == "dense5000"]
+    return sorted(swept, key=lambda case: case["sizes"]["N"])
+
+
+def print_sweep(swept: list[dict], console: Console) -> None:
+    if len(swept) < 2:
+        return
+    sizes = swept[0]["sizes"]
+    table = Table(
+        title=f"[bold]sweep[/]  one image, A = {sizes['A']:,}, C = {sizes['C']}: time and extra memory against the number of "
+        "objects",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        caption="; ".join(f"{case['sizes']['N']:,}: {case['checked']}" for case in swept),
+        caption_justify="left",
+    )
+    table.add_column("")
+    for case in swept:
+        table.add_column(f"{case['sizes']['N']:,}", justify="right")
+    notes: dict[str, list[str]] = {}
+    for name, method in swept[0]["methods"].items():
+        row = []
+        for case in swept:
+            cell = case["methods"][name]
+            if cell["skipped"]:
+                row.append("skipped")
+                notes.setdefault(f"{cell['label']}: {cell['skipped']}", []).append(f"{case['sizes']['N']:,}")
+            else:
+                row.append(f"{format_seconds(cell['median_seconds'])}, {format_memory(cell)}")
+        table.add_row(f"[bold green]{method['label']}[/]" if method["subject"] else method["label"], *row)
+    console.print()
+    console.print(table)
+    for note, objects in notes.items():
+        console.print(f"  [dim]{', '.join(objects)} objects skipped: {note}[/]", highlight=False)
+
+
 def verdict_lines(cases: dict[str, dict]) -> list[str]:
     """One line a case: the default backend against the loop, and its memory."""
     lines = []
     for name, case in cases.items():
+        if name.startswith("sweep"):
+            continue
         subject = next(method for method in case["methods"].values() if method["subject"])
         loop = case["methods"][LOOP]
         if subject["median_seconds"] is None or loop["median_seconds"] is None:
@@ -818,8 +886,8 @@ def verdict_lines(cases: dict[str, dict]) -> list[str]:
         replay = subject.get("cuda", {}).get("graph_replay_seconds")
         if replay:
             time_text += f" ({format_seconds(replay)} on the device)"
-        extra = subject["extra_bytes_per_image_and_anchor"]
-        memory = "extra memory not measured" if extra is None else f"extra memory {extra:.1f} bytes x B x A"
+        extra = format_memory(subject, case["sizes"]["B"] * case["sizes"]["A"])
+        memory = f"extra memory {extra} x B x A"
         lines.append(
             f"{name}: {subject['label']} {time_text}, {subject['loop_over_this']:.3g} times as fast as the loop (a) "
             f"({format_seconds(loop['median_seconds'])}, {loop['threads']} thread{'' if loop['threads'] == 1 else 's'}); {memory}"
@@ -843,8 +911,7 @@ def plot_sweep(cases: dict[str, dict], machine: dict, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    swept = [case for name, case in cases.items() if name.startswith("sweep") or name == "dense5000"]
-    swept.sort(key=lambda case: case["sizes"]["N"])
+    swept = swept_cases(cases)
     if len(swept) < 2:
         return False
     subject = next(name for name, method in swept[0]["methods"].items() if method["subject"])
@@ -863,7 +930,7 @@ def plot_sweep(cases: dict[str, dict], machine: dict, path: Path) -> bool:
                 "zorder": 5 if ours else 3,
             }
             timed = [(n, m["median_seconds"]) for n, m in points if m.get("median_seconds")]
-            weighed = [(n, max(m["extra_bytes"], 1e5)) for n, m in points if m.get("extra_bytes") is not None]
+            weighed = [(n, max(m["extra_bytes"], m["extra_bytes_resolution"], 1)) for n, m in points if m.get("extra_bytes") is not None]
             if timed:
                 time_axes.plot(*zip(*timed, strict=True), label=label, **style)
             if weighed:
@@ -972,6 +1039,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
             status = mg_ops.backends().get(name)
             reason = f"it runs on {status.detail}" if status and status.usable else status.detail if status else "no such backend"
             parser.error(f"--backends: {name} cannot run on {options.device}: {reason}; usable: {', '.join(usable)}")
+    options.longest_call = 1.0 if options.quick else LONGEST_CALL_SECONDS
     if options.quick:
         options.repeats, options.no_compile = min(options.repeats, 2), True
     return options
@@ -979,8 +1047,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_quick(case: Case) -> Case:
     """A case small enough for a check in seconds."""
-    objects = None if case.objects_per_image is None else min(case.objects_per_image, 50)
-    return replace(case, batch_size=min(case.batch_size, 2), objects_per_image=objects)
+    objects = None if case.objects_per_image is None else min(case.objects_per_image, 20)
+    return replace(case, batch_size=min(case.batch_size, 4 if objects is None else 1), objects_per_image=objects)
 
 
 def main() -> int:
@@ -1011,7 +1079,7 @@ def main() -> int:
     cases: dict[str, dict] = {}
     names = [name for group in options.cases for name in CASE_GROUPS[group]]
     if options.quick:
-        names = [name for name in names if name not in ("coco800", "dense5000", "sweep500")]
+        names = [name for name in names if name in ("voc320", "coco320", "dense")] or names[:1]
     for name in names:
         case = make_quick(CASES[name]) if options.quick else CASES[name]
         if source is not None and case.takes_file:
@@ -1022,7 +1090,9 @@ def main() -> int:
             console.print(f"[bold red]{name} failed:[/] {error}")
             return 1
         gc.collect()
-        print_case(name, cases[name], console, options.device == "cuda")
+        if not name.startswith("sweep"):
+            print_case(name, cases[name], console, options.device == "cuda")
+    print_sweep(swept_cases(cases), console)
 
     slug = re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
     output = options.output or ROOT / "benchmarks" / "results" / slug / ("quick.json" if options.quick else "match_speed.json")
