@@ -1,4 +1,4 @@
-"""The anchor grids of the benchmark's cases, in pixels: (A, 4) float32, (x1, y1, x2, y2), level by level, row by row."""
+"""The anchor grids of the benchmark's cases: (A, 4) float32, (x1, y1, x2, y2) in pixels, level by level, row by row."""
 
 from __future__ import annotations
 

@@ -4,10 +4,12 @@
 (b) `match_batched`: mutual matching of the whole batch in padded (B, G, A) tensors, without a data-dependent shape.
 (c) (b) under torch.compile: see match_speed.py.
 (d) `match_by_torchvision`: torchvision's box_iou and Matcher, the classic IoU assignment (classification only).
-(e) `make_task_aligned_assigner`: ultralytics' assigner, a different algorithm of the same family, where it is installed.
+(e) `make_task_aligned_assigner`: ultralytics' assigner, a different algorithm of the same family, where it is
+    installed.
 
-(a) and (b) follow the definition independently of mg_ops: native exp, sigmoid and pow, sort and topk. Their answers differ
-from mg_ops only where two qualities are equal or nearly so. Sizes: B images, A anchors, C classes, G objects in an image.
+(a) and (b) follow the definition independently of mg_ops: native exp, sigmoid and pow, sort and topk. Their answers
+    differ from mg_ops only where two qualities are equal or nearly so. Sizes: B images, A anchors, C classes, G
+    objects in an image.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ def decode(anchors: Tensor, deltas: Tensor, weights: Sequence[float], clip: floa
 
 
 def is_object(boxes: Tensor) -> Tensor:
+    """Which boxes (..., 4) are finite and have an area."""
     return boxes.isfinite().all(-1) & (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
 
 
 def area(boxes: Tensor) -> Tensor:
+    """Areas of boxes (..., 4)."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
@@ -160,7 +164,9 @@ def _match_image(
 
     owned = by_anchor.owner >= 0
     num_pos = by_anchor.owner[owned & (by_anchor.quality >= IOU_POSITIVE)].bincount(minlength=num_objects).clamp(min=1)
-    num_total = by_anchor.owner[owned & (by_anchor.quality >= IOU_IGNORED)].bincount(minlength=num_objects).maximum(num_pos)
+    num_total = (
+        by_anchor.owner[owned & (by_anchor.quality >= IOU_IGNORED)].bincount(minlength=num_objects).maximum(num_pos)
+    )
     for index, positive, total in zip(range(num_objects), num_pos.tolist(), num_total.tolist(), strict=True):
         competing = (by_regressed.owner == index).nonzero().squeeze(1)
         ranked = by_regressed.quality[competing].topk(min(total, len(competing))).indices
@@ -288,10 +294,10 @@ def match_by_torchvision(anchors: Tensor, gt_boxes: Sequence[Tensor], gt_crowd: 
 def make_task_aligned_assigner(
     anchors: Tensor, num_classes: int, weights: Sequence[float], clip: float
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], object]:
-    """ultralytics' TaskAlignedAssigner with its own training settings, as a call on (deltas, logits, gt_boxes, gt_labels).
+    """ultralytics' TaskAlignedAssigner with its training settings, as a call on (deltas, logits, gt_boxes, gt_labels).
 
-    Its job is a relative of ours: it scores each (object, anchor) pair by classification and regressed IoU, takes the 10
-    best for each object, and also gathers the targets. Objects are padded as for `match_batched`.
+    Its job is a relative of ours: it scores each (object, anchor) pair by classification and regressed IoU, takes the
+    10 best for each object, and also gathers the targets. Objects are padded as for `match_batched`.
 
     Raises:
         ImportError: ultralytics is not installed.

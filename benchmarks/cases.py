@@ -2,11 +2,11 @@
 
 Predictions are made, not run through a network, so that every size is reproducible from a seed:
 
-- Each anchor is paired with the object it overlaps most (IoU with the anchor). Where that IoU is at least 0.3, the anchor's
-  deltas are t times the deltas that hit the object exactly, t uniform in [0.3, 1] (some anchors regress close, some hardly).
-  All deltas have noise added: normal, 0.1 in units of the encoded deltas.
-- Logits are normal around the usual prior -log(99), standard deviation 0.5. Where the IoU is at least 0.4, the logit of the
-  object's class is raised by 8 (IoU - 0.4) / 0.6 times a uniform number in [0, 1], plus 2.
+- Each anchor is paired with the object it overlaps most (IoU with the anchor). Where that IoU is at least 0.3, the
+  anchor's deltas are t times the deltas that hit the object exactly, t uniform in [0.3, 1] (some anchors regress
+  close, some hardly). All deltas have noise added: normal, 0.1 in units of the encoded deltas.
+- Logits are normal around the usual prior -log(99), standard deviation 0.5. Where the IoU is at least 0.4, the logit
+  of the object's class is raised by 8 (IoU - 0.4) / 0.6 times a uniform number in [0, 1], plus 2.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Case:
         return self.objects != "dense"
 
 
-def _case(name: str, batch_size: int, grid: str, objects: str, per_image: int | None = None, num_classes: int = 80) -> Case:
+def _case(
+    name: str, batch_size: int, grid: str, objects: str, per_image: int | None = None, num_classes: int = 80
+) -> Case:
     make_anchors, image_size, keep_aspect = {
         "ssd": (anchor_grids.make_ssd_anchors, (320, 320), False),
         "retinanet": (anchor_grids.make_retinanet_anchors, (1333, 800), True),
@@ -90,6 +92,7 @@ class Batch:
     padded_crowd: Tensor | None  # (B, G)
 
     def __post_init__(self) -> None:
+        """Splits the packed objects into lists."""
         self.boxes_list = list(self.gt_boxes.split(self.counts))
         self.labels_list = list(self.gt_labels.split(self.counts))
         self.crowd_list = None if self.gt_crowd is None else list(self.gt_crowd.split(self.counts))
@@ -123,7 +126,9 @@ def fit_to_case(image: ImageObjects, case: Case) -> Tensor:
     return torch.from_numpy(image.boxes * np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32))
 
 
-def draw_images(case: Case, source: list[ImageObjects] | None, num_images: int, rng: np.random.Generator) -> list[ImageObjects]:
+def draw_images(
+    case: Case, source: list[ImageObjects] | None, num_images: int, rng: np.random.Generator
+) -> list[ImageObjects]:
     """Images from the file given, or from the case's generator."""
     if source is not None and case.takes_file:
         return [source[index] for index in rng.integers(len(source), size=num_images)]
@@ -136,8 +141,8 @@ def draw_images(case: Case, source: list[ImageObjects] | None, num_images: int, 
 def best_overlaps(anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
     """For each anchor the largest IoU (A,) with an object, and which object (A,).
 
-    Objects are taken in bands from top to bottom, each against the anchors that reach its rows, so that 5,000 objects on
-    120,000 anchors need neither the memory nor the time of all pairs.
+    Objects are taken in bands from top to bottom, each against the anchors that reach its rows, so that 5,000 objects
+    on 120,000 anchors need neither the memory nor the time of all pairs.
     """
     quality = torch.zeros(len(anchors))
     owner = torch.zeros(len(anchors), dtype=torch.int64)
@@ -152,7 +157,9 @@ def best_overlaps(anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
     return quality, owner
 
 
-def make_batches(case: Case, source: list[ImageObjects] | None, num_batches: int, seed: int, device: str) -> list[Batch]:
+def make_batches(
+    case: Case, source: list[ImageObjects] | None, num_batches: int, seed: int, device: str
+) -> list[Batch]:
     """Batches of a case; the same for the same seed, on every device. They share anchors and padding."""
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -166,7 +173,9 @@ def make_batches(case: Case, source: list[ImageObjects] | None, num_batches: int
         labels = [torch.from_numpy(image.labels) for image in images]
         crowds = [torch.from_numpy(image.crowd) for image in images]
         deltas = torch.empty(len(images), len(anchors), 4).normal_(0, 0.1, generator=generator)
-        logits = torch.empty(len(images), len(anchors), case.num_classes).normal_(-math.log(99), 0.5, generator=generator)
+        logits = torch.empty(len(images), len(anchors), case.num_classes).normal_(
+            -math.log(99), 0.5, generator=generator
+        )
         padded_boxes = torch.zeros(len(images), most, 4)
         padded_labels = torch.zeros(len(images), most, dtype=torch.int64)
         padded_crowd = torch.zeros(len(images), most, dtype=torch.bool)

@@ -4,10 +4,10 @@
     python benchmarks/match_speed.py --quick              # small batches, to see that it works
     python benchmarks/match_speed.py --boxes annotations.json --cases coco320
 
-Every answer is checked before it is timed: each backend against backend="eager" integer by integer, each baseline by its
-share of equal labels (native arithmetic may differ on ties; under 99.9 percent the run fails). Methods take turns, so that
-noise hits all alike, and each call reads another batch. Baselines: benchmarks/baselines.py; how batches are made:
-benchmarks/cases.py and objects.py. Prints tables, writes JSON and a plot.
+Every answer is checked before it is timed: each backend against backend="eager" integer by integer, each baseline by
+its share of equal labels (native arithmetic may differ on ties; under 99.9 percent the run fails). Methods take
+turns, so that noise hits all alike, and each call reads another batch. Baselines: benchmarks/baselines.py; how
+batches are made: benchmarks/cases.py and objects.py. Prints tables, writes JSON and a plot.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -114,10 +115,12 @@ class Result:
 
     @property
     def median(self) -> float | None:
+        """Seconds; None if it was not timed."""
         return statistics.median(self.seconds) if self.seconds else None
 
     @property
     def quartiles(self) -> tuple[float, float] | None:
+        """Seconds; None if only one call was timed."""
         if len(self.seconds) < 2:
             return None
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -136,6 +139,7 @@ def usable_backends(device: str) -> list[str]:
 
 
 def match(batch: Batch, backend: str | None, strategy: str = "mutual", lists: bool = False) -> mg_ops.MutualMatch:
+    """mg_ops on a batch; objects packed, or as lists."""
     if lists:
         objects = {"gt_boxes": batch.boxes_list, "gt_labels": batch.labels_list, "gt_crowd": batch.crowd_list}
     else:
@@ -147,6 +151,7 @@ def match(batch: Batch, backend: str | None, strategy: str = "mutual", lists: bo
 
 
 def match_loop(batch: Batch, objects_at_once: int | None = 1) -> baselines.Match:
+    """Baseline (a) on a batch."""
     return baselines.match_per_image(
         batch.anchors,
         batch.deltas,
@@ -164,6 +169,7 @@ class Methods:
     """Builds the methods of a case, in the order of the tables."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        """Options as `parse_options` returns them; torch.compile is set up once for all cases."""
         self.options = options
         self.compiled = None
 
@@ -183,7 +189,13 @@ class Methods:
             reference = {"pair_bytes": 90.0, "per_image": True} if name == "eager" else {}
             add(f"{name}", f"mg_ops {name}", lambda b, n=name: match(b, n), "mutual", subject=True, **reference)
         if best != "eager" and not sweep:
-            add(f"{best}-lists", f"mg_ops {best}, objects as lists", lambda b: match(b, best, lists=True), "mutual", subject=True)
+            add(
+                f"{best}-lists",
+                f"mg_ops {best}, objects as lists",
+                lambda b: match(b, best, lists=True),
+                "mutual",
+                subject=True,
+            )
         add(LOOP, "(a) loop over images and objects", match_loop, "mutual")
         batched = lambda b, run: run(  # noqa: E731
             b.anchors, b.deltas, b.logits, b.padded_boxes, b.padded_labels, b.padded_crowd, *coder
@@ -232,6 +244,7 @@ def count_pairs(batch: Batch, method: Method) -> tuple[int, int]:
 
 
 def available_bytes(device: str) -> float:
+    """Memory that is free now, on the machine or on the GPU; infinity where the system does not say."""
     if device != "cpu":
         return float(torch.cuda.mem_get_info()[0])
     with contextlib.suppress(OSError):
@@ -242,7 +255,7 @@ def available_bytes(device: str) -> float:
 
 
 def reason_to_skip(method: Method, batch: Batch, results: dict[str, Result], longest_call: float) -> str | None:
-    """Why a method is not run on this batch: too much memory by estimate, or too much time by a trial on a small part."""
+    """Why a method is not run on this batch: too much memory by estimate, or too much time by a trial on a part."""
     device = batch.anchors.device.type
     pairs, alive = count_pairs(batch, method)
     needed, free = method.pair_bytes * alive, available_bytes(device)
@@ -255,7 +268,7 @@ def reason_to_skip(method: Method, batch: Batch, results: dict[str, Result], lon
         return None
     part = batch.head(1, 30)
     with thread_count(method.threads):
-        seconds = time_call(lambda: method.call(part), device)[0] * pairs / count_pairs(part, method)[0]
+        seconds = time_call(partial(method.call, part), device)[0] * pairs / count_pairs(part, method)[0]
     if seconds > longest_call:
         return f"would take about {seconds:.0f} s a call, by a trial on one image with {max(part.counts)} objects"
     return None
@@ -281,7 +294,9 @@ def check_backends(batch: Batch, backends: list[str]) -> str:
     boxes, labels, crowds = batch.boxes_list, batch.labels_list, batch.crowd_list
     num_images, pairs = 0, 0
     # Whole images as long as they fit, the first objects of one image where not even that does.
-    while num_images < min(len(boxes), 8) and (num_images == 0 or pairs + num_anchors * len(boxes[num_images]) <= most_pairs):
+    while num_images < min(len(boxes), 8) and (
+        num_images == 0 or pairs + num_anchors * len(boxes[num_images]) <= most_pairs
+    ):
         pairs += num_anchors * len(boxes[num_images])
         num_images += 1
     most_objects = max(1, most_pairs // max(num_anchors, 1)) if pairs > most_pairs else max(batch.counts, default=0)
@@ -302,8 +317,8 @@ def check_backends(batch: Batch, backends: list[str]) -> str:
             for name, a, b in zip(expected._fields, expected, got, strict=True):
                 if not torch.equal(a, b):
                     raise RuntimeError(
-                        f'backend {backend!r} differs from "eager" under strategy {strategy!r}: {int((a != b).sum())} of '
-                        f"{a.numel()} values of {name}"
+                        f'backend {backend!r} differs from "eager" under strategy {strategy!r}: {int((a != b).sum())} '
+                        f"of {a.numel()} values of {name}"
                     )
     images = "the first image" if num_images == 1 else f"the first {num_images} images"
     images = "all images" if num_images == len(boxes) else images
@@ -332,6 +347,7 @@ def share_equal(expected: mg_ops.MutualMatch, answer: object) -> tuple[float, fl
 
 @contextlib.contextmanager
 def thread_count(threads: int) -> Iterator[None]:
+    """Runs with so many threads of torch."""
     before = torch.get_num_threads()
     if threads != before:
         torch.set_num_threads(threads)
@@ -343,6 +359,7 @@ def thread_count(threads: int) -> Iterator[None]:
 
 
 def time_call(call: Callable[[], object], device: str) -> tuple[float, object]:
+    """Wall seconds of a call, until the device has finished, and its answer."""
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -400,11 +417,13 @@ def time_methods(
             with thread_count(method.threads):
                 index = turn
                 if first < 0.1:
-                    time_call(lambda i=index: method.call(batches[i % len(batches)]), device)  # caches are the last method's: not timed
+                    time_call(
+                        partial(method.call, batches[index % len(batches)]), device
+                    )  # caches are the last method's: not timed
                 spent = 0.0
                 while spent < SLOT_SECONDS and len(result.seconds) < 200 * (turn + 1):
                     index += 1
-                    seconds, answer = time_call(lambda i=index: method.call(batches[i % len(batches)]), device)
+                    seconds, answer = time_call(partial(method.call, batches[index % len(batches)]), device)
                     del answer
                     result.seconds.append(seconds)
                     spent += seconds
@@ -418,6 +437,7 @@ def time_methods(
 
 
 def status_bytes(name: str) -> int:
+    """A figure of /proc/self/status, such as VmRSS."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if not found:
         raise OSError(f"/proc/self/status has no {name}")
@@ -425,11 +445,12 @@ def status_bytes(name: str) -> int:
 
 
 def memory_resolution(threads: int) -> int:
-    """How far the kernel's count of a process's pages may be off: it adds up the counts of the processors in batches."""
+    """How far the kernel's count of a process's pages may be off: it sums the processors' counts in batches."""
     return 4096 * max(32, 2 * (os.cpu_count() or 1)) * threads
 
 
 def tensors_of(answer: object) -> list[Tensor]:
+    """The tensors in nested tuples and lists."""
     if isinstance(answer, Tensor):
         return [answer]
     return [t for part in answer for t in tensors_of(part)] if isinstance(answer, (tuple, list)) else []
@@ -445,7 +466,9 @@ def measure_peaks(
     builder = Methods(options)
     torch.set_num_threads(options.threads)
     objects_per_image = None if case.objects_per_image is None else 3
-    tiny = replace(case, batch_size=1, make_anchors=lambda: case.make_anchors()[:64], objects_per_image=objects_per_image)
+    tiny = replace(
+        case, batch_size=1, make_anchors=lambda: case.make_anchors()[:64], objects_per_image=objects_per_image
+    )
     with thread_count(1):
         small = make_batches(tiny, None, 1, options.seed, "cpu")[0]
         batch = make_batches(case, source, 1, options.seed, "cpu")[0]
@@ -539,7 +562,7 @@ def measure_cuda(
     reason = f"not captured: {syncs} host synchronisations" if syncs else ""
     if not syncs:
         try:
-            replay = time_graph([lambda b=b: method.call(b) for b in batches], repeats)
+            replay = time_graph([partial(method.call, batch) for batch in batches], repeats)
         except RuntimeError as error:
             reason = f"not captured: {str(error).splitlines()[0]}"
             torch.cuda.synchronize()
@@ -661,12 +684,12 @@ def run_case(
             result.threads, result.note = method.threads, method.note
             try:
                 with thread_count(method.threads):
-                    seconds, answer = time_call(lambda: method.call(batch), device)
+                    seconds, answer = time_call(partial(method.call, batch), device)
                     if method.name == "compiled":
                         result.note = f"compiled in {seconds:.0f} s"
-                        seconds, answer = time_call(lambda: method.call(batch), device)
+                        seconds, answer = time_call(partial(method.call, batch), device)
                     elif seconds < ONE_CALL_SECONDS:
-                        seconds = min(seconds, time_call(lambda: method.call(batch), device)[0])
+                        seconds = min(seconds, time_call(partial(method.call, batch), device)[0])
             except (RuntimeError, MemoryError, torch.OutOfMemoryError) as error:
                 result.skipped = f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
                 if method.subject:
@@ -684,8 +707,8 @@ def run_case(
                     raise RuntimeError(f"{method.label}: answers differ from {trusted!r} in {case.name}")
                 if result.agreement < LEAST_AGREEMENT:
                     raise RuntimeError(
-                        f"{case.name}: {method.label} agrees with mg_ops on {100 * result.agreement:.3f} percent of the "
-                        f"labels, under {100 * LEAST_AGREEMENT} percent: one of them is wrong"
+                        f"{case.name}: {method.label} agrees with mg_ops on {100 * result.agreement:.3f} percent of "
+                        f"the labels, under {100 * LEAST_AGREEMENT} percent: one of them is wrong"
                     )
             del answer
             runnable.append(method)
@@ -706,7 +729,12 @@ def run_case(
             for method in runnable:
                 say(f"{method.label}: device time, launches, memory", 1)
                 measure_cuda(
-                    method, batches, results[method.name], floor, least_bytes(batch, expected["mutual"]), options.repeats
+                    method,
+                    batches,
+                    results[method.name],
+                    floor,
+                    least_bytes(batch, expected["mutual"]),
+                    options.repeats,
                 )
 
     sizes = {"B": case.batch_size, "A": len(batch.anchors), "C": case.num_classes}
@@ -721,6 +749,7 @@ def run_case(
 
 
 def result_as_json(result: Result, loop: Result | None, sizes: dict[str, int]) -> dict[str, object]:
+    """What the JSON file says of a method."""
     cells = sizes["B"] * sizes["A"]
     ratio = loop.median / result.median if loop and loop.median and result.median else None
     return {
@@ -750,12 +779,14 @@ def result_as_json(result: Result, loop: Result | None, sizes: dict[str, int]) -
 
 
 def format_seconds(seconds: float) -> str:
+    """Three digits and a unit."""
     if seconds >= 1:
         return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def format_bytes(size: float) -> str:
+    """Three digits and a unit, in powers of 1000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
@@ -772,6 +803,7 @@ def format_memory(method: dict, cells: int = 1) -> str:
 
 
 def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
+    """The table of a case: a row for each method that ran; below, which did not and why."""
     sizes, objects = case["sizes"], case["objects_per_image"]
     batches = f", {sizes['batches']} batches in turn" if sizes["batches"] > 1 else ""
     table = Table(
@@ -839,12 +871,13 @@ def swept_cases(cases: dict[str, dict]) -> list[dict]:
 
 
 def print_sweep(swept: list[dict], console: Console) -> None:
+    """One table for all sizes of the sweep: time and memory against the number of objects."""
     if len(swept) < 2:
         return
     sizes = swept[0]["sizes"]
     table = Table(
-        title=f"[bold]sweep[/]  one image, A = {sizes['A']:,}, C = {sizes['C']}: time and extra memory against the number of "
-        "objects",
+        title=f"[bold]sweep[/]  one image, A = {sizes['A']:,}, C = {sizes['C']}: time and extra memory against the "
+        "number of objects",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         caption="; ".join(f"{case['sizes']['N']:,}: {case['checked']}" for case in swept),
@@ -887,10 +920,11 @@ def verdict_lines(cases: dict[str, dict]) -> list[str]:
         if replay:
             time_text += f" ({format_seconds(replay)} on the device)"
         extra = format_memory(subject, case["sizes"]["B"] * case["sizes"]["A"])
+        threads = f"{loop['threads']} thread{'' if loop['threads'] == 1 else 's'}"
         memory = f"extra memory {extra} x B x A"
         lines.append(
             f"{name}: {subject['label']} {time_text}, {subject['loop_over_this']:.3g} times as fast as the loop (a) "
-            f"({format_seconds(loop['median_seconds'])}, {loop['threads']} thread{'' if loop['threads'] == 1 else 's'}); {memory}"
+            f"({format_seconds(loop['median_seconds'])}, {threads}); {memory}"
         )
     return lines
 
@@ -930,7 +964,11 @@ def plot_sweep(cases: dict[str, dict], machine: dict, path: Path) -> bool:
                 "zorder": 5 if ours else 3,
             }
             timed = [(n, m["median_seconds"]) for n, m in points if m.get("median_seconds")]
-            weighed = [(n, max(m["extra_bytes"], m["extra_bytes_resolution"], 1)) for n, m in points if m.get("extra_bytes") is not None]
+            weighed = [
+                (n, max(m["extra_bytes"], m["extra_bytes_resolution"], 1))
+                for n, m in points
+                if m.get("extra_bytes") is not None
+            ]
             if timed:
                 time_axes.plot(*zip(*timed, strict=True), label=label, **style)
             if weighed:
@@ -1008,23 +1046,38 @@ def describe_machine(options: argparse.Namespace) -> dict[str, object]:
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked against what is usable here."""
     parser = argparse.ArgumentParser(
         description="Time and memory of mg_ops.mutual_match beside what people use today.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASE_GROUPS), default=list(CASE_GROUPS), help="what to run")
-    parser.add_argument("--boxes", type=Path, metavar="FILE_OR_FOLDER", help="objects of voc320, coco320 and coco800 from "
-                        "COCO-style JSON or VOC XML, instead of generated ones")
+    parser.add_argument(
+        "--boxes",
+        type=Path,
+        metavar="FILE_OR_FOLDER",
+        help="objects of voc320, coco320 and coco800 from COCO-style JSON or VOC XML, instead of generated ones",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help="backends of mg_ops; all that are usable if not given")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads; (a) also tries fewer")
+    parser.add_argument(
+        "--backends", nargs="+", metavar="NAME", help="backends of mg_ops; all that are usable if not given"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; (a) also tries fewer"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds in which every method has its turn")
     parser.add_argument("--seed", type=int, default=0, help="of objects and predictions")
-    parser.add_argument("--quick", action="store_true", help="small batches, 2 rounds, no torch.compile: a check, no figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="small batches, 2 rounds, no torch.compile: a check, no figures"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out baseline (c)")
     parser.add_argument("--no-plot", action="store_true", help="write no PNG")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: benchmarks/results/MACHINE/match_speed.json; "
-                        "the plot goes beside it")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="default: benchmarks/results/MACHINE/match_speed.json; the plot goes beside it",
+    )
     options = parser.parse_args(arguments)
     if options.device not in ("cpu", "cuda"):
         parser.error(f"--device: expected cpu or cuda, got {options.device}")
@@ -1037,7 +1090,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in options.backends:
         if name not in usable:
             status = mg_ops.backends().get(name)
-            reason = f"it runs on {status.detail}" if status and status.usable else status.detail if status else "no such backend"
+            reason = (
+                f"it runs on {status.detail}"
+                if status and status.usable
+                else status.detail
+                if status
+                else "no such backend"
+            )
             parser.error(f"--backends: {name} cannot run on {options.device}: {reason}; usable: {', '.join(usable)}")
     options.longest_call = 1.0 if options.quick else LONGEST_CALL_SECONDS
     if options.quick:
@@ -1052,6 +1111,7 @@ def make_quick(case: Case) -> Case:
 
 
 def main() -> int:
+    """Runs what the command line asks for; the exit status."""
     options = parse_options()
     console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()
@@ -1064,13 +1124,17 @@ def main() -> int:
             console.print(f"[red]{error}[/]")
             return 2
         source = read.images
-        console.print(f"{options.boxes}: {len(source):,} images, {sum(len(i.labels) for i in source):,} objects, "
-                      f"{len(read.classes)} classes")
+        console.print(
+            f"{options.boxes}: {len(source):,} images, {sum(len(i.labels) for i in source):,} objects, "
+            f"{len(read.classes)} classes"
+        )
         for note in read.notes:
             console.print(f"  {note}")
     machine = describe_machine(options)
-    console.print(f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops {machine['mg_ops']} at {machine['commit']}; "
-                  f"backends: {', '.join(options.backends)}")
+    console.print(
+        f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops {machine['mg_ops']} at {machine['commit']}; "
+        f"backends: {', '.join(options.backends)}"
+    )
     for name, status in mg_ops.backends().items():
         if not status.usable:
             console.print(f"  backend {name}: {status.detail}")
@@ -1095,7 +1159,9 @@ def main() -> int:
     print_sweep(swept_cases(cases), console)
 
     slug = re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
-    output = options.output or ROOT / "benchmarks" / "results" / slug / ("quick.json" if options.quick else "match_speed.json")
+    output = options.output or ROOT / "benchmarks" / "results" / slug / (
+        "quick.json" if options.quick else "match_speed.json"
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     shown = {name: value for name, value in vars(options).items() if name != "output"}
     content = {"machine": machine, "options": shown, "floor": floor, "cases": cases, "verdict": verdict_lines(cases)}

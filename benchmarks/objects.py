@@ -1,25 +1,25 @@
 """Objects for benchmarks: read from annotation files, or generated with the statistics of VOC, COCO and dense scenes.
 
-`read_objects` takes COCO-style JSON or VOC XML. The generators draw, for each image, a number of objects, then for each
-object a relative side sqrt(w * h / (W * H)) and a relative aspect (w / W) / (h / H), placed uniformly where it fits.
-What each generator rests on:
+`read_objects` takes COCO-style JSON or VOC XML. The generators draw, for each image, a number of objects, then for
+each object a relative side sqrt(w * h / (W * H)) and a relative aspect (w / W) / (h / H), placed uniformly where it
+fits. What each generator rests on:
 
-- `generate_voc`: everything but the positions and labels comes from data: the 21,503 images and 62,199 boxes of PASCAL
-  VOC 2007 train, val, test and 2012 train, val. The counts are the data's own histogram (mean 2.89, at most 56); sides and
-  aspects are quantile tables, one for each of five ranges of the count (crowded images have smaller objects). `VOC` below
-  is what `python benchmarks/objects.py --fit FILE_OR_FOLDER` prints, with the fit: the Kolmogorov-Smirnov distances
-  between the data and 21,503 generated images are count 0.005, side 0.005, aspect 0.024.
+- `generate_voc`: everything but the positions and labels comes from data: the 21,503 images and 62,199 boxes of
+  PASCAL VOC 2007 train, val, test and 2012 train, val. The counts are the data's own histogram (mean 2.89, at most
+  56); sides and aspects are quantile tables, one for each of five ranges of the count (crowded images have smaller
+  objects). `VOC` below is what `python benchmarks/objects.py --fit FILE_OR_FOLDER` prints, with the fit: the
+  Kolmogorov-Smirnov distances between the data and 21,503 generated images are count 0.005, side 0.005, aspect 0.024.
 - `generate_coco`: published numbers where there are some: 7.3 objects an image on average and at most 93 in COCO 2017
-  train; 41.43 percent small (area below 32^2 pixels), 34.32 medium and 24.24 large (Kisantal et al., "Augmentation for
-  small object detection", 2019; their areas are the masks', ours the boxes'). Our choices, not published: the count is
-  log-normal (median 4.5, spread 0.99, which gives the mean); sides are log-uniform within each size class, from 6 to 448
-  pixels of a 640 x 480 image, and independent of the count. The aspect is log-normal with the median (0.82 in pixels) and
-  the quartiles of the 830 boxes in the 100 images of COCO 2014 val that cocoapi ships with its tests. On those 100 images
-  the Kolmogorov-Smirnov distances are count COUNT_KS, side SIDE_KS, aspect ASPECT_KS.
+  train; 41.43 percent small (area below 32^2 pixels), 34.32 medium and 24.24 large (Kisantal et al., "Augmentation
+  for small object detection", 2019; their areas are the masks', ours the boxes'). Our choices, not published: the
+  count is log-normal (median 4.5, spread 0.99, which gives the mean); sides are log-uniform within each size class,
+  from 6 to 448 pixels of a 640 x 480 image, and independent of the count. The aspect is log-normal with the median
+  (0.82 in pixels) and the quartiles of the 830 boxes in the 100 images of COCO 2014 val that cocoapi ships with its
+  tests. On those 100 images the Kolmogorov-Smirnov distances are count 0.10, side 0.14, aspect 0.04.
 - `generate_dense`: the shelf images of SKU-110K hold 147 objects on average, packed side by side (Goldman et al.,
-  "Precise detection in densely packed scenes", CVPR 2019). The benchmark asks for more (500 and 5,000), so only the look
-  is taken from there: a jittered grid of upright boxes that covers about 60 percent of the image. Counts, coverage and
-  aspect (3 : 4, upright) are our choices.
+  "Precise detection in densely packed scenes", CVPR 2019). The benchmark asks for more (500 and 5,000), so only the
+  look is taken from there: a jittered grid of upright boxes that covers about 60 percent of the image. Counts,
+  coverage and aspect (3 : 4, upright) are our choices.
 
 Labels are uniform over the classes, and nothing generated is a crowd region.
 """
@@ -72,15 +72,17 @@ def read_objects(path: Path) -> ReadObjects:
             iscrowd); a folder of such files; a folder of VOC XML files, or one that has them in `Annotations/`.
 
     Returns:
-        Every image in the order of the files. Labels are numbered from 0 by category id (COCO) or by name (VOC). Boxes are
-        kept as they are, also those without an area.
+        Every image in the order of the files. Labels are numbered from 0 by category id (COCO) or by name (VOC). Boxes
+        are kept as they are, also those without an area.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: no annotations are in it, or a file is broken; the message names it.
     """
     if not path.exists():
-        raise FileNotFoundError(f"--boxes: {path} does not exist; expected a COCO-style JSON file or a folder of VOC XML files")
+        raise FileNotFoundError(
+            f"--boxes: {path} does not exist; expected COCO-style JSON or a folder of VOC XML files"
+        )
     if path.is_file():
         if path.suffix.lower() == ".xml":
             return _read_voc([path])
@@ -110,7 +112,8 @@ def _read_coco(files: list[Path], skip_others: bool) -> ReadObjects:
                 raise ValueError(f"--boxes: {reason}")
             notes.append(f"passed over {reason}")
             continue
-        names.update({category["id"]: category.get("name", str(category["id"])) for category in content.get("categories", [])})
+        for category in content.get("categories", []):
+            names[category["id"]] = category.get("name", str(category["id"]))
         for annotation in content["annotations"]:
             names.setdefault(annotation["category_id"], str(annotation["category_id"]))
         loaded.append(content)
@@ -133,7 +136,7 @@ def _read_coco(files: list[Path], skip_others: bool) -> ReadObjects:
             crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], dtype=bool)
             images.append(ImageObjects(image["width"], image["height"], boxes, labels, crowd))
         if without_size:
-            notes.append(f"left out {without_size} images without width and height")
+            notes.append(f"left out {without_size} of {len(content['images'])} images: no width and height")
     if not images:
         raise ValueError("--boxes: no image with a width and a height")
     return ReadObjects(images, [names[category] for category in sorted(names)], notes)
@@ -146,7 +149,7 @@ def _read_voc(files: list[Path]) -> ReadObjects:
         try:
             root = ElementTree.parse(file).getroot()
             size = root.find("size")
-            width, height = (float(size.findtext(side)) for side in ("width", "height")) if size is not None else (0.0, 0.0)
+            width, height = (0.0, 0.0) if size is None else (float(size.findtext(side)) for side in ("width", "height"))
             names, boxes = [], []
             for item in root.iter("object"):
                 corner = item.find("bndbox")
@@ -248,6 +251,7 @@ def ks_distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> floa
     return float(np.abs(below_1 - below_2).max())
 
 
+# fmt: off
 VOC = ObjectStatistics(
     counts={
         1: 8726, 2: 4851, 3: 2516, 4: 1646, 5: 1066, 6: 756, 7: 498, 8: 394, 9: 254, 10: 209, 11: 115, 12: 102,
@@ -269,6 +273,7 @@ VOC = ObjectStatistics(
         (0.0609, 0.1356, 0.2027, 0.2378, 0.3449, 0.5397, 0.8657, 1.3333, 1.7238, 2.9979, 8.2424),
     ),
 )
+# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +301,7 @@ def generate_voc(num_images: int, num_classes: int, rng: np.random.Generator) ->
 
 
 def generate_coco(num_images: int, num_classes: int, rng: np.random.Generator) -> list[ImageObjects]:
-    """Images of 640 x 480 pixels with COCO's mean and maximal count and its shares of small, medium and large objects."""
+    """Images of 640 x 480 pixels with COCO's mean and maximal count, and its shares of small, medium and large."""
     width, height = 640, 480
     images = []
     for count in draw_coco_counts(num_images, rng).tolist():
@@ -326,7 +331,9 @@ DENSE_ASPECT = 0.75
 """Width over height, so that a grid of equal rows and columns has this share of cells."""
 
 
-def generate_dense(num_images: int, objects_per_image: int, num_classes: int, rng: np.random.Generator) -> list[ImageObjects]:
+def generate_dense(
+    num_images: int, objects_per_image: int, num_classes: int, rng: np.random.Generator
+) -> list[ImageObjects]:
     """Images of 608 x 800 pixels packed with upright boxes on a jittered grid, objects_per_image in each."""
     width, height = 608, 800
     num_rows = max(1, round(np.sqrt(objects_per_image * DENSE_ASPECT * height / width)))

@@ -1,0 +1,294 @@
+"""The benchmark's objects are what its documentation says, and its baselines do the job they are timed for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mg_ops
+
+pytest.importorskip("torchvision")
+
+from benchmarks import anchors, baselines
+from benchmarks.cases import CASES, CODER, Batch, best_overlaps, fit_to_case, make_batches
+from benchmarks.objects import (
+    ImageObjects,
+    fit_statistics,
+    generate_coco,
+    generate_dense,
+    generate_from,
+    generate_voc,
+    ks_distance,
+    measure_shapes,
+    read_objects,
+)
+
+LEVELS = [0.1, 0.25, 0.5, 0.75, 0.9]
+
+
+def test_generated_voc_has_the_quantiles_of_voc() -> None:
+    shapes = measure_shapes(generate_voc(8000, 20, np.random.default_rng(0)))
+    # Measured on VOC 2007 and 2012: 62,199 boxes in 21,503 images.
+    assert shapes.image_counts.mean() == pytest.approx(2.893, rel=0.04)
+    assert shapes.image_counts.max() <= 56
+    np.testing.assert_allclose(np.quantile(shapes.image_counts, LEVELS), [1, 1, 2, 4, 6])
+    np.testing.assert_allclose(np.quantile(shapes.sides, LEVELS), [0.074, 0.134, 0.282, 0.524, 0.751], rtol=0.06)
+    np.testing.assert_allclose(np.quantile(shapes.aspects, LEVELS), [0.293, 0.447, 0.713, 1.076, 1.576], rtol=0.08)
+
+
+def test_generated_voc_has_smaller_objects_in_fuller_images() -> None:
+    shapes = measure_shapes(generate_voc(8000, 20, np.random.default_rng(1)))
+    alone, crowded = shapes.sides[shapes.counts == 1], shapes.sides[shapes.counts >= 13]
+    assert np.median(alone) == pytest.approx(0.663, abs=0.03)
+    assert np.median(crowded) == pytest.approx(0.117, abs=0.02)
+
+
+def test_generated_coco_has_the_published_counts_and_shares_of_sizes() -> None:
+    shapes = measure_shapes(generate_coco(20_000, 80, np.random.default_rng(0)))
+    assert shapes.image_counts.mean() == pytest.approx(7.3, rel=0.03)
+    assert shapes.image_counts.min() == 1 and shapes.image_counts.max() == 93
+    pixels = shapes.sides**2 * 640 * 480
+    assert (pixels < 32**2).mean() == pytest.approx(0.414, abs=0.01)
+    assert ((pixels >= 32**2) & (pixels < 96**2)).mean() == pytest.approx(0.343, abs=0.01)
+    assert np.median(shapes.aspects) * 640 / 480 == pytest.approx(0.82, rel=0.05)
+
+
+@pytest.mark.parametrize("count", [1, 3, 500, 5000])
+def test_generated_dense_images_have_as_many_objects_as_asked_side_by_side(count: int) -> None:
+    images = generate_dense(3, count, 80, np.random.default_rng(0))
+    assert [len(image.boxes) for image in images] == [count] * 3
+    if count >= 500:
+        assert (measure_shapes(images).sides ** 2).sum() / 3 == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.parametrize("generate", [generate_voc, generate_coco, lambda n, c, rng: generate_dense(n, 40, c, rng)])
+def test_generated_boxes_lie_in_the_image_and_have_an_area_and_a_label(generate: object) -> None:
+    for image in generate(300, 7, np.random.default_rng(2)):  # type: ignore[operator]
+        low, high = image.boxes[:, :2], image.boxes[:, 2:]
+        assert (high > low).all() and (low >= -1e-3).all() and (high <= [image.width + 1e-2, image.height + 1e-2]).all()
+        assert ((image.labels >= 0) & (image.labels < 7)).all() and not image.crowd.any()
+
+
+def test_tables_fitted_to_images_generate_images_like_them() -> None:
+    rng = np.random.default_rng(3)
+    data = generate_coco(3000, 80, rng)
+    shapes, again = (measure_shapes(i) for i in (data, generate_from(fit_statistics(data), 3000, 80, rng, (640, 480))))
+    assert ks_distance(shapes.image_counts, again.image_counts) < 0.05
+    assert ks_distance(shapes.sides, again.sides) < 0.05
+    assert ks_distance(shapes.aspects, again.aspects) < 0.05
+
+
+def test_ks_distance_of_samples_worked_out_by_hand() -> None:
+    assert ks_distance(np.array([1.0, 2.0]), np.array([1.0, 2.0])) == 0
+    assert ks_distance(np.array([1.0, 2.0]), np.array([3.0])) == 1
+    assert ks_distance(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 2.0])) == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+COCO = {
+    "images": [{"id": 7, "width": 100, "height": 50}, {"id": 8, "width": 20, "height": 20}, {"id": 9}],
+    "categories": [{"id": 18, "name": "dog"}, {"id": 3, "name": "car"}],
+    "annotations": [
+        {"image_id": 7, "category_id": 18, "bbox": [10, 20, 30, 5]},
+        {"image_id": 7, "category_id": 3, "bbox": [0, 0, 100, 50], "iscrowd": 1},
+    ],
+}
+VOC = """<annotation><size><width>60</width><height>40</height><depth>3</depth></size>
+<object><name>dog</name><difficult>1</difficult><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object>
+<object><name>cat</name><bndbox><xmin>5.5</xmin><ymin>6</ymin><xmax>7</xmax><ymax>8</ymax></bndbox></object></annotation>"""
+
+
+def test_coco_json_is_read_with_crowds_empty_images_and_labels_by_category_id(tmp_path: Path) -> None:
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps(COCO))
+    read = read_objects(file)
+    assert read.classes == ["car", "dog"]
+    assert read.notes == ["left out 1 of 3 images: no width and height"]
+    first, second = read.images
+    assert (first.width, first.height) == (100, 50)
+    assert first.boxes.tolist() == [[10, 20, 40, 25], [0, 0, 100, 50]]
+    assert first.labels.tolist() == [1, 0] and first.crowd.tolist() == [False, True]
+    assert second.boxes.shape == (0, 4) and second.labels.shape == (0,)
+
+
+def test_a_folder_of_json_passes_over_other_json_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(COCO))
+    (tmp_path / "b.json").write_text(json.dumps({"000001": 3}))
+    read = read_objects(tmp_path)
+    assert len(read.images) == 2
+    assert read.notes[0].startswith("passed over b.json")
+
+
+@pytest.mark.parametrize("folder", ["", "Annotations"])
+def test_voc_xml_is_read_from_its_folder_or_the_one_above(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "000001.xml").write_text(VOC)
+    read = read_objects(tmp_path)
+    assert read.classes == ["cat", "dog"]
+    (image,) = read.images
+    assert (image.width, image.height) == (60, 40)
+    assert image.boxes.tolist() == [[1, 2, 30, 40], [5.5, 6, 7, 8]] and image.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", "is not JSON"),
+        ("a.json", "{}", "not COCO-style"),
+        ("a.json", '{"images": [], "annotations": []}', "no image with a width"),
+        ("a.xml", "<annotation>", "not a VOC annotation"),
+        ("a.xml", VOC.replace("<ymax>40</ymax>", ""), "not a VOC annotation"),
+        ("a.txt", "", "holds no"),
+    ],
+)
+def test_what_is_not_annotations_is_refused_by_name(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_objects(tmp_path / name if name.endswith("json") else tmp_path)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_objects(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases and baselines
+
+
+def test_anchor_grids_have_the_sizes_the_cases_state() -> None:
+    ssd, retinanet, dense = anchors.make_ssd_anchors(), anchors.make_retinanet_anchors(), anchors.make_dense_anchors()
+    assert (len(ssd), len(retinanet), len(dense)) == (12_750, 201_600, 121_515)
+    # The first cell of stride 8: centre (4, 4), sides 24 and 24 sqrt 2 by 24 / sqrt 2, clipped at 0.
+    torch.testing.assert_close(ssd[0], torch.tensor([0.0, 0.0, 16.0, 16.0]))
+    torch.testing.assert_close(ssd[1], torch.tensor([0.0, 0.0, 4 + 12 * 2**0.5, 4 + 6 * 2**0.5]))
+    torch.testing.assert_close(retinanet[9 + 1], torch.tensor([12.0 - 16, 4.0 - 16, 12.0 + 16, 4.0 + 16]))
+
+
+def test_objects_are_stretched_to_the_square_and_fitted_to_the_large_image() -> None:
+    image = ImageObjects(
+        640, 480, np.array([[64, 48, 128, 96]], dtype=np.float32), np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool)
+    )
+    torch.testing.assert_close(fit_to_case(image, CASES["coco320"]), torch.tensor([[32.0, 32.0, 64.0, 64.0]]))
+    scale = 800 / 480
+    torch.testing.assert_close(fit_to_case(image, CASES["coco800"]), scale * torch.tensor([[64.0, 48.0, 128.0, 96.0]]))
+
+
+def test_best_overlaps_in_bands_are_those_of_all_pairs() -> None:
+    grid = anchors.make_ssd_anchors()
+    image = generate_dense(1, 300, 5, np.random.default_rng(4))[0]
+    boxes = fit_to_case(image, CASES["coco320"])
+    quality, owner = best_overlaps(grid, boxes)
+    iou = baselines.box_iou(boxes, grid)
+    torch.testing.assert_close(quality, iou.max(dim=0).values)
+    torch.testing.assert_close(iou[owner, torch.arange(len(grid))], quality)
+
+
+def test_the_same_seed_makes_the_same_batch_and_another_seed_another() -> None:
+    case = replace(CASES["voc320"], batch_size=2)
+    first, again, other = (make_batches(case, None, 1, seed, "cpu")[0] for seed in (5, 5, 6))
+    assert torch.equal(first.logits, again.logits) and torch.equal(first.gt_boxes, again.gt_boxes)
+    assert not torch.equal(first.logits, other.logits)
+
+
+def make_batch_with_crowds_and_bad_boxes() -> Batch:
+    """COCO-like images, one of them empty; one object of each other is a crowd, one has no area."""
+    rng = np.random.default_rng(7)
+    images = generate_coco(5, 80, rng)
+    images = [
+        ImageObjects(
+            image.width,
+            image.height,
+            np.concatenate([image.boxes, [[50, 60, 300, 260], [90, 90, 90, 95]]]).astype(np.float32),
+            np.concatenate([image.labels, [0, 1]]),
+            np.concatenate([image.crowd, [True, False]]),
+        )
+        for image in images
+    ]
+    empty = np.zeros(0)
+    images.append(
+        ImageObjects(640, 480, empty.reshape(0, 4).astype(np.float32), empty.astype(np.int64), empty.astype(bool))
+    )
+    return make_batches(replace(CASES["coco320"], batch_size=24), images, 1, 0, "cpu")[0]
+
+
+@pytest.mark.parametrize("objects_at_once", [1, 4, None])
+def test_the_loop_agrees_with_mg_ops(objects_at_once: int | None) -> None:
+    batch = make_batch_with_crowds_and_bad_boxes()
+    expected = match(batch)
+    answer = baselines.match_per_image(
+        batch.anchors, batch.deltas, batch.logits, batch.boxes_list, batch.labels_list, batch.crowd_list,
+        CODER.weights, CODER.clip, objects_at_once,
+    )  # fmt: skip
+    assert_nearly_equal(expected, answer)
+
+
+def test_the_batched_baseline_agrees_with_mg_ops() -> None:
+    batch = make_batch_with_crowds_and_bad_boxes()
+    answer = baselines.match_batched(
+        batch.anchors, batch.deltas, batch.logits, batch.padded_boxes, batch.padded_labels, batch.padded_crowd,
+        CODER.weights, CODER.clip,
+    )  # fmt: skip
+    assert_nearly_equal(match(batch), answer)
+
+
+def test_torchvision_agrees_with_mg_ops_strategy_iou_but_for_tied_best_anchors() -> None:
+    batch = make_batches(replace(CASES["voc320"], batch_size=16), None, 1, 0, "cpu")[0]
+    answer = baselines.match_by_torchvision(batch.anchors, batch.boxes_list, batch.crowd_list)
+    assert (match(batch, strategy="iou").cls_match == answer.cls_match).double().mean() >= 0.999
+
+
+def test_the_head_of_a_batch_is_its_first_images_and_objects() -> None:
+    batch = make_batch_with_crowds_and_bad_boxes()
+    head = batch.head(2, 3)
+    assert batch.counts[0] == 0 and batch.counts[1] > 3
+    assert head.counts == [0, 3] and head.gt_offsets.tolist() == [0, 0, 3]
+    assert torch.equal(head.boxes_list[1], batch.boxes_list[1][:3])
+    assert torch.equal(head.padded_boxes[1], head.boxes_list[1])
+    assert torch.equal(head.deltas, batch.deltas[:2])
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_checks_and_writes_its_figures(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "match_speed.py"
+    output = tmp_path / "figures.json"
+    (tmp_path / "boxes.json").write_text(json.dumps(COCO))
+    command = [sys.executable, str(script), "--quick", "--cases", "coco320", "--threads", "1", "--no-plot"]
+    command += ["--boxes", str(tmp_path / "boxes.json"), "--output", str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent)}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Verdict" in run.stdout
+    figures = json.loads(output.read_text())
+    methods = figures["cases"]["coco320"]["methods"]
+    for name in ("loop", "batched", "torchvision"):
+        assert methods[name]["median_seconds"] > 0 and methods[name]["share_of_labels_equal"] >= 0.999
+        assert "cuda" not in methods[name]
+    assert methods["loop"]["loop_over_this"] == 1
+    assert methods["compiled"]["skipped"] == "--no-compile"
+
+
+def match(batch: Batch, strategy: str = "mutual") -> mg_ops.MutualMatch:
+    return mg_ops.mutual_match(
+        batch.anchors, batch.deltas, batch.logits, batch.gt_boxes, batch.gt_labels, batch.gt_offsets,
+        gt_crowd=batch.gt_crowd, box_coder=CODER, strategy=strategy,
+    )  # fmt: skip
+
+
+def assert_nearly_equal(expected: mg_ops.MutualMatch, answer: baselines.Match) -> None:
+    """Equal but for qualities so close that native arithmetic orders them otherwise."""
+    assert (expected.cls_match == mg_ops.IGNORED).any() and (expected.cls_match >= 0).any()
+    for mine, theirs in ((expected.cls_match, answer.cls_match), (expected.loc_match, answer.loc_match)):
+        assert theirs is not None
+        labelled = (mine != mg_ops.BACKGROUND) | (theirs != mg_ops.BACKGROUND)
+        assert (mine == theirs)[labelled].double().mean() >= 0.999
