@@ -110,7 +110,8 @@ def _eager(
 
 
 def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from mg_ops import triton_mutual_match  # not above: importing Triton takes longer than importing mg_ops
+    # Not above: importing Triton takes longer than importing mg_ops.
+    from mg_ops import triton_mutual_match
 
     return triton_mutual_match.mutual_match(*arguments)
 
@@ -134,3 +135,5 @@ if load_error:
     )
 else:
     torch.library.register_fake("mg_ops::mutual_match")(_fake)
+has_cuda = not load_error and torch._C._dispatch_has_kernel_for_dispatch_key("mg_ops::mutual_match", "CUDA")
+"""Whether the compiled library holds the CUDA backend."""

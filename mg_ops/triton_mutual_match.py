@@ -1,41 +1,51 @@
-"""Mutual matching in Triton: the CUDA backend's contract for a GPU without a compiler, and a second implementation of it.
+"""Mutual matching in Triton: the CUDA backend's contract for a GPU without a compiler, and a second implementation.
 
-A call is one memset and four launches, whatever the number of anchors and objects. Launch sizes depend on shapes alone, and
-nothing is read back, so a call can be captured in a CUDA graph.
+A call is one memset and four launches, whatever the number of anchors and objects. Launch sizes depend on shapes alone
+and nothing is read back, so a call can be captured in a CUDA graph (after one call that compiles the kernels).
 
-1. `_claim_kernel`, a program for 128 anchors of an image. Decodes the predicted boxes, takes every quality against every
-   object the tile's union box overlaps, keeps each anchor's best object in registers, and proposes each object's best
-   anchor by a 64-bit atomic maximum. Class scores are read only where q_anchor > 0 and the score can still decide something.
-2. `_settle_kernel`, a program an image. Which objects take part is known now. Gives every best pair quality 1 and lays out
-   one list an object and ranking, so that all lists of an image together fit in its anchors.
-3. `_own_kernel`, a program for 512 anchors. Owners are final now: counts those above the thresholds, appends each anchor
-   to its owner's list, writes the labels of anchors that are not chosen.
-4. `_rank_kernel`, a program an (object, ranking). Finds the quality of the n-th best owned anchor by radix selection, 8 bits a
-   pass, and writes the labels of the anchors it chooses. The same loop runs over the object's list or, where the list is
+1. `_claim_kernel`, a program for 128 anchors of an image. Decodes the predicted boxes, takes every quality against
+   each object that the tile's union box overlaps, keeps each anchor's best object in registers, and proposes each
+   object's best anchor by a 64-bit atomic maximum. A class score is read only where q_anchor > 0 and it can still
+   decide something.
+2. `_settle_kernel`, a program an image. Which objects take part is known now. Gives every best pair quality 1 and lays
+   out one list an object and ranking, so that all lists of an image together fit in its anchors.
+3. `_own_kernel`, a program for 512 anchors. Owners are final now: counts the anchors above the thresholds, appends
+   each to its owner's lists, writes the labels of anchors that are not chosen.
+4. `_rank_kernel`, a program an (object, ranking). Finds the quality of the n-th best owned anchor by radix selection,
+   8 bits a pass, and labels the anchors that reach it. The same loop runs over the object's list or, where the list is
    incomplete, over all anchors of the image.
 
-Keys. Qualities are compared as integers (`csrc/assignment.h`): the bits of an IoU, the inverted bits of an exponent. Both fit
-31 bits here, because a quality's sign is known, so that `order << 32 | (0x7fffffff - index)` is a positive int64: its
-maximum is the largest quality, then the lowest index, in whatever order programs arrive. 0 is no quality.
+Keys. Qualities are compared as integers (`csrc/assignment.h`): the bits of an IoU, the inverted bits of an exponent.
+Both fit 31 bits here, because a quality's sign is known, so that `order << 32 | (0x7fffffff - index)` is a positive
+int64. The maximum of such keys is the largest quality, then the lowest index, in whatever order programs arrive. 0: no
+quality.
 
-Memory beyond the outputs: per anchor of an image one key a quality (8 bytes) and one list entry a ranking (4 bytes), 32 bytes
-for `strategy="mutual"`; per object 48 bytes of counters, zeroed by the memset, and 16 bytes of list positions.
+Memory beyond the outputs: per anchor of an image one key a quality (8 bytes) and one list entry a ranking (4 bytes),
+32 bytes for `strategy="mutual"`; per object 48 bytes of maxima and counters, which the memset zeroes, and 24 bytes of
+lists.
 
-Arithmetic. As in `csrc/det_math.h` and `reference.py`, operation by operation: launched with `enable_fp_fusion=False`, divided by
-`tl.div_rn`. min and max only meet finite numbers. Programs of one warp claim: its reductions over a tile, up to six an
-object, then are five shuffles and no barrier, and a tile of 128 anchors is small enough for its union box to be selective.
+Lists are incomplete only where anchors change hands after they were counted: when an object that no anchor overlaps
+had claimed some by their predicted boxes. Radix selection over all anchors is slower, and exact for the same reason.
+
+Arithmetic. As in `csrc/det_math.h` and `reference.py`, operation by operation: launched with `enable_fp_fusion=False`,
+divided by `tl.div_rn`. min and max only meet finite numbers.
+
+Why these sizes. A claiming program is one warp: its reductions over the tile, up to six an object, are then shuffles
+without a barrier, and a tile of 128 neighbouring anchors is small enough for its union box to rule most objects out. A
+list of an ordinary object fits one or two blocks of 1024.
 """
 
-# Kernels are compiled by Triton, which takes no annotations on tensors.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# Triton compiles the kernels, and takes no annotations on their tensors.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 
 import contextlib
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from mg_ops.reference import BACKGROUND, IGNORED
@@ -330,11 +340,13 @@ def _claim_kernel(
     CROWD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Natural owners of a tile's anchors (before best pairs are given quality 1) and proposals for each object's best anchor.
+    # Natural owners of a tile's anchors (before best pairs get quality 1), and proposals for each object's best anchor.
     #
-    # Concurrent programs: a tile's keys are written by its one program. `best` and `counters` only see atomic maxima and
-    # additions, whose result does not depend on the order. `best` is also read while others raise it: whatever value is
-    # seen, an old one included, is a lower bound of the final one, and only spares reads of scores that lose to it.
+    # Concurrent programs: a tile's keys are written by its one program. `best` and `counters` only see atomic maxima
+    # and additions, whose result does not depend on their order. `best` is also read while others raise it: whatever is
+    # seen (an aligned 64-bit load is never torn), an old value included, is a lower bound of the final one. It decides
+    # nothing but which scores that lose to it are left unread: an anchor's own lane compares it, no branch depends on
+    # it, so that lanes that see different values do no harm.
     image = (tl.program_id(0) // num_tiles).to(tl.int64)
     anchor = (tl.program_id(0) % num_tiles) * BLOCK + tl.arange(0, BLOCK)
     inside = anchor < num_anchors
@@ -454,7 +466,9 @@ def _claim_kernel(
         tl.atomic_add(counters + start + anchor_owner, 1, mask=anchor_order > 0, sem="relaxed")
     if AMPLIFIED:
         tl.store(tile_keys + (1 + REGRESSED) * row, _claim_key(amplified_order, amplified_owner), mask=inside)
-        tl.atomic_add(counters + num_gt.to(tl.int64) + start + amplified_owner, 1, mask=amplified_order > 0, sem="relaxed")
+        tl.atomic_add(
+            counters + num_gt.to(tl.int64) + start + amplified_owner, 1, mask=amplified_order > 0, sem="relaxed"
+        )
     elif REGRESSED:
         tl.atomic_add(counters + num_gt.to(tl.int64) + start + anchor_owner, 1, mask=anchor_order > 0, sem="relaxed")
 
@@ -475,10 +489,13 @@ def _settle_kernel(
     AMPLIFIED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Gives every best pair quality 1, places the lists, and finds images where an object no anchor overlaps owns anchors.
+    # Gives every best pair quality 1, places the lists, and finds the images where an object that no anchor overlaps
+    # owns anchors.
     #
-    # Concurrent programs: none shares an image, and with offsets that do not decrease none shares an object. Two objects
-    # may claim one anchor: an atomic maximum of their keys, the lower object wins in either order.
+    # Concurrent programs: none shares an image, and with offsets that do not decrease none shares an object. Two
+    # objects may claim one anchor: an atomic maximum of their keys, the lower object wins in either order. With offsets that
+    # decrease, images may share objects: their lists then overlap, but every index in them is some image's anchor, and
+    # every place is compared with the size of the lists, here and where they are read.
     image = tl.program_id(0).to(tl.int64)
     start, end = _object_range(gt_offsets, stride_offsets, image, num_gt)
     row = batch_size * num_anchors.to(tl.int64)
@@ -572,9 +589,9 @@ def _own_kernel(
 ):
     # Final owners: counts, lists, and the labels of anchors that no object will choose.
     #
-    # Concurrent programs: a tile's keys and labels are read and written by its one program. Counters see atomic additions
-    # only; what an addition returns is a place in a list that no other anchor gets. Which anchor gets which place changes
-    # from run to run: the ranking does not depend on it.
+    # Concurrent programs: a tile's keys and labels are read and written by its one program. Counters see atomic
+    # additions only; what an addition returns is a place in a list that no other anchor gets. Which anchor gets which
+    # place changes from run to run: the ranking does not depend on it.
     image = (tl.program_id(0) // num_tiles).to(tl.int64)
     anchor = (tl.program_id(0) % num_tiles) * BLOCK + tl.arange(0, BLOCK)
     inside = anchor < num_anchors
@@ -598,7 +615,9 @@ def _own_kernel(
             owner_best = tl.load(best + start + _key_index(by_cls), mask=by_cls != 0, other=1)
             stolen = owner_best == 0
             if tl.max(stolen.to(tl.int32), 0) != 0:
-                ax1, ay1, ax2, ay2 = _load_box(anchors + anchor.to(tl.int64) * stride_anchors_a, stride_anchors_x, inside)
+                ax1, ay1, ax2, ay2 = _load_box(
+                    anchors + anchor.to(tl.int64) * stride_anchors_a, stride_anchors_x, inside
+                )
                 px1, py1, px2, py2 = _load_pred_boxes(
                     pred_boxes,
                     image,
@@ -671,7 +690,7 @@ def _own_kernel(
 
 @triton.jit
 def _load_owned(image_keys, entries, listed, first, length, local, BLOCK: tl.constexpr):
-    # A block of the anchors to rank: the object's list, or (listed = 0) all anchors of the image, of which only its own count.
+    # A block of the anchors to rank: of the object's list, or (listed = 0) of the image, of which its own count.
     position = first + tl.arange(0, BLOCK)
     anchor = tl.where(listed > 0, tl.load(entries + position, mask=position < listed, other=0), position)
     key = tl.load(image_keys + anchor, mask=position < length, other=0)
