@@ -493,9 +493,9 @@ def _settle_kernel(
     # owns anchors.
     #
     # Concurrent programs: none shares an image, and with offsets that do not decrease none shares an object. Two
-    # objects may claim one anchor: an atomic maximum of their keys, the lower object wins in either order. With offsets that
-    # decrease, images may share objects: their lists then overlap, but every index in them is some image's anchor, and
-    # every place is compared with the size of the lists, here and where they are read.
+    # objects may claim one anchor: an atomic maximum of their keys, the lower object wins in either order. With offsets
+    # that decrease, images may share objects: their lists then overlap, but every index in them is below A, and every
+    # place is compared with the size of the lists where they are written and read.
     image = tl.program_id(0).to(tl.int64)
     start, end = _object_range(gt_offsets, stride_offsets, image, num_gt)
     row = batch_size * num_anchors.to(tl.int64)
