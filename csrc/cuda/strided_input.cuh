@@ -1,0 +1,85 @@
+// Reading the inputs where they lie: any strides, any floating dtype, rounded to float32 on the way in.
+#pragma once
+
+#include <cstdint>
+
+#include "../box.h"
+
+#define MG_OPS_DEVICE static __device__ __forceinline__
+
+namespace mg_ops {
+
+enum class FloatType : int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+// A tensor of up to three dimensions; anchors (A, 4) and objects (N, 4) have an image stride of 0. Strides in elements.
+struct FloatInput {
+  const void* data;
+  int64_t image_stride, row_stride, column_stride;
+  FloatType type;
+  bool whole_rows;  // the four numbers of a row are neighbours and aligned: one or two wide loads bring them
+};
+
+// Integers of one dimension.
+struct IntegerInput {
+  const void* data;
+  int64_t stride;
+  bool is_int64;
+};
+
+// float16 has fewer exponents than float32 and the same meaning of the rest: move the bits, then correct the bias by an
+// exact multiplication, which also makes subnormals right.
+MG_OPS_DEVICE float float16_to_float(uint32_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16;
+  const uint32_t magnitude = (half & 0x7fffu) << 13;
+  const float scaled = bits_float(magnitude) * 5.192296858534828e33f;  // 2^112
+  const bool not_finite = (half & 0x7c00u) == 0x7c00u;
+  return bits_float(sign | (not_finite ? magnitude | 0x7f800000u : float_bits(scaled)));
+}
+
+MG_OPS_DEVICE float bfloat16_to_float(uint32_t bits) { return bits_float(bits << 16); }
+
+MG_OPS_DEVICE float load_float(const FloatInput& input, int64_t element) {
+  switch (input.type) {
+    case FloatType::kFloat16:
+      return float16_to_float(__ldg(static_cast<const uint16_t*>(input.data) + element));
+    case FloatType::kBFloat16:
+      return bfloat16_to_float(__ldg(static_cast<const uint16_t*>(input.data) + element));
+    case FloatType::kFloat32:
+      return __ldg(static_cast<const float*>(input.data) + element);
+    default:
+      return static_cast<float>(__ldg(static_cast<const double*>(input.data) + element));
+  }
+}
+
+// Four numbers of a row: a box, or the deltas of one.
+MG_OPS_DEVICE Box load_row(const FloatInput& input, int64_t image, int64_t row) {
+  const int64_t first = image * input.image_stride + row * input.row_stride;
+  if (input.whole_rows) {
+    if (input.type == FloatType::kFloat32) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(input.data) + first));
+      return {four.x, four.y, four.z, four.w};
+    }
+    if (input.type == FloatType::kFloat64) {
+      const double2* pairs = reinterpret_cast<const double2*>(static_cast<const double*>(input.data) + first);
+      const double2 low = __ldg(pairs), high = __ldg(pairs + 1);
+      return {static_cast<float>(low.x), static_cast<float>(low.y), static_cast<float>(high.x),
+              static_cast<float>(high.y)};
+    }
+    const uint2 bits = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(input.data) + first));
+    if (input.type == FloatType::kFloat16) {
+      return {float16_to_float(bits.x & 0xffffu), float16_to_float(bits.x >> 16), float16_to_float(bits.y & 0xffffu),
+              float16_to_float(bits.y >> 16)};
+    }
+    return {bfloat16_to_float(bits.x & 0xffffu), bfloat16_to_float(bits.x >> 16), bfloat16_to_float(bits.y & 0xffffu),
+            bfloat16_to_float(bits.y >> 16)};
+  }
+  return {load_float(input, first), load_float(input, first + input.column_stride),
+          load_float(input, first + 2 * input.column_stride), load_float(input, first + 3 * input.column_stride)};
+}
+
+MG_OPS_DEVICE int64_t load_integer(const IntegerInput& input, int64_t index) {
+  return input.is_int64 ? __ldg(static_cast<const int64_t*>(input.data) + index * input.stride)
+                        : static_cast<int64_t>(__ldg(static_cast<const int32_t*>(input.data) + index * input.stride));
+}
+
+}  // namespace mg_ops

@@ -1,0 +1,209 @@
+"""The CUDA kernels of csrc/cuda run on the CPU: the same source, compiled by g++ against `cuda_on_cpu.h`.
+
+    emulator = cuda_on_cpu.build(threads=64)
+    match = emulator.mutual_match(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, seed=7)
+
+The seed decides the order in which the threads run. By itself,
+
+    python tests/cuda_on_cpu --sanitize --threads 64 --seeds 0:50
+
+runs all named cases and random batches against the reference; the tests do the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mg_ops
+from mg_ops.checks import check_objects
+from mg_ops.matching import STRATEGIES
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+BUILD_DIR = ROOT / "build" / "tests"
+FLOAT_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+INTEGER_TYPES = {torch.int32: 0, torch.int64: 1}
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
+class StridedArray(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 3),
+        ("type", ctypes.c_int32),
+        ("whole_rows", ctypes.c_int32),
+    )
+
+
+class EmulatedCall(ctypes.Structure):
+    """As in mutual_match_on_cpu.cpp."""
+
+    _fields_ = (
+        *((name, StridedArray) for name in ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")),
+        ("gt_crowd", StridedArray),
+        *((name, ctypes.c_int64) for name in ("batch_size", "num_anchors", "num_classes", "num_gt")),
+        ("decode", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("weight_x", "weight_y", "weight_w", "weight_h", "clip")),
+        ("classification_by_regressed", ctypes.c_int32),
+        ("localization_by_amplified", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap")),
+        *((name, ctypes.c_void_p) for name in ("cls_match", "loc_match", "num_pos", "num_total")),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+def sources() -> list[Path]:
+    return sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh")])
+
+
+def build(threads: int = 256, staged_keys: int = 1024, sanitize: bool = False) -> Emulator:
+    """Compiles the kernels for the CPU (once: the file name carries a hash of the sources and options).
+
+    Args:
+        threads: of a block. Small blocks run faster here, and cut the same work into more pieces.
+        staged_keys: how long a list may be to be ranked in shared memory; a tiny number sends all lists the other way.
+        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer; the process must then have libasan preloaded
+            (`sanitizer_environment`).
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise RuntimeError("cuda_on_cpu: needs g++")
+    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += [f"-DMG_OPS_CUDA_THREADS={threads}", f"-DMG_OPS_CUDA_STAGED_KEYS={staged_keys}"]
+    flags += SANITIZERS if sanitize else []
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources()) + repr(flags).encode()).hexdigest()[:12]
+    library = BUILD_DIR / f"cuda_on_cpu_{threads}_{staged_keys}{'_sanitized' if sanitize else ''}_{digest}.so"
+    if not library.exists():
+        BUILD_DIR.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")  # other test processes may be building it too
+        subprocess.run([compiler, *flags, str(HERE / "mutual_match_on_cpu.cpp"), "-o", str(unfinished)], check=True)
+        unfinished.replace(library)
+    return Emulator(library)
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """The environment in which Python can load a sanitized emulator."""
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        libraries.append(found.stdout.strip())
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE.parent}",
+    }
+
+
+class Emulator:
+    """A compiled set of kernels."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.threads = self.library.threads_of_a_block()
+
+    def mutual_match(
+        self,
+        anchors: Tensor,
+        pred_boxes: Tensor,
+        cls_scores: Tensor,
+        gt_boxes: Any,
+        gt_labels: Any,
+        gt_offsets: Tensor | None = None,
+        *,
+        gt_crowd: Any = None,
+        box_coder: mg_ops.BoxCoder | None = None,
+        strategy: str = "mutual",
+        sigma: float = 2.0,
+        iou_positive: float = 0.5,
+        iou_ignored: float = 0.4,
+        crowd_overlap: float = 0.5,
+        seed: int = 0,
+        clamp_offsets: bool = False,
+    ) -> mg_ops.MutualMatch:
+        """As `mg_ops.mutual_match`, on CPU tensors; RuntimeError says what the emulator caught.
+
+        Args:
+            seed: of the order in which threads run.
+            clamp_offsets: takes packed objects as they are, without the checks of CPU tensors: a GPU clamps offsets.
+        """
+        batch_size, num_anchors, num_classes = cls_scores.shape
+        if not clamp_offsets:
+            gt_boxes, gt_labels, gt_offsets, gt_crowd = check_objects(
+                gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, anchors.device
+            )
+        assert gt_offsets is not None
+        num_gt = len(gt_boxes)
+        # Whatever memory held before must not show.
+        result = mg_ops.MutualMatch(
+            torch.full((batch_size, num_anchors), 0x5A5A5A5A5A5A5A5A),
+            torch.full((batch_size, num_anchors), 0x5A5A5A5A5A5A5A5A),
+            torch.full((num_gt,), 0x5A5A5A5A, dtype=torch.int32),
+            torch.full((num_gt,), 0x5A5A5A5A, dtype=torch.int32),
+        )
+        coder = box_coder or mg_ops.BoxCoder()
+        by_regressed, by_amplified = STRATEGIES[strategy]
+        call = EmulatedCall(
+            rows(anchors.detach()),
+            rows(pred_boxes.detach()),
+            rows(cls_scores.detach()),
+            rows(gt_boxes.detach()),
+            integers(gt_labels),
+            integers(gt_offsets),
+            StridedArray() if gt_crowd is None else StridedArray(gt_crowd.data_ptr(), (gt_crowd.stride(0), 0, 0), 0, 0),
+            batch_size,
+            num_anchors,
+            num_classes,
+            num_gt,
+            box_coder is not None,
+            *coder.weights,
+            coder.clip,
+            by_regressed,
+            by_amplified,
+            sigma,
+            iou_positive,
+            iou_ignored,
+            crowd_overlap,
+            *(tensor.data_ptr() for tensor in result),
+            seed,
+        )
+        message = ctypes.create_string_buffer(500)
+        if self.library.mutual_match_on_cpu(ctypes.byref(call), message, len(message)) != 0:
+            raise RuntimeError(message.value.decode())
+        return result
+
+    def run_mistake(self, mistake: int, seed: int = 0) -> list[int]:
+        """Runs a kernel that reverses 0, 1, 2 ... with a mistake of this number (mutual_match_on_cpu.cpp; 0: none)."""
+        output = (ctypes.c_uint32 * self.threads)()
+        message = ctypes.create_string_buffer(500)
+        if self.library.run_mistake(mistake, ctypes.c_uint64(seed), output, message, len(message)) != 0:
+            raise RuntimeError(message.value.decode())
+        return list(output)
+
+
+def rows(tensor: Tensor) -> StridedArray:
+    """A floating tensor (A, 4) or (B, A, any) as the kernels take it; the counterpart of csrc/cuda/mutual_match.cu."""
+    strides = tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
+    row_bytes = min(16, 4 * tensor.element_size())
+    whole_rows = (
+        tensor.shape[-1] == 4
+        and strides[2] == 1
+        and strides[0] % 4 == 0
+        and strides[1] % 4 == 0
+        and tensor.data_ptr() % row_bytes == 0
+    )
+    return StridedArray(tensor.data_ptr(), strides, FLOAT_TYPES[tensor.dtype], whole_rows)
+
+
+def integers(tensor: Tensor) -> StridedArray:
+    return StridedArray(tensor.data_ptr(), (tensor.stride(0), 0, 0), INTEGER_TYPES[tensor.dtype], 0)
