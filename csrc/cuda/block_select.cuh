@@ -14,7 +14,7 @@
 #define MG_OPS_CUDA_STAGED_KEYS 1024
 #endif
 
-namespace mg_ops {
+namespace mg_ops::cuda {
 
 // The type CUDA's 64-bit atomics and shuffles are declared with.
 using Word64 = unsigned long long;
@@ -140,4 +140,4 @@ MG_OPS_DEVICE Word64 select_threshold(const Word64* keys, uint32_t count, uint32
   return threshold;
 }
 
-}  // namespace mg_ops
+}  // namespace mg_ops::cuda

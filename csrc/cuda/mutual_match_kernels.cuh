@@ -28,7 +28,7 @@
 #define MG_OPS_SHARED(Type, name) __shared__ Type name
 #endif
 
-namespace mg_ops {
+namespace mg_ops::cuda {
 
 // The three qualities, and the arrays that hold something for each.
 enum Quality : int { kByAnchor = 0, kByRegressed = 1, kByAmplified = 2, kQualities = 3 };
@@ -139,7 +139,7 @@ MG_OPS_DEVICE bool overlaps_anchor(const MatchProblem& problem, const Object& ob
 }
 
 // A block an object.
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ MatchProblem problem) {
+__global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ MatchProblem problem) {
   const int64_t index = blockIdx.x;
   if (index == 0 && warp_index() == 0) {
     write_image_starts(problem);
@@ -233,7 +233,7 @@ MG_OPS_DEVICE bool can_overlap(const Box& bounds, const Box& box) {
 }
 
 // Raises best[object] to the largest order in the warp, at the lowest anchor that has it. Every lane must call it.
-MG_OPS_DEVICE void raise_best(Word64* best, int64_t object, uint32_t order, uint32_t anchor) {
+MG_OPS_DEVICE void raise_best(Word64* best, uint32_t object, uint32_t order, uint32_t anchor) {
   const uint32_t largest = __reduce_max_sync(kAllLanes, order);
   if (largest == 0) {
     return;
@@ -263,10 +263,10 @@ MG_OPS_DEVICE float load_probability(const MatchProblem& problem, int64_t image,
 }
 
 // Copies the objects of an image from number `first_object` on, as many as fit. Returns how many. Every thread must call it.
-MG_OPS_DEVICE int stage_objects(const MatchProblem& problem, int64_t image_start, int64_t num_objects, int64_t first_object,
-                                ClaimShared& shared) {
+MG_OPS_DEVICE int stage_objects(const MatchProblem& problem, uint32_t image_start, uint32_t num_objects,
+                                uint32_t first_object, ClaimShared& shared) {
   __syncthreads();  // all are done with what was staged before
-  const int64_t left = num_objects - first_object;
+  const uint32_t left = num_objects - first_object;
   const int staged = left < kThreads ? static_cast<int>(left) : kThreads;
   if (static_cast<int>(threadIdx.x) < staged) {
     const Object object = problem.objects[image_start + first_object + threadIdx.x];
@@ -280,18 +280,18 @@ MG_OPS_DEVICE int stage_objects(const MatchProblem& problem, int64_t image_start
 }
 
 // A thread an anchor of an image; blocks image by image.
-__global__ void __launch_bounds__(kThreads) claim_kernel(const __grid_constant__ MatchProblem problem) {
+__global__ void __launch_bounds__(kThreads, 4) claim_kernel(const __grid_constant__ MatchProblem problem) {
   MG_OPS_SHARED(ClaimShared, shared);
-  const int64_t blocks_an_image = (problem.num_anchors + kThreads - 1) / kThreads;
-  const int64_t image = blockIdx.x / blocks_an_image;
-  const int64_t image_start = problem.image_starts[image];
-  const int64_t num_objects = problem.image_starts[image + 1] - image_start;
+  const uint32_t num_anchors = static_cast<uint32_t>(problem.num_anchors);
+  const uint32_t blocks_an_image = (num_anchors + kThreads - 1) / kThreads;
+  const uint32_t image = blockIdx.x / blocks_an_image;
+  const uint32_t image_start = static_cast<uint32_t>(problem.image_starts[image]);
+  const uint32_t num_objects = static_cast<uint32_t>(problem.image_starts[image + 1]) - image_start;
   if (num_objects == 0) {
     return;  // rank_kernel writes the background
   }
-  const int64_t anchor = (blockIdx.x % blocks_an_image) * kThreads + threadIdx.x;
-  const bool exists = anchor < problem.num_anchors;
-  const uint32_t anchor_index = static_cast<uint32_t>(anchor);
+  const uint32_t anchor = (blockIdx.x % blocks_an_image) * kThreads + threadIdx.x;
+  const bool exists = anchor < num_anchors;
   const bool by_regressed = problem.params.classification_by_regressed;
   const bool by_amplified = problem.params.localization_by_amplified;
 
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kThreads) claim_kernel(const __grid_constant__
   uint32_t anchor_order = 0, anchor_owner = 0, second_order = 0;
   uint32_t pred_order = 0, pred_owner = 0;
   bool covered = false;
-  for (int64_t first = 0; first < num_objects; first += kThreads) {
+  for (uint32_t first = 0; first < num_objects; first += kThreads) {
     const int staged = stage_objects(problem, image_start, num_objects, first, shared);
     for (int group = 0; group < staged; group += 32) {
       const int tested = group + lane_index();
@@ -334,10 +334,10 @@ __global__ void __launch_bounds__(kThreads) claim_kernel(const __grid_constant__
           continue;
         }
         const float area = shared.area[place];
-        const uint32_t object = static_cast<uint32_t>(first + place);
+        const uint32_t object = first + static_cast<uint32_t>(place);
         if ((with_anchors >> bit & 1) != 0) {
           const uint32_t order = iou_order(box_iou(anchor_box, anchor_area, box, area));
-          raise_best(problem.best[kByAnchor], image_start + object, order, anchor_index);
+          raise_best(problem.best[kByAnchor], image_start + object, order, anchor);
           // Objects come in ascending order, so that on ties the lowest stays.
           if (order > anchor_order) {
             second_order = anchor_order;
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(kThreads) claim_kernel(const __grid_constant__
         }
         if ((with_preds >> bit & 1) != 0) {
           const uint32_t order = iou_order(box_iou(pred_box, pred_area, box, area));
-          raise_best(problem.best[kByRegressed], image_start + object, order, anchor_index);
+          raise_best(problem.best[kByRegressed], image_start + object, order, anchor);
           if (order > pred_order) {
             pred_order = order;
             pred_owner = object;
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kThreads) claim_kernel(const __grid_constant__
     const float first_log2 = anchor_order != 0 ? det_log2(bits_float(anchor_order)) * kLog2Slack : 0.0f;
     const bool contested = second_order != 0 && least * det_log2(bits_float(second_order)) >= first_log2;
     uint32_t amplified_order = 0;
-    for (int64_t first = 0; first < num_objects; first += kThreads) {
+    for (uint32_t first = 0; first < num_objects; first += kThreads) {
       const int staged = stage_objects(problem, image_start, num_objects, first, shared);
       for (int group = 0; group < staged; group += 32) {
         const int tested = group + lane_index();
@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(kThreads) claim_kernel(const __grid_constant__
                                   can_overlap(anchor_bounds, shared.box[tested]);
         for (uint32_t left = __ballot_sync(kAllLanes, near_anchors); left != 0; left &= left - 1) {
           const int place = group + __ffs(static_cast<int>(left)) - 1;
-          const uint32_t object = static_cast<uint32_t>(first + place);
+          const uint32_t object = first + static_cast<uint32_t>(place);
           const float q = box_iou(anchor_box, anchor_area, shared.box[place], shared.area[place]);
           // A lower bound on the largest exponent of this object: log2(q) of the best anchor any block has met so far.
           const uint32_t best_here = __reduce_max_sync(kAllLanes, iou_order(q));
@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(kThreads) claim_kernel(const __grid_constant__
               amplified_iou = iou_order(q);
             }
           }
-          raise_best(problem.best[kByAmplified], image_start + object, order, anchor_index);
+          raise_best(problem.best[kByAmplified], image_start + object, order, anchor);
         }
       }
     }
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(kThreads) claim_kernel(const __grid_constant__
   const Word64 cls_claim = by_regressed ? pred_claim : anchor_claim;
   const Word64 loc_claim = amplified_iou != 0 ? claim_key(amplified_iou, amplified_owner) : 0;
   if (exists) {
-    const int64_t place = image * problem.num_anchors + anchor;
+    const int64_t place = static_cast<int64_t>(image) * num_anchors + anchor;
     problem.anchor_claims[place] = anchor_claim;
     problem.cls_match[place] = static_cast<int64_t>(cls_claim | (covered ? kCoveredBit : 0));
     problem.loc_match[place] = static_cast<int64_t>(loc_claim);
@@ -436,8 +436,18 @@ struct RankShared {
   BlockScratch scratch;
 };
 
+// The index of a claim of 0, which no object has.
+constexpr uint32_t kNobody = 0xffffffffu;
+
+// Where the lists of an image begin, after those of the images before: at most A anchors and G forced pairs an image.
+MG_OPS_DEVICE Word64* image_list(const MatchProblem& problem, int task, uint32_t image, uint32_t image_start) {
+  return problem.lists[task] + image * problem.num_anchors + image_start;
+}
+
+MG_OPS_DEVICE uint32_t half(Word64 word, int which) { return which == 0 ? low_half(word) : high_half(word); }
+
 // The anchor an object claims with quality 1.
-MG_OPS_DEVICE int64_t forced_anchor(const MatchProblem& problem, int64_t object, int quality) {
+MG_OPS_DEVICE uint32_t forced_anchor(const MatchProblem& problem, uint32_t object, int quality) {
   const bool own_quality = quality == kByRegressed   ? problem.params.classification_by_regressed
                            : quality == kByAmplified ? problem.params.localization_by_amplified
                                                      : false;
@@ -502,19 +512,42 @@ MG_OPS_DEVICE void label_list(const MatchProblem& problem, int64_t image, Word64
   __syncthreads();  // all are done with the keys
 }
 
+// Ranks an object whose lists and counts are complete, and writes its counts and labels. Every thread must call it.
+MG_OPS_DEVICE void rank_object(const MatchProblem& problem, uint32_t image, uint32_t image_start, uint32_t object,
+                               Word64 list_starts, RankShared& shared) {
+  const uint32_t index = image_start + object;
+  const Word64 counts = __ldcg(problem.counts + index);
+  const Word64 lengths = __ldcg(problem.list_lengths + index);
+  const uint32_t num_pos = low_half(counts) > 1 ? low_half(counts) : 1;
+  const uint32_t num_total = high_half(counts) > num_pos ? high_half(counts) : num_pos;
+  if (threadIdx.x == 0) {
+    problem.num_pos[index] = static_cast<int32_t>(num_pos);
+    problem.num_total[index] = static_cast<int32_t>(num_total);
+  }
+  const int32_t label = problem.objects[index].label;
+  for (int task = 0; task < 2; ++task) {
+    const bool classification = task == 0;
+    label_list(problem, image, image_list(problem, task, image, image_start) + half(list_starts, task), half(lengths, task),
+               num_pos, classification ? num_total : num_pos, label,
+               !classification && problem.params.localization_by_amplified,
+               classification ? problem.cls_match : problem.loc_match, object, shared);
+  }
+}
+
 // A thread an anchor of an image; blocks image by image, as in claim_kernel.
-__global__ void __launch_bounds__(kThreads) rank_kernel(const __grid_constant__ MatchProblem problem) {
+__global__ void __launch_bounds__(kThreads, 3) rank_kernel(const __grid_constant__ MatchProblem problem) {
   MG_OPS_SHARED(RankShared, shared);
-  const int64_t blocks_an_image = (problem.num_anchors + kThreads - 1) / kThreads;
-  const int64_t image = blockIdx.x / blocks_an_image;
-  const int64_t first_anchor = (blockIdx.x % blocks_an_image) * kThreads;
-  const int64_t anchor = first_anchor + threadIdx.x;
-  const int64_t place = image * problem.num_anchors + anchor;
-  const bool exists = anchor < problem.num_anchors;
-  const int64_t image_start = problem.num_gt == 0 ? 0 : problem.image_starts[image];
-  const int64_t num_objects = problem.num_gt == 0 ? 0 : problem.image_starts[image + 1] - image_start;
+  const uint32_t num_anchors = static_cast<uint32_t>(problem.num_anchors);
+  const uint32_t blocks_an_image = (num_anchors + kThreads - 1) / kThreads;
+  const uint32_t image = blockIdx.x / blocks_an_image;
+  const uint32_t first_anchor = (blockIdx.x % blocks_an_image) * kThreads;
+  const uint32_t anchor = first_anchor + threadIdx.x;
+  const uint32_t image_start = problem.num_gt == 0 ? 0 : static_cast<uint32_t>(problem.image_starts[image]);
+  const uint32_t num_objects =
+      problem.num_gt == 0 ? 0 : static_cast<uint32_t>(problem.image_starts[image + 1]) - image_start;
   if (num_objects == 0) {
-    if (exists) {
+    if (anchor < num_anchors) {
+      const int64_t place = static_cast<int64_t>(image) * num_anchors + anchor;
       __stcs(problem.cls_match + place, kBackground);
       __stcs(problem.loc_match + place, kBackground);
     }
@@ -526,13 +559,12 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(const __grid_constant__ 
     shared.forced[quality][threadIdx.x] = 0;
   }
   __syncthreads();
-  for (int64_t object = threadIdx.x; object < num_objects; object += kThreads) {
+  for (uint32_t object = threadIdx.x; object < num_objects; object += kThreads) {
     if (problem.objects[image_start + object].kind == ObjectKind::kObject) {
       for (int quality = 0; quality < kQualities; ++quality) {
-        const int64_t place_in_block = forced_anchor(problem, image_start + object, quality) - first_anchor;
-        if (place_in_block >= 0 && place_in_block < kThreads) {
-          atomicMax(&shared.forced[quality][place_in_block],
-                    static_cast<Word64>(claim_key(kForcedIouOrder, static_cast<uint32_t>(object))));
+        const uint32_t in_block = forced_anchor(problem, image_start + object, quality) - first_anchor;
+        if (in_block < kThreads) {
+          atomicMax(&shared.forced[quality][in_block], static_cast<Word64>(claim_key(kForcedIouOrder, object)));
         }
       }
     }
@@ -540,61 +572,58 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(const __grid_constant__ 
   __syncthreads();
 
   // The claims before and after. A forced pair has quality 1, and so has an anchor's own claim at most: the larger key wins.
-  Word64 before[kQualities] = {0, 0, 0};
-  if (exists) {
-    before[kByAnchor] = __ldcs(problem.anchor_claims + place);
-    before[kByRegressed] = static_cast<Word64>(problem.cls_match[place]);
-    before[kByAmplified] = static_cast<Word64>(problem.loc_match[place]);
-    const bool covered = (before[kByRegressed] & kCoveredBit) != 0;
-    before[kByRegressed] &= ~kCoveredBit;
+  uint32_t owner_before[kQualities] = {kNobody, kNobody, kNobody};
+  uint32_t owner_after[kQualities] = {kNobody, kNobody, kNobody};
+  uint32_t order_after[kQualities] = {0, 0, 0};
+  if (anchor < num_anchors) {
+    const int64_t place = static_cast<int64_t>(image) * num_anchors + anchor;
+    Word64 claims[kQualities];
+    claims[kByAnchor] = __ldcs(problem.anchor_claims + place);
+    claims[kByRegressed] = static_cast<Word64>(problem.cls_match[place]);
+    claims[kByAmplified] = static_cast<Word64>(problem.loc_match[place]);
     // What the anchor is unless an object chooses it. Whoever ranks that object writes later, and over this.
-    problem.cls_match[place] = covered ? kIgnored : kBackground;
+    problem.cls_match[place] = (claims[kByRegressed] & kCoveredBit) != 0 ? kIgnored : kBackground;
     problem.loc_match[place] = kBackground;
+    claims[kByRegressed] &= ~kCoveredBit;
+#pragma unroll
+    for (int quality = 0; quality < kQualities; ++quality) {
+      const Word64 forced = shared.forced[quality][threadIdx.x];
+      const Word64 after = forced > claims[quality] ? forced : claims[quality];
+      owner_before[quality] = key_index(claims[quality]);  // kNobody if there is no claim
+      owner_after[quality] = key_index(after);
+      order_after[quality] = key_order(after);
+    }
   }
-  Word64 after[kQualities];
-  for (int quality = 0; quality < kQualities; ++quality) {
-    const Word64 forced = shared.forced[quality][threadIdx.x];
-    after[quality] = forced > before[quality] ? forced : before[quality];
-  }
-  const float iou = bits_float(key_order(after[kByAnchor]));
-  const Word64 counted = after[kByAnchor] == 0 ? 0
-                                               : pack_counts(iou >= problem.params.iou_positive ? 1 : 0,
-                                                             iou >= problem.params.iou_ignored ? 1 : 0);
+  const float iou = bits_float(order_after[kByAnchor]);
+  const Word64 counted =
+      pack_counts(iou >= problem.params.iou_positive ? 1 : 0, iou >= problem.params.iou_ignored ? 1 : 0);
 
-  // The lists of an image begin where those of the images before end: at most A anchors and G forced pairs an image.
-  Word64* const cls_lists = problem.lists[0] + image * problem.num_anchors + image_start;
-  Word64* const loc_lists = problem.lists[1] + image * problem.num_anchors + image_start;
   Word64 lists_before = 0;  // where the lists of the objects at hand begin, classification low, localisation high
-  for (int64_t first = 0; first < num_objects; first += kThreads) {
+  for (uint32_t first = 0; first < num_objects; first += kThreads) {
     // Thread i speaks for object first + i.
-    const int64_t object = image_start + first + threadIdx.x;
-    const bool is_matched =
-        first + threadIdx.x < num_objects && problem.objects[object].kind == ObjectKind::kObject;
-    uint32_t owned[kQualities] = {0, 0, 0};
+    const uint32_t object = image_start + first + threadIdx.x;
+    const bool is_matched = first + threadIdx.x < num_objects && problem.objects[object].kind == ObjectKind::kObject;
     uint32_t forced_here = 0;
+    uint32_t expected = 0;  // arrivals until an object's lists and counts are complete
+    Word64 room = 0;        // each list has room for what the object owned, and for its forced anchor
     if (is_matched) {
       for (int quality = 0; quality < kQualities; ++quality) {
-        owned[quality] = problem.owned[quality][object];
-        const int64_t place_in_block = forced_anchor(problem, object, quality) - first_anchor;
-        forced_here += place_in_block >= 0 && place_in_block < kThreads ? 1 : 0;
+        forced_here += forced_anchor(problem, object, quality) - first_anchor < kThreads ? 1 : 0;
       }
+      const uint32_t owned_cls = problem.owned[kByRegressed][object];
+      const uint32_t owned_loc = problem.owned[kByAmplified][object];
+      expected = problem.owned[kByAnchor][object] + owned_cls + owned_loc + kQualities;
+      room = pack_counts(owned_cls + 1, owned_loc + 1);
     }
-    // Each list has room for what the object owned, and for its forced anchor.
-    const Word64 room = is_matched ? pack_counts(owned[kByRegressed] + 1, owned[kByAmplified] + 1) : 0;
     Word64 total_room;
     const Word64 list_start = lists_before + block_exclusive_sum(room, total_room, shared.scratch);
     lists_before += total_room;
 
+    // An owner at hand is owner - first < kThreads; kNobody never is.
     bool concerned = forced_here != 0;
-    uint32_t before_at[kQualities], after_at[kQualities];  // which of the objects at hand; kThreads or more: none
+#pragma unroll
     for (int quality = 0; quality < kQualities; ++quality) {
-      const int64_t owner_before = key_index(before[quality]) - first;
-      const int64_t owner_after = key_index(after[quality]) - first;
-      before_at[quality] = before[quality] != 0 && owner_before >= 0 && owner_before < kThreads
-                               ? static_cast<uint32_t>(owner_before) : kThreads;
-      after_at[quality] = after[quality] != 0 && owner_after >= 0 && owner_after < kThreads
-                              ? static_cast<uint32_t>(owner_after) : kThreads;
-      concerned |= before_at[quality] < kThreads || after_at[quality] < kThreads;
+      concerned |= owner_before[quality] - first < kThreads || owner_after[quality] - first < kThreads;
     }
     if (!__syncthreads_or(concerned)) {
       continue;
@@ -604,20 +633,21 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(const __grid_constant__ 
     shared.counts[threadIdx.x] = 0;
     shared.arriving[threadIdx.x] = forced_here;
     __syncthreads();
+#pragma unroll
     for (int quality = 0; quality < kQualities; ++quality) {
-      if (before_at[quality] < kThreads) {
-        atomicAdd(&shared.arriving[before_at[quality]], 1u);
+      if (owner_before[quality] - first < kThreads) {
+        atomicAdd(&shared.arriving[owner_before[quality] - first], 1u);
       }
     }
+    if (owner_after[kByAnchor] - first < kThreads && counted != 0) {
+      atomicAdd(&shared.counts[owner_after[kByAnchor] - first], counted);
+    }
     uint32_t cls_place = 0, loc_place = 0;
-    if (after_at[kByAnchor] < kThreads && counted != 0) {
-      atomicAdd(&shared.counts[after_at[kByAnchor]], counted);
+    if (owner_after[kByRegressed] - first < kThreads) {
+      cls_place = low_half(atomicAdd(&shared.list_lengths[owner_after[kByRegressed] - first], pack_counts(1, 0)));
     }
-    if (after_at[kByRegressed] < kThreads) {
-      cls_place = low_half(atomicAdd(&shared.list_lengths[after_at[kByRegressed]], pack_counts(1, 0)));
-    }
-    if (after_at[kByAmplified] < kThreads) {
-      loc_place = high_half(atomicAdd(&shared.list_lengths[after_at[kByAmplified]], pack_counts(0, 1)));
+    if (owner_after[kByAmplified] - first < kThreads) {
+      loc_place = high_half(atomicAdd(&shared.list_lengths[owner_after[kByAmplified] - first], pack_counts(0, 1)));
     }
     __syncthreads();
     Word64 part_start = list_start;
@@ -629,22 +659,21 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(const __grid_constant__ 
     }
     shared.list_starts[threadIdx.x] = part_start;
     __syncthreads();
-    if (after_at[kByRegressed] < kThreads) {
-      cls_lists[low_half(shared.list_starts[after_at[kByRegressed]]) + cls_place] =
-          claim_key(key_order(after[kByRegressed]), static_cast<uint32_t>(anchor));
+    if (owner_after[kByRegressed] - first < kThreads) {
+      image_list(problem, 0, image, image_start)[low_half(shared.list_starts[owner_after[kByRegressed] - first]) + cls_place] =
+          claim_key(order_after[kByRegressed], anchor);
     }
-    if (after_at[kByAmplified] < kThreads) {
-      loc_lists[high_half(shared.list_starts[after_at[kByAmplified]]) + loc_place] =
-          claim_key(key_order(after[kByAmplified]), static_cast<uint32_t>(anchor));
+    if (owner_after[kByAmplified] - first < kThreads) {
+      image_list(problem, 1, image, image_start)[high_half(shared.list_starts[owner_after[kByAmplified] - first]) + loc_place] =
+          claim_key(order_after[kByAmplified], anchor);
     }
 
     // All this block has for these objects is written. The one that brings an object's last anchor ranks it.
     __threadfence();
     __syncthreads();
+    const uint32_t arriving = shared.arriving[threadIdx.x];
     bool last = false;
-    if (shared.arriving[threadIdx.x] != 0) {
-      const uint32_t expected = owned[kByAnchor] + owned[kByRegressed] + owned[kByAmplified] + kQualities;
-      const uint32_t arriving = shared.arriving[threadIdx.x];
+    if (arriving != 0) {
       last = atomicAdd(problem.arrived + object, arriving) + arriving == expected;
       __threadfence();
     }
@@ -656,23 +685,8 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(const __grid_constant__ 
     __syncthreads();
     for (int warp = 0; warp < kWarps; ++warp) {
       for (uint32_t left = shared.complete[warp]; left != 0; left &= left - 1) {
-        const int at_hand = warp * 32 + __ffs(static_cast<int>(left)) - 1;
-        const uint32_t ranked = static_cast<uint32_t>(first + at_hand);
-        const int64_t index = image_start + ranked;
-        const Word64 counts = __ldcg(problem.counts + index);
-        const Word64 lengths = __ldcg(problem.list_lengths + index);
-        const uint32_t num_pos = low_half(counts) > 1 ? low_half(counts) : 1;
-        const uint32_t num_total = high_half(counts) > num_pos ? high_half(counts) : num_pos;
-        if (threadIdx.x == 0) {
-          problem.num_pos[index] = static_cast<int32_t>(num_pos);
-          problem.num_total[index] = static_cast<int32_t>(num_total);
-        }
-        const Word64 starts = shared.list_starts[at_hand];
-        const int32_t label = problem.objects[index].label;
-        label_list(problem, image, cls_lists + low_half(starts), low_half(lengths), num_pos, num_total, label, false,
-                   problem.cls_match, ranked, shared);
-        label_list(problem, image, loc_lists + high_half(starts), high_half(lengths), num_pos, num_pos, label,
-                   problem.params.localization_by_amplified, problem.loc_match, ranked, shared);
+        const uint32_t at_hand = warp * 32 + __ffs(static_cast<int>(left)) - 1;
+        rank_object(problem, image, image_start, first + at_hand, shared.list_starts[at_hand], shared);
       }
     }
     __syncthreads();
@@ -697,4 +711,4 @@ void launch_mutual_match(const MatchProblem& problem, LaunchKernel launch) {
   }
 }
 
-}  // namespace mg_ops
+}  // namespace mg_ops::cuda

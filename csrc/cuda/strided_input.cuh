@@ -7,7 +7,7 @@
 
 #define MG_OPS_DEVICE static __device__ __forceinline__
 
-namespace mg_ops {
+namespace mg_ops::cuda {
 
 enum class FloatType : int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
@@ -82,4 +82,4 @@ MG_OPS_DEVICE int64_t load_integer(const IntegerInput& input, int64_t index) {
                         : static_cast<int64_t>(__ldg(static_cast<const int32_t*>(input.data) + index * input.stride));
 }
 
-}  // namespace mg_ops
+}  // namespace mg_ops::cuda

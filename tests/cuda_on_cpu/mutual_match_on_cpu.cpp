@@ -28,26 +28,26 @@ struct EmulatedCall {
   uint64_t seed;
 };
 
-mg_ops::FloatInput float_input(const StridedArray& array) {
-  return {array.data, array.strides[0], array.strides[1], array.strides[2], static_cast<mg_ops::FloatType>(array.type),
+mg_ops::cuda::FloatInput float_input(const StridedArray& array) {
+  return {array.data, array.strides[0], array.strides[1], array.strides[2], static_cast<mg_ops::cuda::FloatType>(array.type),
           array.whole_rows != 0};
 }
 
-mg_ops::IntegerInput integer_input(const StridedArray& array) {
+mg_ops::cuda::IntegerInput integer_input(const StridedArray& array) {
   return {array.data, array.strides[0], array.type != 0};
 }
 
-void launch(int64_t grid, void (*kernel)(const mg_ops::MatchProblem), const mg_ops::MatchProblem& problem,
+void launch(int64_t grid, void (*kernel)(const mg_ops::cuda::MatchProblem), const mg_ops::cuda::MatchProblem& problem,
             uint64_t seed) {
   cuda_on_cpu::LaunchOptions options;
   options.seed = seed;
   options.resident_clusters = 1 + static_cast<int>(seed % 4);
   options.yield_probability = seed % 3 == 0 ? 0.0 : 0.2;
-  cuda_on_cpu::Launch(static_cast<unsigned>(grid), mg_ops::kThreads, 1, [&] { kernel(problem); }, options).run();
+  cuda_on_cpu::Launch(static_cast<unsigned>(grid), mg_ops::cuda::kThreads, 1, [&] { kernel(problem); }, options).run();
 }
 
 void match(EmulatedCall& call) {
-  mg_ops::MatchProblem problem{};
+  mg_ops::cuda::MatchProblem problem{};
   problem.anchors = float_input(call.anchors);
   problem.pred_boxes = float_input(call.pred_boxes);
   problem.cls_scores = float_input(call.cls_scores);
@@ -69,15 +69,15 @@ void match(EmulatedCall& call) {
   problem.num_pos = call.num_pos;
   problem.num_total = call.num_total;
 
-  const size_t bytes = mg_ops::place_scratch(problem, nullptr);
+  const size_t bytes = mg_ops::cuda::place_scratch(problem, nullptr);
   void* memory = nullptr;
   if (posix_memalign(&memory, 32, bytes == 0 ? 32 : bytes) != 0) {
     throw std::bad_alloc();
   }
   const std::unique_ptr<void, void (*)(void*)> owner(memory, std::free);
   std::memset(memory, 0xa5, bytes);  // what new_empty returns is anything
-  mg_ops::place_scratch(problem, static_cast<char*>(memory));
-  mg_ops::launch_mutual_match(problem, [&](int64_t grid, auto kernel) { launch(grid, kernel, problem, call.seed++); });
+  mg_ops::cuda::place_scratch(problem, static_cast<char*>(memory));
+  mg_ops::cuda::launch_mutual_match(problem, [&](int64_t grid, auto kernel) { launch(grid, kernel, problem, call.seed++); });
 }
 
 }  // namespace
@@ -97,7 +97,7 @@ extern "C" int mutual_match_on_cpu(EmulatedCall* call, char* message, int messag
 namespace {
 
 struct MistakeShared {
-  uint32_t values[mg_ops::kThreads];
+  uint32_t values[mg_ops::cuda::kThreads];
 };
 
 void mistaken_kernel(int mistake, uint32_t* output) {
@@ -110,15 +110,15 @@ void mistaken_kernel(int mistake, uint32_t* output) {
     __syncthreads();  // half a warp at one barrier, half in another operation
   }
   if (mistake == 3) {
-    thread % 32 < 8 ? __ballot_sync(mg_ops::kAllLanes, true) : __reduce_max_sync(mg_ops::kAllLanes, thread);
+    thread % 32 < 8 ? __ballot_sync(mg_ops::cuda::kAllLanes, true) : __reduce_max_sync(mg_ops::cuda::kAllLanes, thread);
   }
   shared.values[thread] = thread;
   if (mistake != 4) {
     __syncthreads();
   }
-  output[thread] = shared.values[mg_ops::kThreads - 1 - thread];
+  output[thread] = shared.values[mg_ops::cuda::kThreads - 1 - thread];
   if (mistake == 5) {
-    output[thread] = shared.values[thread + mg_ops::kThreads];
+    output[thread] = shared.values[thread + mg_ops::cuda::kThreads];
   }
 }
 
@@ -130,7 +130,7 @@ extern "C" int run_mistake(int mistake, uint64_t seed, uint32_t* output, char* m
   try {
     cuda_on_cpu::LaunchOptions options;
     options.seed = seed;
-    cuda_on_cpu::Launch(1, mg_ops::kThreads, 1, [&] { mistaken_kernel(mistake, output); }, options).run();
+    cuda_on_cpu::Launch(1, mg_ops::cuda::kThreads, 1, [&] { mistaken_kernel(mistake, output); }, options).run();
     return 0;
   } catch (const std::exception& error) {
     std::snprintf(message, static_cast<size_t>(message_bytes), "%s", error.what());
@@ -138,4 +138,4 @@ extern "C" int run_mistake(int mistake, uint64_t seed, uint32_t* output, char* m
   }
 }
 
-extern "C" int threads_of_a_block() { return mg_ops::kThreads; }
+extern "C" int threads_of_a_block() { return mg_ops::cuda::kThreads; }
