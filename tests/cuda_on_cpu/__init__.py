@@ -5,9 +5,9 @@
 
 The seed decides the order in which the threads run. By itself,
 
-    python tests/cuda_on_cpu --sanitize --threads 64 --seeds 0:50
+    python tests/cuda_on_cpu --sanitize --threads 64 --batches 100
 
-runs all named cases and random batches against the reference; the tests do the same.
+compares them with the reference on all named cases and on random batches; the tests do the same.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class EmulatedCall(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap")),
         *((name, ctypes.c_void_p) for name in ("cls_match", "loc_match", "num_pos", "num_total")),
         ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_int64) for name in ("scores_read", "scratch_bytes", "launches")),
     )
 
 
@@ -111,6 +112,8 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.threads = self.library.threads_of_a_block()
+        self.last_call = EmulatedCall()
+        """Of the last call: its `scores_read` (loads of cls_scores), `scratch_bytes` and `launches`."""
 
     def mutual_match(
         self,
@@ -180,6 +183,7 @@ class Emulator:
         message = ctypes.create_string_buffer(500)
         if self.library.mutual_match_on_cpu(ctypes.byref(call), message, len(message)) != 0:
             raise RuntimeError(message.value.decode())
+        self.last_call = call
         return result
 
     def run_mistake(self, mistake: int, seed: int = 0) -> list[int]:
@@ -189,6 +193,43 @@ class Emulator:
         if self.library.run_mistake(mistake, ctypes.c_uint64(seed), output, message, len(message)) != 0:
             raise RuntimeError(message.value.decode())
         return list(output)
+
+
+def check_against_reference(emulator: Emulator, batches: range, case_seed: int) -> int:
+    """Compares the kernels with the expected result of every named case and with the reference on random batches.
+
+    Args:
+        batches: the seeds of the random batches; each is also the seed of the threads' order.
+        case_seed: the seed of the threads' order in the named cases.
+
+    Returns:
+        How many batches were compared.
+
+    Raises:
+        AssertionError: naming the case or the batch, and the first difference.
+    """
+    from cases import CASES
+    from random_batches import random_batch
+
+    for case in CASES:
+        options = dict(case.options)
+        if "box_coder" in options:
+            weights, clip = options["box_coder"]
+            options["box_coder"] = mg_ops.BoxCoder(weights=weights, clip=clip)
+        match = emulator.mutual_match(**case.predictions(), **case.packed_objects(slack=2), **options, seed=case_seed)
+        assert_same(match, mg_ops.MutualMatch(*case.expected(slack=2)), f"{case.name}: {case.clause}")
+    for seed in batches:
+        batch = random_batch(seed)
+        match = emulator.mutual_match(**batch.arguments, seed=seed)
+        assert_same(match, mg_ops.mutual_match(**batch.arguments, backend="eager"), str(batch))
+    return len(CASES) + len(batches)
+
+
+def assert_same(match: mg_ops.MutualMatch, expected: mg_ops.MutualMatch, what: str) -> None:
+    for name, value, wanted in zip(mg_ops.MutualMatch._fields, match, expected, strict=True):
+        if not torch.equal(value, wanted):
+            first = tuple((value != wanted).nonzero()[0].tolist())
+            raise AssertionError(f"{name}{list(first)} is {value[first]}, expected {wanted[first]}; {what}")
 
 
 def rows(tensor: Tensor) -> StridedArray:

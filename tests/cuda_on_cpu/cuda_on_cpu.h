@@ -407,6 +407,22 @@ class Launch {
   std::string error_;
 };
 
+// Counts the __ldg loads from a range of addresses.
+struct WatchedLoads {
+  uintptr_t first = 0, last = 0;
+  int64_t count = 0;
+
+  void note(const void* address) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+    count += at >= first && at < last ? 1 : 0;
+  }
+};
+
+inline WatchedLoads& watched_loads() {
+  static WatchedLoads loads;
+  return loads;
+}
+
 inline Launch& launch() { return *Launch::current_launch(); }
 
 // Stand-ins for threadIdx and the like, read at every use.
@@ -540,6 +556,7 @@ T atomicMax(T* address, T value) {
 
 template <typename T>
 T __ldg(const T* address) {
+  cuda_on_cpu::watched_loads().note(address);
   return *address;
 }
 template <typename T>

@@ -26,6 +26,7 @@ struct EmulatedCall {
   int64_t *cls_match, *loc_match;
   int32_t *num_pos, *num_total;
   uint64_t seed;
+  int64_t scores_read, scratch_bytes, launches;  // results
 };
 
 mg_ops::cuda::FloatInput float_input(const StridedArray& array) {
@@ -77,7 +78,19 @@ void match(EmulatedCall& call) {
   const std::unique_ptr<void, void (*)(void*)> owner(memory, std::free);
   std::memset(memory, 0xa5, bytes);  // what new_empty returns is anything
   mg_ops::cuda::place_scratch(problem, static_cast<char*>(memory));
-  mg_ops::cuda::launch_mutual_match(problem, [&](int64_t grid, auto kernel) { launch(grid, kernel, problem, call.seed++); });
+
+  const int64_t number_bytes[] = {2, 2, 4, 8};
+  const uintptr_t scores = reinterpret_cast<uintptr_t>(call.cls_scores.data);
+  const int64_t last_score = (call.batch_size - 1) * call.cls_scores.strides[0] +
+                             (call.num_anchors - 1) * call.cls_scores.strides[1] +
+                             (call.num_classes - 1) * call.cls_scores.strides[2];
+  cuda_on_cpu::watched_loads() = {scores, scores + static_cast<uintptr_t>((last_score + 1) * number_bytes[call.cls_scores.type]), 0};
+  call.launches = 0;
+  mg_ops::cuda::launch_mutual_match(problem, [&](int64_t grid, auto kernel) {
+    launch(grid, kernel, problem, call.seed + static_cast<uint64_t>(call.launches++));
+  });
+  call.scores_read = cuda_on_cpu::watched_loads().count;
+  call.scratch_bytes = static_cast<int64_t>(bytes);
 }
 
 }  // namespace

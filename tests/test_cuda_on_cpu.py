@@ -1,0 +1,250 @@
+"""The CUDA kernels equal the reference, and no order of their threads shows: run on the CPU, thread by thread.
+
+The same source as on a GPU, compiled by g++ against tests/cuda_on_cpu/cuda_on_cpu.h. MG_OPS_FUZZ scales the random batches.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cuda_on_cpu
+import pytest
+import torch
+from conftest import fuzz_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_batches import small_batches
+
+import mg_ops
+
+SMALL_BLOCKS = {"threads": 32, "staged_keys": 8}
+"""One warp a block and tiny lists in shared memory: all chunks, all long lists, on inputs of a few hundred anchors."""
+
+
+@pytest.fixture(scope="module", params=[{"threads": 64}, SMALL_BLOCKS], ids=["64 threads", "32 threads, tiny lists"])
+def emulator(request: pytest.FixtureRequest) -> cuda_on_cpu.Emulator:
+    return cuda_on_cpu.build(**request.param)
+
+
+@pytest.fixture(scope="module")
+def small_blocks() -> cuda_on_cpu.Emulator:
+    return cuda_on_cpu.build(**SMALL_BLOCKS)
+
+
+def run_by_itself(*options: str) -> subprocess.CompletedProcess[str]:
+    """The emulator in a process of its own, which sanitizers need."""
+    command = [sys.executable, str(Path(cuda_on_cpu.__file__).parent), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The emulator notices mistakes
+
+
+def test_a_kernel_without_mistakes_passes(small_blocks: cuda_on_cpu.Emulator) -> None:
+    for seed in range(10):
+        assert small_blocks.run_mistake(0, seed) == list(range(small_blocks.threads))[::-1]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [(1, "left the kernel"), (2, "warp operation|deadlock|barrier"), (3, "different warp operations")],
+    ids=["a thread leaves before a barrier", "a divergent barrier", "a divergent warp operation"],
+)
+def test_divergence_is_reported(small_blocks: cuda_on_cpu.Emulator, mistake: int, message: str) -> None:
+    for seed in range(10):
+        with pytest.raises(RuntimeError, match=message):
+            small_blocks.run_mistake(mistake, seed)
+
+
+def test_a_missing_barrier_shows(small_blocks: cuda_on_cpu.Emulator) -> None:
+    right = list(range(small_blocks.threads))[::-1]
+    assert all(small_blocks.run_mistake(4, seed) != right for seed in range(10))
+
+
+def test_a_read_past_shared_memory_is_reported() -> None:
+    result = run_by_itself("--sanitize", "--threads", "32", "--mistake", "5")
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels equal the reference
+
+
+def test_named_cases_and_random_batches(emulator: cuda_on_cpu.Emulator) -> None:
+    count = fuzz_cases(30)
+    first = 1000 * emulator.threads
+    assert cuda_on_cpu.check_against_reference(emulator, range(first, first + count), first) >= count
+
+
+def test_blocks_as_on_a_gpu() -> None:
+    emulator = cuda_on_cpu.build()
+    assert emulator.threads == 256
+    cuda_on_cpu.check_against_reference(emulator, range(fuzz_cases(8)), 0)
+
+
+def test_under_sanitizers() -> None:
+    result = run_by_itself("--sanitize", "--threads", "32", "--batches", str(fuzz_cases(8)))
+    assert result.returncode == 0, result.stderr
+    assert "equal to the reference" in result.stdout
+
+
+@settings(max_examples=fuzz_cases(150))
+@given(arguments=small_batches(), seed=st.integers(0, 2**32))
+def test_small_batches(small_blocks: cuda_on_cpu.Emulator, arguments: dict[str, Any], seed: int) -> None:
+    match = small_blocks.mutual_match(**arguments, seed=seed)
+    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), str(arguments))
+
+
+def detector_batch(batch_size: int, num_anchors: int, num_objects: int, seed: int = 0) -> dict[str, Any]:
+    """A batch of the usual kind: boxes of a few sizes all over an image, predictions around them."""
+    random = torch.Generator().manual_seed(seed)
+
+    def boxes(count: int) -> torch.Tensor:
+        center = 300 * torch.rand(count, 2, generator=random)
+        size = torch.exp(3.5 + 0.7 * torch.randn(count, 2, generator=random))
+        return torch.cat([center - size / 2, center + size / 2], dim=1)
+
+    return {
+        "anchors": boxes(num_anchors),
+        "pred_boxes": 0.3 * torch.randn(batch_size, num_anchors, 4, generator=random),
+        "cls_scores": 2 * torch.randn(batch_size, num_anchors, 5, generator=random) - 2,
+        "gt_boxes": [boxes(num_objects) for _ in range(batch_size)],
+        "gt_labels": [torch.randint(0, 5, (num_objects,), generator=random) for _ in range(batch_size)],
+        "box_coder": mg_ops.BoxCoder(),
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_threads_does_not_matter(small_blocks: cuda_on_cpu.Emulator, seed: int) -> None:
+    """Many objects compete for few anchors, so that every block adds to every list."""
+    arguments = detector_batch(2, 150, 40)
+    match = small_blocks.mutual_match(**arguments, seed=seed)
+    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), f"seed {seed}")
+
+
+@pytest.mark.parametrize("iou_positive", [0.5, 1e-6], ids=["few positives", "nearly all positive"])
+@pytest.mark.parametrize("kind", ["all one box", "all scores equal", "one object over all", "every object over all"])
+def test_worst_cases_of_ranking(emulator: cuda_on_cpu.Emulator, kind: str, iou_positive: float) -> None:
+    """When hundreds of anchors compete for one object, and when all of them tie."""
+    arguments = detector_batch(2, 500, 6)
+    del arguments["box_coder"]
+    arguments["pred_boxes"] = arguments["anchors"].expand(2, -1, -1)
+    if kind == "all one box":
+        arguments["anchors"] = arguments["anchors"][:1].expand(500, 4)
+        arguments["gt_boxes"] = [arguments["anchors"][:1].expand(6, 4)] * 2
+    elif kind == "all scores equal":
+        arguments["cls_scores"] = torch.zeros(1, 1, 1).expand(2, 500, 5)
+    else:
+        whole = torch.tensor([[-500.0, -500.0, 900.0, 900.0]])
+        for boxes in arguments["gt_boxes"]:
+            boxes[: 1 if kind == "one object over all" else 6] = whole
+    arguments |= {"iou_positive": iou_positive, "iou_ignored": iou_positive / 2}
+    match = emulator.mutual_match(**arguments, seed=3)
+    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("whole_rows", [True, False], ids=["aligned rows", "odd strides"])
+def test_every_dtype_is_rounded_to_float32(
+    small_blocks: cuda_on_cpu.Emulator, dtype: torch.dtype, whole_rows: bool
+) -> None:
+    """All finite numbers of the small dtypes pass through: subnormals, infinities and NaN too."""
+    arguments = detector_batch(2, 100, 5)
+    for name in ("anchors", "pred_boxes", "cls_scores"):
+        arguments[name] = arguments[name].to(dtype)
+        if not whole_rows:
+            wide = torch.full((*arguments[name].shape[:-1], 7), math.nan, dtype=dtype)
+            wide[..., 1 : 1 + arguments[name].shape[-1]] = arguments[name]
+            arguments[name] = wide[..., 1 : 1 + arguments[name].shape[-1]]
+        assert cuda_on_cpu.rows(arguments[name]).whole_rows == (whole_rows and name != "cls_scores")
+    arguments["gt_boxes"] = [boxes.to(dtype) for boxes in arguments["gt_boxes"]]
+    match = small_blocks.mutual_match(**arguments)
+    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), str(dtype))
+
+
+def test_every_float16_is_converted_exactly(small_blocks: cuda_on_cpu.Emulator) -> None:
+    """65,536 scores, one of each, for an object that all anchors share: the localisation positives are the largest."""
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    for part in halves.split(2**13):  # in parts, which an emulator can do
+        arguments = {
+            "anchors": torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(part), 4),
+            "pred_boxes": torch.zeros(1, len(part), 4),
+            "cls_scores": part.reshape(1, -1, 1),
+            "gt_boxes": [torch.tensor([[0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 0.3, 1.0]])],
+            "gt_labels": [torch.tensor([0, 0])],
+            "iou_positive": 0.9,
+            "iou_ignored": 0.5,
+        }
+        match = small_blocks.mutual_match(**arguments)
+        cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), str(part[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a GPU must never do
+
+
+@pytest.mark.parametrize(
+    "offsets", [[-5, 2, 4, 6], [0, 2, 4, 1000], [1, 3, 3, 5], [7, 8, 9, 10], [0, 0, 0, 0], [-9, -8, -7, -6]], ids=str
+)
+def test_offsets_out_of_bounds_are_clamped(small_blocks: cuda_on_cpu.Emulator, offsets: list[int]) -> None:
+    arguments = detector_batch(3, 70, 2)
+    arguments["gt_boxes"] = torch.cat(arguments["gt_boxes"])
+    arguments["gt_labels"] = torch.cat(arguments["gt_labels"])
+    match = small_blocks.mutual_match(**arguments, gt_offsets=torch.tensor(offsets), clamp_offsets=True)
+    arguments["gt_offsets"] = torch.tensor(offsets).clamp(0, 6)
+    first = int(arguments["gt_offsets"][0])  # CPU tensors must start at 0: leave out what no image has
+    for name in ("gt_boxes", "gt_labels"):
+        arguments[name] = arguments[name][first:]
+    arguments["gt_offsets"] -= first
+    expected = mg_ops.mutual_match(**arguments, backend="eager")
+    nothing = torch.zeros(first, dtype=torch.int32)
+    counts = (torch.cat([nothing, counted]) for counted in expected[2:])
+    cuda_on_cpu.assert_same(match, mg_ops.MutualMatch(*expected[:2], *counts), str(offsets))
+
+
+@pytest.mark.parametrize("offsets", [[5, 1, 6, 0], [0, 6, 0, 6], [6, 5, 4, 3], [2**62, -(2**62), 3, 2**62]], ids=str)
+def test_offsets_that_decrease_stay_in_bounds(small_blocks: cuda_on_cpu.Emulator, offsets: list[int]) -> None:
+    """No object is in two images, so the lists keep their room; labels stay within what an image can have."""
+    arguments = detector_batch(3, 70, 2)
+    arguments["gt_boxes"] = torch.cat(arguments["gt_boxes"])
+    arguments["gt_labels"] = torch.cat(arguments["gt_labels"])
+    results = [
+        small_blocks.mutual_match(**arguments, gt_offsets=torch.tensor(offsets), clamp_offsets=True, seed=seed)
+        for seed in range(3)
+    ]
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert int(results[0].cls_match.min()) >= mg_ops.IGNORED and int(results[0].cls_match.max()) < 6
+    assert int(results[0].loc_match.min()) >= mg_ops.BACKGROUND and int(results[0].loc_match.max()) < 6
+    assert bool((results[0].num_pos <= results[0].num_total).all())
+
+
+def test_launches_and_memory(small_blocks: cuda_on_cpu.Emulator) -> None:
+    """At most three launches, and scratch of 24 bytes an image and anchor and about 104 an object, for any input."""
+    for batch_size, num_anchors, num_objects in [(3, 200, 5), (1, 40, 300), (2, 0, 3), (0, 50, 0), (2, 100, 0)]:
+        small_blocks.mutual_match(**detector_batch(batch_size, num_anchors, num_objects))
+        call = small_blocks.last_call
+        assert call.launches <= 3
+        pairs, objects = batch_size * num_anchors, batch_size * num_objects
+        assert call.scratch_bytes <= 24 * pairs + 104 * objects + 4 * batch_size + 20 * 32
+    small_blocks.mutual_match(**detector_batch(2, 100, 0))
+    assert small_blocks.last_call.launches == 1  # nothing but the background
+
+
+def test_scores_are_read_rarely(emulator: cuda_on_cpu.Emulator) -> None:
+    """Of the classes of all overlapping pairs, which the definition asks for, few are read; without overlap none."""
+    arguments = detector_batch(2, 2000, 6)
+    emulator.mutual_match(**arguments)
+    overlapping = sum(int((mg_ops.box_iou(arguments["anchors"], boxes) > 0).sum()) for boxes in arguments["gt_boxes"])
+    assert overlapping > 1000
+    assert 0 < emulator.last_call.scores_read < 0.6 * overlapping
+    emulator.mutual_match(**arguments, strategy="localize_to_classify")
+    assert emulator.last_call.scores_read == 0
+    arguments["gt_boxes"] = [boxes + 10000 for boxes in arguments["gt_boxes"]]
+    emulator.mutual_match(**arguments)
+    assert emulator.last_call.scores_read == 0
