@@ -6,7 +6,6 @@ A library that is missing or does not load never stops the import: it is a warni
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import re
@@ -115,30 +114,6 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mg_ops import triton_mutual_match
 
     return triton_mutual_match.mutual_match(*arguments)
-
-
-def cuda_error(device_index: int) -> str:
-    """Why the CUDA backend cannot be used on a device, or an empty string. Asked once: it looks at the machine."""
-    return _find_cuda_error(device_index)
-
-
-# torch.compile takes the answer as a constant. torch.compiler.assume_constant_result says the same, and imports for seconds.
-cuda_error.__dict__["_dynamo_marked_constant"] = True
-
-
-@functools.cache
-def _find_cuda_error(device_index: int) -> str:
-    if load_error:
-        return load_error
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("mg_ops::mutual_match", "CUDA"):
-        return (
-            f"{LIBRARY_FILE.name} was built without CUDA: install nvcc 12.8 or newer, then run "
-            "`pip install --force-reinstall --no-deps --no-cache-dir .` in the checkout"
-        )
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device here" if torch.version.cuda else "this torch is built without CUDA"
-    reason: str = torch.ops.mg_ops.cuda_device_error(device_index)
-    return f"the kernels do not run on CUDA device {device_index}: {reason}" if reason else ""
 
 
 torch.library.define("mg_ops::mutual_match_eager", _SIGNATURE)

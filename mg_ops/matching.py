@@ -187,7 +187,10 @@ def _usage_error(backend: str, cuda_index: int | None) -> str:
     if backend in ("cpp", "cuda") and library.load_error:
         return library.load_error
     if backend == "cuda" and not library.has_cuda:
-        return f"{library.LIBRARY_FILE.name} was built without CUDA: install nvcc and then mg_ops again"
+        return (
+            f"{library.LIBRARY_FILE.name} was built without CUDA: install nvcc 12.8 or newer, then run "
+            "`pip install --force-reinstall --no-deps --no-cache-dir .` in the checkout"
+        )
     if backend == "triton" and library.triton_error:
         return library.triton_error
     return "" if "cpu" in _DEVICES[backend] or not _DEVICES[backend] else _gpu_error(backend, cuda_index)
