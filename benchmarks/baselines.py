@@ -59,6 +59,18 @@ def intersection(columns_1: Tensor, columns_2: Tensor) -> Tensor:
     return w.clamp(min=0) * h.clamp(min=0)
 
 
+def ignore_crowds(
+    match: Tensor, anchor_columns: Tensor, anchor_area: Tensor, gt_boxes: Tensor, gt_crowd: Tensor
+) -> Tensor:
+    """A match (A,) of one image whose background under a crowd region is ignored."""
+    crowds = gt_boxes[gt_crowd & is_object(gt_boxes)]
+    if len(crowds) == 0:
+        return match
+    coverage = intersection(anchor_columns.unsqueeze(1), crowds.T.unsqueeze(2)) / anchor_area
+    covered = (coverage >= CROWD_OVERLAP).any(dim=0)
+    return torch.where(covered & (match == BACKGROUND), IGNORED, match)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # (a) image by image, object by object
 
@@ -176,11 +188,8 @@ def _match_image(
         ranked = by_amplified.quality[competing].topk(min(positive, len(competing))).indices
         loc_match[competing[ranked]] = index
 
-    if gt_crowd is not None and bool(gt_crowd.any()):
-        crowds = gt_boxes[gt_crowd & is_object(gt_boxes)]
-        coverage = intersection(anchor_columns.unsqueeze(1), crowds.T.unsqueeze(2)) / anchor_area
-        covered = (coverage >= CROWD_OVERLAP).any(dim=0)
-        cls_match = torch.where(covered & (cls_match == BACKGROUND), IGNORED, cls_match)
+    if gt_crowd is not None:
+        cls_match = ignore_crowds(cls_match, anchor_columns, anchor_area, gt_boxes, gt_crowd)
     return cls_match, loc_match
 
 
@@ -271,7 +280,9 @@ def match_batched(
 
 
 def match_by_torchvision(anchors: Tensor, gt_boxes: Sequence[Tensor], gt_crowd: Sequence[Tensor] | None) -> Match:
-    """torchvision's assignment, as its RetinaNet runs it; crowd regions and boxes without an area are taken out first.
+    """torchvision's assignment, as its RetinaNet runs it.
+
+    Boxes without an area are taken out first. Crowd regions too; the background they cover is ignored, as in mg_ops.
 
     Args:
         anchors: (A, 4). gt_boxes, gt_crowd: lists of B tensors (G, 4), (G,) bool.
@@ -284,10 +295,13 @@ def match_by_torchvision(anchors: Tensor, gt_boxes: Sequence[Tensor], gt_crowd: 
             objects &= ~gt_crowd[image]
         index = objects.nonzero().squeeze(1)
         if len(index) == 0:
-            matches.append(torch.full((len(anchors),), BACKGROUND, device=anchors.device))
-            continue
-        match = matcher(box_iou(boxes[index], anchors))
-        matches.append(torch.where(match >= 0, index[match.clamp(min=0)], match))
+            match = torch.full((len(anchors),), BACKGROUND, device=anchors.device)
+        else:
+            match = matcher(box_iou(boxes[index], anchors))
+            match = torch.where(match >= 0, index[match.clamp(min=0)], match)
+        if gt_crowd is not None:
+            match = ignore_crowds(match, anchors.T, area(anchors), boxes, gt_crowd[image])
+        matches.append(match)
     return Match(torch.stack(matches), None)
 
 

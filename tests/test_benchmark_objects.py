@@ -243,7 +243,7 @@ def test_the_batched_baseline_agrees_with_mg_ops() -> None:
 
 
 def test_torchvision_agrees_with_mg_ops_strategy_iou_but_for_tied_best_anchors() -> None:
-    batch = make_batches(replace(CASES["voc320"], batch_size=16), None, 1, 0, "cpu")[0]
+    batch = make_batch_with_crowds_and_bad_boxes()
     answer = baselines.match_by_torchvision(batch.anchors, batch.boxes_list, batch.crowd_list)
     assert (match(batch, strategy="iou").cls_match == answer.cls_match).double().mean() >= 0.999
 
