@@ -5,6 +5,9 @@
 // object and the quality for it, under q_anchor and under one further quality: 16 bytes. The lists of the selection add 16
 // bytes for each positive or ignored anchor.
 //
+// Loops marked "vector loop" are those the time goes to; tests/test_vector_loops.py asks the compiler whether it turned them
+// into vector instructions, for every instruction set.
+//
 // Everything here has internal linkage (`static`, anonymous namespaces, comparators of local type): this file is compiled
 // for several instruction sets, and a symbol shared between them could bring AVX to a processor without it.
 #include "mutual_match_kernel.h"
@@ -162,7 +165,7 @@ static void load_columns(const FloatArray& array, int64_t image, int64_t first, 
     const auto* row = data + image * array.stride[0] + first * array.stride[1];
     const int64_t row_step = array.stride[1], step = array.stride[2];
     if (row_step == 4 && step == 1 && count == kTileSize) {  // the common layout, with strides the compiler knows
-      for (int64_t i = 0; i < kTileSize; ++i) {
+      for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
         c0[i] = to_float(row[4 * i]);
         c1[i] = to_float(row[4 * i + 1]);
         c2[i] = to_float(row[4 * i + 2]);
@@ -182,7 +185,7 @@ static void load_columns(const FloatArray& array, int64_t image, int64_t first, 
 // Empty boxes in the place of those that are not finite and behind the last of `count`; then areas and bounds.
 static void finish_tile(BoxTile& tile, int64_t count) {
   for (int64_t i = count; i < kTileSize; ++i) tile.x1[i] = tile.y1[i] = tile.x2[i] = tile.y2[i] = 0.0f;
-  for (int64_t i = 0; i < kTileSize; ++i) {
+  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
     const Box box = finite_or_empty({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]});
     tile.x1[i] = box.x1;
     tile.y1[i] = box.y1;
@@ -256,13 +259,13 @@ static void load_regressed_tile(const ImageWork& work, int64_t tile_index, BoxTi
   const BoxTile& anchors = anchor_tile(work, tile_index, own_tile);
   load_columns(problem.pred_boxes, image, first, count, dx, dy, dw, dh);
   const BoxCoder coder = problem.coder;
-  for (int64_t i = 0; i < kTileSize; ++i) {
+  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
     const Interval x =
         decode_interval(anchors.x1[i], anchors.x2[i], dx[i], dw[i], coder.weight_x, coder.weight_w, coder.clip);
     tile.x1[i] = x.first;
     tile.x2[i] = x.second;
   }
-  for (int64_t i = 0; i < kTileSize; ++i) {
+  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
     const Interval y =
         decode_interval(anchors.y1[i], anchors.y2[i], dy[i], dh[i], coder.weight_y, coder.weight_h, coder.clip);
     tile.y1[i] = y.first;
@@ -297,7 +300,9 @@ MG_OPS_INLINE void for_overlapping_slots(const ImageWork& work, const Box& bound
   for (int32_t begin = 0; begin < work.num_slots; begin += kSlotBlock) {
     const float *x1 = work.x1 + begin, *y1 = work.y1 + begin, *x2 = work.x2 + begin, *y2 = work.y2 + begin;
     alignas(16) uint8_t overlaps[kSlotBlock];
-    for (int32_t i = 0; i < kSlotBlock; ++i) overlaps[i] = overlap({x1[i], y1[i], x2[i], y2[i]}, bounds);
+    for (int32_t i = 0; i < kSlotBlock; ++i) {  // vector loop
+      overlaps[i] = overlap({x1[i], y1[i], x2[i], y2[i]}, bounds);
+    }
     for (int32_t word = 0; word < kSlotBlock; word += 8) {
       uint64_t bytes;
       std::memcpy(&bytes, overlaps + word, sizeof bytes);
@@ -389,7 +394,7 @@ MG_OPS_INLINE void claim_tile_by_iou(ImageWork& work, const BoxTile& tile, int64
     const float area = work.area[slot];
     alignas(64) int32_t order[kTileSize];
     int32_t largest = 0;
-    for (int64_t i = 0; i < kTileSize; ++i) {
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
       const float iou = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
       order[i] = static_cast<int32_t>(iou_order(iou));  // at most that of 1.0: signed comparison is exact, and cheap
       const bool better = order[i] > tile_quality[i];   // slots ascend: a tie stays with the lower one
@@ -461,7 +466,7 @@ static void evaluate_pairs(PairBatch& pairs, const FloatArray& cls_scores, float
     pairs.iou[i] = 1.0f;
     pairs.logit[i] = 0.0f;
   }
-  for (int i = 0; i < padded; ++i) {
+  for (int i = 0; i < padded; ++i) {  // vector loop
     const float p = class_probability(pairs.logit[i]);
     pairs.order[i] = exponent_order(amplified_exponent(det_log2(pairs.iou[i]), p, sigma));
   }
@@ -506,7 +511,7 @@ static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_
   const auto tile_iou = [&](int32_t slot, float* iou) {
     const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
     const float area = work.area[slot];
-    for (int64_t i = 0; i < kTileSize; ++i) {
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
       iou[i] = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
     }
   };
@@ -553,7 +558,7 @@ static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_
     }
     alignas(64) uint8_t wanted[kTileSize];
     const float may_be_best = work.may_be_best_iou[slot];
-    for (int64_t i = 0; i < kTileSize; ++i) {
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
       wanted[i] = (iou[i] > 0.0f) & ((iou[i] >= needed_iou[i]) | (iou[i] >= may_be_best));
     }
     if (pairs.size > PairBatch::kCapacity - kTileSize) compete(work, pairs);
@@ -704,7 +709,7 @@ static void ignore_crowds(const ImageWork& work) {
       const Box crowd = work.crowds[k];
       if (!overlap(tile.bounds, crowd)) continue;
       any = true;
-      for (int64_t i = 0; i < kTileSize; ++i) {
+      for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
         const Box box = {tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
         const float coverage = positive_ratio(intersection_area(box, crowd), tile.area[i]);
         covered[i] |= coverage >= problem.params.crowd_overlap;
