@@ -1,0 +1,115 @@
+"""mutual_match is a good citizen of torch: opcheck, torch.compile, autocast, gradients, fake tensors, deterministic mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Target
+from random_batches import random_batch, to_device
+
+import mg_ops
+
+SEEDS = [seed for seed in range(60) if random_batch(seed).notes["A"] > 7 and sum(random_batch(seed).notes["objects"]) > 2][:6]
+
+
+def operator_of(target: Target) -> Any:
+    name = "mutual_match_eager" if target.backend == "eager" else "mutual_match"
+    return getattr(torch.ops.mg_ops, name).default
+
+
+def operator_arguments(device: str, requires_grad: bool = False) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    anchors = torch.rand(70, 4, device=device)
+    anchors[:, 2:] += anchors[:, :2]
+    boxes = [anchors, torch.randn(2, 70, 4, device=device), torch.randn(2, 70, 3, device=device), anchors[::20].clone()]
+    for tensor in boxes:
+        tensor.requires_grad_(requires_grad)
+    labels, offsets = torch.tensor([0, 1, 2, 0], device=device), torch.tensor([0, 3, 4], device=device)
+    return (*boxes, labels, offsets, None, True, 10.0, 10.0, 5.0, 5.0, 4.0, True, True, 2.0, 0.5, 0.4, 0.5)
+
+
+@pytest.mark.parametrize("crowd", [False, True])
+def test_opcheck(target: Target, crowd: bool) -> None:
+    arguments = list(operator_arguments(target.device))
+    if crowd:
+        arguments[6] = torch.tensor([False, True, False, False], device=target.device)
+    results = torch.library.opcheck(operator_of(target), tuple(arguments))
+    assert set(results.values()) == {"SUCCESS"} and len(results) == 4
+
+
+@pytest.mark.parametrize("form", ["listed", "packed"])
+def test_compiled_calls_give_the_same_integers(target: Target, form: str) -> None:
+    """fullgraph=True, with changing numbers of objects."""
+
+    def match(anchors: Any, deltas: Any, logits: Any, boxes: Any, labels: Any, offsets: Any) -> Any:
+        return mg_ops.mutual_match(
+            anchors, deltas * 1.0, logits, boxes, labels, offsets, box_coder=mg_ops.BoxCoder(), backend=target.backend
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(match, fullgraph=True, backend="aot_eager")
+    anchors, deltas, logits = (tensor.detach() for tensor in operator_arguments(target.device)[:3])
+    for count in (1, 3, 8, 2):
+        boxes = [anchors[: count + 1].clone(), anchors[20 : 20 + count].clone()]
+        labels = [torch.zeros(len(box), dtype=torch.int64, device=target.device) for box in boxes]
+        objects: tuple[Any, ...] = (boxes, labels, None)
+        if form == "packed":
+            offsets = torch.tensor([0, count + 1, 2 * count + 1], device=target.device)
+            objects = (torch.cat(boxes), torch.cat(labels), offsets)
+        for value, expected in zip(compiled(anchors, deltas, logits, *objects), match(anchors, deltas, logits, *objects), strict=True):
+            assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("mode", ["autocast", "inference_mode", "no_grad", "deterministic", "float64 default", "meta default"])
+def test_modes_do_not_change_the_result(target: Target, seed: int, mode: str) -> None:
+    arguments = to_device(random_batch(seed).arguments, target.device)
+    expected = mg_ops.mutual_match(**arguments, backend=target.backend)
+    if mode == "deterministic":
+        torch.use_deterministic_algorithms(True)
+    elif mode == "float64 default":
+        torch.set_default_dtype(torch.float64)
+    context = {
+        "autocast": lambda: torch.autocast(target.device, dtype=torch.bfloat16),
+        "inference_mode": torch.inference_mode,
+        "no_grad": torch.no_grad,
+        "meta default": lambda: torch.device("meta"),
+    }.get(mode, torch.enable_grad)
+    try:
+        with context():
+            match = mg_ops.mutual_match(**arguments, backend=target.backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_dtype(torch.float32)
+    for value, wanted in zip(match, expected, strict=True):
+        assert torch.equal(value, wanted) and value.device == wanted.device
+
+
+def test_inputs_may_require_grad_and_none_flows(target: Target) -> None:
+    anchors, deltas, logits, boxes, labels, offsets = operator_arguments(target.device, requires_grad=True)[:6]
+    match = mg_ops.mutual_match(anchors, deltas, logits, boxes, labels, offsets, backend=target.backend)
+    assert not any(value.requires_grad for value in match)
+    match = mg_ops.mutual_match(anchors, deltas, logits, [boxes[:3], boxes[3:]], [labels[:3], labels[3:]], backend=target.backend)
+    assert not any(value.requires_grad for value in match)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_inputs_are_not_changed(target: Target, seed: int) -> None:
+    arguments = to_device(random_batch(seed).arguments, target.device)
+    tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    tensors += [element for value in arguments.values() if isinstance(value, list) for element in value]
+    before = [tensor.clone() for tensor in tensors]
+    mg_ops.mutual_match(**arguments, backend=target.backend)
+    for tensor, copy in zip(tensors, before, strict=True):
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+
+
+def test_fake_tensors_have_the_shapes_of_the_result(target: Target) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        arguments = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in operator_arguments("cpu")]
+        shapes = [(tuple(value.shape), value.dtype) for value in operator_of(target)(*arguments)]
+    assert shapes == [((2, 70), torch.int64)] * 2 + [((4,), torch.int32)] * 2
