@@ -1,9 +1,9 @@
 """Small assignments worked out on paper: one or more for every clause of the definition (docs/matching.md).
 
-Plain data, no test framework: the same cases check every backend on every device, emulators included. Most boxes are strips
-of height 1, `strip(x1, x2)`, so that an IoU is the overlap of two intervals over their union: strip(0, 6) against
-strip(0, 10) has 6 / 10. Unless a case says otherwise, predicted boxes equal the anchors and every logit is 0, so that
-both rankings agree with the anchors' IoU.
+Plain data, no test framework: the same cases check every backend on every device, emulators included. Most boxes are
+strips of height 1, `strip(x1, x2)`, so that an IoU is the overlap of two intervals over their union: strip(0, 6)
+against strip(0, 10) has 6 / 10. Unless a case says otherwise, predicted boxes equal the anchors and every logit is 0, so
+that both rankings agree with the anchors' IoU.
 
 Logits SURE and NEVER give p = 1 and p = 0 (3.8e-44, which sigma - p rounds away).
 """
@@ -73,7 +73,9 @@ class Case:
         return {
             "anchors": torch.tensor(self.anchors, dtype=torch.float32, device=device).reshape(num_anchors, 4),
             "pred_boxes": torch.tensor(pred_boxes, dtype=torch.float32, device=device).reshape(*shape, 4),
-            "cls_scores": torch.tensor(cls_scores, dtype=torch.float32, device=device).reshape(*shape, self.num_classes),
+            "cls_scores": torch.tensor(cls_scores, dtype=torch.float32, device=device).reshape(
+                *shape, self.num_classes
+            ),
         }
 
     def listed_objects(self, device: str = "cpu") -> dict[str, list[Tensor]]:
@@ -83,7 +85,9 @@ class Case:
             objects["gt_crowd"] = []
         for image in self.images:
             num_objects = len(image.gt_boxes)
-            objects["gt_boxes"].append(torch.tensor(image.gt_boxes, dtype=torch.float32, device=device).reshape(num_objects, 4))
+            objects["gt_boxes"].append(
+                torch.tensor(image.gt_boxes, dtype=torch.float32, device=device).reshape(num_objects, 4)
+            )
             labels = [0] * num_objects if image.gt_labels is None else image.gt_labels
             objects["gt_labels"].append(torch.tensor(labels, dtype=torch.int64, device=device))
             if "gt_crowd" in objects:
@@ -126,7 +130,12 @@ CASES: list[Case] = []
 
 
 def add(
-    name: str, clause: str, anchors: list[Box], *images: Image, num_classes: int = 1, options: dict[str, Any] | None = None
+    name: str,
+    clause: str,
+    anchors: list[Box],
+    *images: Image,
+    num_classes: int = 1,
+    options: dict[str, Any] | None = None,
 ) -> None:
     CASES.append(Case(name, clause, anchors, list(images), num_classes, options or {}))
 
@@ -143,7 +152,8 @@ add(
         gt_boxes=[strip(0, 10)],
         # q_regressed .3          .2           .9: anchor 2 leads, though its anchor does not even touch the object
         pred_boxes=[strip(0, 3), strip(0, 2), strip(0, 9)],
-        # n_pos: .6 >= .5, and .7 forced to 1 >= .5: 2; n_total the same. Classification ranks 2, 0, 1; the last is past n_total.
+        # n_pos: .6 >= .5, and .7 forced to 1 >= .5: 2; n_total the same. Classification ranks 2, 0, 1; the last is
+        # past n_total.
         cls_match=[0, BACKGROUND, 0],
         # Amplified (p = .5 everywhere) ranks 1, 0.
         loc_match=[0, 0, NONE],
@@ -182,8 +192,8 @@ add(
 add(
     "a perfect overlap ties with a forced one",
     "The pair (best[g], g) gets quality 1; lowest object index on ties",
-    # First image: the anchor is object 1 exactly (IoU 1); object 0 (.5) has no other anchor: forced to 1, tie, object 0.
-    # Second image: the same two objects in the other order.
+    # First image: the anchor is object 1 exactly (IoU 1); object 0 (.5) has no other anchor: forced to 1, tie, object
+    # 0. Second image: the same two objects in the other order.
     [strip(0, 10)],
     Image(gt_boxes=[strip(0, 5), strip(0, 10)], cls_match=[0], loc_match=[0], num_pos=[1, 1], num_total=[1, 1]),
     Image(gt_boxes=[strip(0, 10), strip(0, 5)], cls_match=[0], loc_match=[0], num_pos=[1, 1], num_total=[1, 1]),
@@ -245,8 +255,8 @@ add(
 add(
     "an anchor half way between two objects",
     "owner[a]: lowest object index on ties",
-    # Anchors 0 and 1 are the objects themselves. Anchor 2 = [3, 13] against [0, 10] and [6, 16]: 7/13 both. Object 0 owns
-    # it: n_pos 2 and 1.
+    # Anchors 0 and 1 are the objects themselves. Anchor 2 = [3, 13] against [0, 10] and [6, 16]: 7/13 both. Object 0
+    # owns it: n_pos 2 and 1.
     [strip(0, 10), strip(6, 16), strip(3, 13)],
     Image(
         gt_boxes=[strip(0, 10), strip(6, 16)],
@@ -273,7 +283,8 @@ add(
 add(
     "no regressed box touches the object",
     "If every quality of g is 0: under q_regressed it is the best[g] of q_anchor",
-    # q_anchor .5 .7 .6: best is anchor 1, n_pos 3. Every regressed box is elsewhere: only the pair (1, 0) has quality 1.
+    # q_anchor .5 .7 .6: best is anchor 1, n_pos 3. Every regressed box is elsewhere: only the pair (1, 0) has quality
+    # 1.
     [strip(0, 5), strip(0, 7), strip(0, 6)],
     Image(
         gt_boxes=[strip(0, 10)],
@@ -287,8 +298,8 @@ add(
 add(
     "the fallback best meets another object's best",
     "If every quality of g is 0 ... it is the best[g] of q_anchor; owner[a]: lowest object index on ties",
-    # Regressed: nothing near object 0, whose best is anchor 0 as under q_anchor. For object 1 anchor 0 has 1, anchor 1 .8.
-    # First image: (0, 0) and (0, 1) are both 1: object 0 takes anchor 0; object 1 keeps anchor 1 (.8).
+    # Regressed: nothing near object 0, whose best is anchor 0 as under q_anchor. For object 1 anchor 0 has 1, anchor 1
+    # .8. First image: (0, 0) and (0, 1) are both 1: object 0 takes anchor 0; object 1 keeps anchor 1 (.8).
     [strip(0, 10), strip(20, 30)],
     Image(
         gt_boxes=[strip(0, 10), strip(20, 30)],
@@ -298,8 +309,8 @@ add(
         num_pos=[1, 1],
         num_total=[1, 1],
     ),
-    # The objects swapped: now object 0 is the one at [20, 30] and takes anchor 0 (1 against 1); the other is left empty.
-    # Anchor 1 (.8) is object 0's second, past n_total = 1.
+    # The objects swapped: now object 0 is the one at [20, 30] and takes anchor 0 (1 against 1); the other is left
+    # empty. Anchor 1 (.8) is object 0's second, past n_total = 1.
     Image(
         gt_boxes=[strip(20, 30), strip(0, 10)],
         pred_boxes=[strip(20, 30), strip(20, 28)],
@@ -370,8 +381,8 @@ add(
 add(
     "counts are at least 1",
     "n_pos ... at least 1; n_total ... at least n_pos",
-    # Object 1 loses its best, anchor 0 (9/11 for both, object 0 wins), and keeps anchor 1: [8, 12] in [2, 12] is .4, below
-    # .5. Counts 1 and 1. Its one positive is the best anchor it still owns. (2/12 of anchor 1 with object 0.)
+    # Object 1 loses its best, anchor 0 (9/11 for both, object 0 wins), and keeps anchor 1: [8, 12] in [2, 12] is .4,
+    # below .5. Counts 1 and 1. Its one positive is the best anchor it still owns. (2/12 of anchor 1 with object 0.)
     [strip(1, 11), strip(8, 12)],
     Image(
         gt_boxes=[strip(0, 10), strip(2, 12)],
@@ -483,7 +494,8 @@ add(
     "owner[a] = the object with the largest quality for a (under q_amplified)",
     # Anchors 0, 1 are objects 0, 1. Anchor 2 = [1.5, 11.5]: 8.5/11.5 = .74 with object 0, 7.5/12.5 = .6 with object 1.
     # By q_anchor it belongs to object 0: n_pos 2 and 1. Amplified (p = 0 for label 0, 1 for label 1): -.44 against
-    # -.74 / 2 = -.37: object 1 owns it. Object 0 then owns anchor 0 alone and takes that; anchor 2 is second for object 1.
+    # -.74 / 2 = -.37: object 1 owns it. Object 0 then owns anchor 0 alone and takes that; anchor 2 is second for
+    # object 1.
     [strip(0, 10), strip(4, 14), strip(1.5, 11.5)],
     Image(
         gt_boxes=[strip(0, 10), strip(4, 14)],
@@ -558,8 +570,8 @@ for strategy, cls_match, loc_match in (
 add(
     "boxes have two dimensions",
     "IoU = inter / union",
-    # Object 10 x 10. Anchor 0 [0,0,10,5]: 50/100 = .5. Anchor 1 [5,5,15,15]: 25/175 = .14. Anchor 2 [0,0,5,8]: 40/100 = .4.
-    # Anchor 3 shares the x range but lies below: 0.
+    # Object 10 x 10. Anchor 0 [0,0,10,5]: 50/100 = .5. Anchor 1 [5,5,15,15]: 25/175 = .14. Anchor 2 [0,0,5,8]: 40/100
+    # = .4. Anchor 3 shares the x range but lies below: 0.
     [(0, 0, 10, 5), (5, 5, 15, 15), (0, 0, 5, 8), (0, 20, 10, 30)],
     Image(
         gt_boxes=[(0, 0, 10, 10)],
@@ -577,8 +589,8 @@ DEFAULT_CODER = ((10.0, 10.0, 5.0, 5.0), math.log(1000 / 16))
 add(
     "deltas are decoded",
     "with box_coder= the raw regression deltas instead, decoded inside",
-    # dx = 10 moves by 10/10 of the width: anchor 0 -> [10, 20]; dx = -8 -> anchor 1 [10, 20] -> [2, 12]; dy = 10 moves anchor 2
-    # up by its height, off the object. q_anchor 0 .. : object [10, 20]: 0 1 1. q_regressed 1, 2/18, 0.
+    # dx = 10 moves by 10/10 of the width: anchor 0 -> [10, 20]; dx = -8 -> anchor 1 [10, 20] -> [2, 12]; dy = 10 moves
+    # anchor 2 up by its height, off the object. q_anchor 0 .. : object [10, 20]: 0 1 1. q_regressed 1, 2/18, 0.
     # n_pos 2 (anchor 1 forced to 1, anchor 2 is 1). Classification ranks 0, 1; localisation 1, 2.
     [strip(0, 10), strip(10, 20), strip(10, 20)],
     Image(
@@ -619,8 +631,8 @@ add(
 add(
     "weights and clip of the coder",
     "BoxCoder(weights, clip)",
-    # Weights 1: dx = 1 moves by the width, [0, 10] -> [10, 20]: 1. clip = 0: dw = 1 -> min(1, 0) = 0, unchanged: 0 overlap
-    # for anchor 1. With the default coder dx = 1 would move by 1 only, and neither would touch the object.
+    # Weights 1: dx = 1 moves by the width, [0, 10] -> [10, 20]: 1. clip = 0: dw = 1 -> min(1, 0) = 0, unchanged: 0
+    # overlap for anchor 1. With the default coder dx = 1 would move by 1 only, and neither would touch the object.
     [strip(0, 10), strip(0, 10), strip(19, 29)],
     Image(
         gt_boxes=[strip(10, 20)],
@@ -662,9 +674,9 @@ add(
 
 add(
     "background that a crowd covers is ignored",
-    "an anchor that is background and whose overlap with a crowd region, divided by the anchor's area, is >= crowd_overlap",
-    # Against the crowd [0, 10]: 4/4, 5/10 (= .5, counts), 4/10, none. Anchor 1's IoU would be 5/15: the anchor's area counts.
-    # The object [100, 110] has index 1: the crowds keep their places in the list.
+    "background whose overlap with a crowd region, divided by the anchor's area, is >= crowd_overlap",
+    # Against the crowd [0, 10]: 4/4, 5/10 (= .5, counts), 4/10, none. Anchor 1's IoU would be 5/15: the anchor's area
+    # counts. The object [100, 110] has index 1: the crowds keep their places in the list.
     # Anchor 4 is the object's positive and anchor 5 (.45) ignored for it; the second crowd covers both and changes
     # nothing; anchor 6 ([108, 118]: 2/18 of the object, 7/10 of the crowd [95, 115]) becomes ignored.
     [
@@ -688,7 +700,8 @@ add(
 add(
     "a crowd takes no part",
     "A crowd region takes no part above.",
-    # The crowd equals anchor 0 and would win it; the object (.5 of anchor 0) gets it. Anchor 1 overlaps only the crowd, by .4.
+    # The crowd equals anchor 0 and would win it; the object (.5 of anchor 0) gets it. Anchor 1 overlaps only the
+    # crowd, by .4.
     [strip(0, 10), strip(6, 16)],
     Image(
         gt_boxes=[strip(0, 10), strip(0, 5)],
@@ -786,8 +799,9 @@ BAD_OBJECTS: dict[str, Box] = {
 }
 for bad_name, bad in BAD_OBJECTS.items():
     for place in range(3):
-        # Two objects with two anchors each: [0, 10] with 1 and .6, [20, 30] with 1 and .7; a third, bad one among them. The
-        # answer without it is owner 0 0 1 1 and counts 2 2; with it only the numbers of the later objects shift.
+        # Two objects with two anchors each: [0, 10] with 1 and .6, [20, 30] with 1 and .7; a third, bad one among
+        # them. The answer without it is owner 0 0 1 1 and counts 2 2; with it only the numbers of the later objects
+        # shift.
         gt_boxes = [strip(0, 10), strip(20, 30)]
         gt_boxes.insert(place, bad)
         first, second = (index for index in range(3) if index != place)
@@ -899,8 +913,8 @@ for bad_name, bad in (
 add(
     "a NaN score is p = 0",
     "A NaN score: p = 0.",
-    # q_anchor .7 .6, n_pos 1 (>= .65). p = 0 and NaN -> 0: exponents -.51 and -.74: anchor 0. With p = 0 and +inf -> 1: -.37:
-    # anchor 1. With p = -inf -> 0: anchor 0.
+    # q_anchor .7 .6, n_pos 1 (>= .65). p = 0 and NaN -> 0: exponents -.51 and -.74: anchor 0. With p = 0 and +inf ->
+    # 1: -.37: anchor 1. With p = -inf -> 0: anchor 0.
     [strip(0, 7), strip(0, 6)],
     *(
         Image(
@@ -968,9 +982,7 @@ add(
     Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0], loc_match=[0, 0], num_pos=[2], num_total=[2]),
     Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[], num_total=[]),
     # [0, 6] is object 1; object 0 = [8, 10] overlaps anchor 0 only (.2), its best: anchor 0 is forced on it.
-    Image(
-        gt_boxes=[strip(8, 10), strip(0, 6)], cls_match=[0, 1], loc_match=[0, 1], num_pos=[1, 1], num_total=[1, 1]
-    ),
+    Image(gt_boxes=[strip(8, 10), strip(0, 6)], cls_match=[0, 1], loc_match=[0, 1], num_pos=[1, 1], num_total=[1, 1]),
     Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[], num_total=[]),
 )
 add("no image", "B = 0 is ordinary", [strip(0, 10)])

@@ -81,5 +81,5 @@ def pytest_report_header() -> str:
 
 
 def fuzz_cases(count: int) -> int:
-    """How many random cases to run: `count`, times the environment variable MG_OPS_FUZZ (0.1: quick; 100: overnight)."""
+    """How many random cases to run: `count` times the environment variable MG_OPS_FUZZ (0.1: quick, 100: overnight)."""
     return max(1, int(count * float(os.environ.get("MG_OPS_FUZZ", "1"))))

@@ -17,7 +17,34 @@ from torch import Tensor
 import mg_ops
 
 # Sizes around what kernels cut their work into.
-NUM_ANCHORS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 500, 1023, 1025)
+NUM_ANCHORS = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    31,
+    33,
+    63,
+    64,
+    65,
+    100,
+    127,
+    128,
+    129,
+    200,
+    255,
+    256,
+    257,
+    500,
+    1023,
+    1025,
+)
 MORE_ANCHORS = (2047, 2049, 3000, 4096, 5003, 8191)
 NUM_OBJECTS = (0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 17, 33, 64, 65, 100, 128, 129, 300)
 NUM_CLASSES = (0, 1, 1, 2, 3, 5, 16, 20, 33, 80, 90)
@@ -165,7 +192,9 @@ def random_batch(seed: int, *, large: bool = False) -> RandomBatch:
             boxes[: count // 2] = boxes[copies]
         if bad_labels:
             bad = random.random(count) < 0.2
-            labels = np.where(bad, random.choice([-1, num_classes, num_classes + 1, 2**31 - 1, -(2**31)], count), labels)
+            labels = np.where(
+                bad, random.choice([-1, num_classes, num_classes + 1, 2**31 - 1, -(2**31)], count), labels
+            )
         boxes = sprinkle(random, boxes, 0.2 if random.random() < 0.3 else 0.0)
         gt_boxes.append(torch.from_numpy(boxes.astype(np.float32)))
         gt_labels.append(torch.from_numpy(labels).to(label_dtype))

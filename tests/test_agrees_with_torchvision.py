@@ -1,6 +1,6 @@
 """strategy="iou" is torchvision's Matcher where the two definitions coincide.
 
-torchvision: Matcher(0.5, 0.4, allow_low_quality_matches=True) on box_iou. They coincide for an image in which
+torchvision: Matcher(0.5, 0.4, allow_low_quality_matches=True) on box_iou. They coincide for an image where
 1. an anchor overlaps every object (torchvision matches every anchor of quality 0 to an object that none overlaps),
 2. the best anchor of each object has that object as its own best (torchvision leaves a best anchor to the object it
    overlaps most; here each object gets its own), and

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICES, Target
+from conftest import DEVICES
 from torch import Tensor
 
 import mg_ops
@@ -68,18 +68,38 @@ FLOATING = "float16, bfloat16, float32 or float64"
         ("gt_boxes", None, TypeError, r"^gt_boxes: expected a list of 2 tensors.*got NoneType"),
         ("gt_boxes", 5, TypeError, r"^gt_boxes: expected a list of 2 tensors.*got int"),
         ("gt_labels", None, TypeError, r"^gt_labels: expected a list of 2 tensors.*got NoneType"),
-        ("gt_labels", torch.tensor([0, 1, 3]), TypeError, r"^gt_labels: expected a list of 2 tensors.*got a torch.int64"),
+        (
+            "gt_labels",
+            torch.tensor([0, 1, 3]),
+            TypeError,
+            r"^gt_labels: expected a list of 2 tensors.*got a torch.int64",
+        ),
         ("gt_crowd", torch.zeros(3, dtype=torch.bool), TypeError, r"^gt_crowd: expected a list of 2 tensors"),
         ("gt_boxes", [None, None], TypeError, r"^gt_boxes\[0\]: expected a floating point tensor, got NoneType"),
         ("gt_labels", [torch.tensor([0, 1]), [3]], TypeError, r"^gt_labels\[1\]: expected an integer tensor, got list"),
         ("box_coder", (10.0, 10.0, 5.0, 5.0), TypeError, r"^box_coder: expected mg_ops.BoxCoder or None, got tuple"),
         # Dtypes
-        ("anchors", torch.zeros(A, 4, dtype=torch.int64), TypeError, rf"^anchors: expected dtype {FLOATING}, got a torch.int64"),
+        (
+            "anchors",
+            torch.zeros(A, 4, dtype=torch.int64),
+            TypeError,
+            rf"^anchors: expected dtype {FLOATING}, got a torch.int64",
+        ),
         ("anchors", torch.zeros(A, 4, dtype=torch.complex64), TypeError, r"^anchors: expected dtype .*torch.complex64"),
-        ("anchors", torch.zeros(A, 4, dtype=torch.float8_e5m2), TypeError, r"^anchors: expected dtype .*torch.float8_e5m2"),
+        (
+            "anchors",
+            torch.zeros(A, 4, dtype=torch.float8_e5m2),
+            TypeError,
+            r"^anchors: expected dtype .*torch.float8_e5m2",
+        ),
         ("pred_boxes", torch.zeros(B, A, 4, dtype=torch.int32), TypeError, rf"^pred_boxes: expected dtype {FLOATING}"),
         ("cls_scores", torch.zeros(B, A, C, dtype=torch.bool), TypeError, rf"^cls_scores: expected dtype {FLOATING}"),
-        ("gt_boxes", [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(1, 4)], TypeError, r"^gt_boxes\[0\]: expected dtype"),
+        (
+            "gt_boxes",
+            [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(1, 4)],
+            TypeError,
+            r"^gt_boxes\[0\]: expected dtype",
+        ),
         ("gt_labels", [torch.zeros(2), torch.zeros(1)], TypeError, r"^gt_labels\[0\]: expected dtype int64 or int32"),
         (
             "gt_labels",
@@ -89,21 +109,51 @@ FLOATING = "float16, bfloat16, float32 or float64"
         ),
         ("gt_crowd", [torch.zeros(2), torch.zeros(1)], TypeError, r"^gt_crowd\[0\]: expected dtype bool"),
         # Layout
-        ("anchors", torch.zeros(A, 4).to_sparse(), TypeError, r"^anchors: expected a dense tensor, got layout torch.sparse"),
+        (
+            "anchors",
+            torch.zeros(A, 4).to_sparse(),
+            TypeError,
+            r"^anchors: expected a dense tensor, got layout torch.sparse",
+        ),
         # Shapes
         ("anchors", torch.zeros(B, A, 4), ValueError, r"^anchors: expected shape \(A, 4\), got .*\(2, 3, 4\)"),
         ("anchors", torch.zeros(A, 5), ValueError, r"^anchors: expected shape \(A, 4\), got .*\(3, 5\)"),
         ("anchors", torch.zeros(4), ValueError, r"^anchors: expected shape \(A, 4\), got .*\(4,\)"),
         ("pred_boxes", torch.zeros(A, 4), ValueError, r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(3, 4\)"),
-        ("pred_boxes", torch.zeros(B + 1, A, 4), ValueError, r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(3, 3, 4\)"),
-        ("pred_boxes", torch.zeros(B, A + 1, 4), ValueError, r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(2, 4, 4\)"),
+        (
+            "pred_boxes",
+            torch.zeros(B + 1, A, 4),
+            ValueError,
+            r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(3, 3, 4\)",
+        ),
+        (
+            "pred_boxes",
+            torch.zeros(B, A + 1, 4),
+            ValueError,
+            r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(2, 4, 4\)",
+        ),
         ("pred_boxes", torch.zeros(B, 4, A), ValueError, r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(2, 4, 3\)"),
         ("cls_scores", torch.zeros(B, C, A), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(2, 4, 3\)"),
         ("cls_scores", torch.zeros(A, C), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(3, 4\)"),
         ("cls_scores", torch.zeros(()), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(\)"),
-        ("gt_boxes", [torch.zeros(2, 4), torch.zeros(1, 5)], ValueError, r"^gt_boxes\[1\]: expected shape \(G, 4\), got .*\(1, 5\)"),
-        ("gt_boxes", [torch.zeros(2, 4), torch.zeros(0)], ValueError, r"^gt_boxes\[1\]: expected shape \(G, 4\), got .*\(0,\)"),
-        ("gt_labels", [torch.tensor([0]), torch.tensor([3])], ValueError, r"^gt_labels\[0\]: expected shape \(2,\), got .*\(1,\)"),
+        (
+            "gt_boxes",
+            [torch.zeros(2, 4), torch.zeros(1, 5)],
+            ValueError,
+            r"^gt_boxes\[1\]: expected shape \(G, 4\), got .*\(1, 5\)",
+        ),
+        (
+            "gt_boxes",
+            [torch.zeros(2, 4), torch.zeros(0)],
+            ValueError,
+            r"^gt_boxes\[1\]: expected shape \(G, 4\), got .*\(0,\)",
+        ),
+        (
+            "gt_labels",
+            [torch.tensor([0]), torch.tensor([3])],
+            ValueError,
+            r"^gt_labels\[0\]: expected shape \(2,\), got .*\(1,\)",
+        ),
         (
             "gt_labels",
             [torch.tensor([0, 1]), torch.tensor([[3]])],
@@ -118,14 +168,39 @@ FLOATING = "float16, bfloat16, float32 or float64"
         ),
         # Lengths
         ("gt_boxes", [], ValueError, r"^gt_boxes: expected a list of 2 tensors, one an image, got 0"),
-        ("gt_boxes", [torch.zeros(1, 4)] * 3, ValueError, r"^gt_boxes: expected a list of 2 tensors, one an image, got 3"),
-        ("gt_labels", [torch.tensor([0, 1])], ValueError, r"^gt_labels: expected a list of 2 tensors, one an image, got 1"),
+        (
+            "gt_boxes",
+            [torch.zeros(1, 4)] * 3,
+            ValueError,
+            r"^gt_boxes: expected a list of 2 tensors, one an image, got 3",
+        ),
+        (
+            "gt_labels",
+            [torch.tensor([0, 1])],
+            ValueError,
+            r"^gt_labels: expected a list of 2 tensors, one an image, got 1",
+        ),
         ("gt_crowd", [], ValueError, r"^gt_crowd: expected a list of 2 tensors, one an image, got 0"),
         ("gt_offsets", torch.tensor([0, 2, 3]), ValueError, r"^gt_offsets: only packed gt_boxes .* take offsets"),
         # Devices
-        ("anchors", torch.zeros(A, 4, device="meta"), ValueError, r"^cls_scores: expected device meta, like anchors, got .*cpu"),
-        ("pred_boxes", torch.zeros(B, A, 4, device="meta"), ValueError, r"^pred_boxes: expected device cpu, like anchors.*meta"),
-        ("cls_scores", torch.zeros(B, A, C, device="meta"), ValueError, r"^cls_scores: expected device cpu, like anchors.*meta"),
+        (
+            "anchors",
+            torch.zeros(A, 4, device="meta"),
+            ValueError,
+            r"^cls_scores: expected device meta, like anchors, got .*cpu",
+        ),
+        (
+            "pred_boxes",
+            torch.zeros(B, A, 4, device="meta"),
+            ValueError,
+            r"^pred_boxes: expected device cpu, like anchors.*meta",
+        ),
+        (
+            "cls_scores",
+            torch.zeros(B, A, C, device="meta"),
+            ValueError,
+            r"^cls_scores: expected device cpu, like anchors.*meta",
+        ),
         (
             "gt_boxes",
             [torch.zeros(2, 4), torch.zeros(1, 4, device="meta")],
@@ -189,26 +264,71 @@ def test_wrong_argument(name: str, value: object, error: type[Exception], messag
     [
         ("gt_offsets", None, ValueError, r"^gt_offsets: packed gt_boxes \(N, 4\) need gt_offsets \(B \+ 1,\); .*list"),
         ("gt_offsets", [0, 2, 3], TypeError, r"^gt_offsets: expected an integer tensor, got list"),
-        ("gt_offsets", torch.tensor([0.0, 2.0, 3.0]), TypeError, r"^gt_offsets: expected dtype int64 or int32, got a torch.float32"),
+        (
+            "gt_offsets",
+            torch.tensor([0.0, 2.0, 3.0]),
+            TypeError,
+            r"^gt_offsets: expected dtype int64 or int32, got a torch.float32",
+        ),
         ("gt_offsets", torch.tensor([0, 3]), ValueError, r"^gt_offsets: expected shape \(3,\), got .*\(2,\)"),
         ("gt_offsets", torch.tensor([[0, 2, 3]]), ValueError, r"^gt_offsets: expected shape \(3,\), got .*\(1, 3\)"),
-        ("gt_offsets", torch.tensor([0, 2, 3], device="meta"), ValueError, r"^gt_offsets: expected device cpu, like anchors"),
+        (
+            "gt_offsets",
+            torch.tensor([0, 2, 3], device="meta"),
+            ValueError,
+            r"^gt_offsets: expected device cpu, like anchors",
+        ),
         ("gt_offsets", torch.tensor([1, 2, 3]), ValueError, r"^gt_offsets: must start at 0, got 1"),
         ("gt_offsets", torch.tensor([-1, 2, 3]), ValueError, r"^gt_offsets: must start at 0, got -1"),
-        ("gt_offsets", torch.tensor([0, 2, 1]), ValueError, r"^gt_offsets: must not decrease, got 2 then 1 for image 1"),
-        ("gt_offsets", torch.tensor([0, -1, 3]), ValueError, r"^gt_offsets: must not decrease, got 0 then -1 for image 0"),
-        ("gt_offsets", torch.tensor([0, 2, 4]), ValueError, r"^gt_offsets: must not exceed the 3 packed objects, got 4"),
+        (
+            "gt_offsets",
+            torch.tensor([0, 2, 1]),
+            ValueError,
+            r"^gt_offsets: must not decrease, got 2 then 1 for image 1",
+        ),
+        (
+            "gt_offsets",
+            torch.tensor([0, -1, 3]),
+            ValueError,
+            r"^gt_offsets: must not decrease, got 0 then -1 for image 0",
+        ),
+        (
+            "gt_offsets",
+            torch.tensor([0, 2, 4]),
+            ValueError,
+            r"^gt_offsets: must not exceed the 3 packed objects, got 4",
+        ),
         ("gt_offsets", torch.tensor([0, 2, 2**62]), ValueError, r"^gt_offsets: must not exceed the 3 packed objects"),
         ("gt_boxes", torch.zeros(3, 5), ValueError, r"^gt_boxes: expected shape \(N, 4\), got .*\(3, 5\)"),
         ("gt_boxes", torch.zeros(3, 4, dtype=torch.int32), TypeError, rf"^gt_boxes: expected dtype {FLOATING}"),
         ("gt_boxes", torch.zeros(2, 4), ValueError, r"^gt_labels: expected shape \(2,\), got .*\(3,\)"),
-        ("gt_labels", [torch.tensor([0, 1]), torch.tensor([3])], TypeError, r"^gt_labels: expected an integer tensor, got list"),
+        (
+            "gt_labels",
+            [torch.tensor([0, 1]), torch.tensor([3])],
+            TypeError,
+            r"^gt_labels: expected an integer tensor, got list",
+        ),
         ("gt_labels", torch.zeros(3), TypeError, r"^gt_labels: expected dtype int64 or int32, got a torch.float32"),
-        ("gt_labels", torch.zeros(3, 1, dtype=torch.int64), ValueError, r"^gt_labels: expected shape \(3,\), got .*\(3, 1\)"),
+        (
+            "gt_labels",
+            torch.zeros(3, 1, dtype=torch.int64),
+            ValueError,
+            r"^gt_labels: expected shape \(3,\), got .*\(3, 1\)",
+        ),
         ("gt_crowd", torch.zeros(2, dtype=torch.bool), ValueError, r"^gt_crowd: expected shape \(3,\), got .*\(2,\)"),
-        ("gt_crowd", torch.zeros(3, dtype=torch.int64), TypeError, r"^gt_crowd: expected dtype bool, got a torch.int64"),
+        (
+            "gt_crowd",
+            torch.zeros(3, dtype=torch.int64),
+            TypeError,
+            r"^gt_crowd: expected dtype bool, got a torch.int64",
+        ),
         ("gt_crowd", [torch.zeros(2, dtype=torch.bool)] * 2, TypeError, r"^gt_crowd: expected a bool tensor, got list"),
-        ("gt_boxes", torch.zeros(3, 4, device="meta"), ValueError, r"^gt_boxes: expected device cpu, like anchors.*meta"),
+        (
+            "gt_boxes",
+            torch.zeros(3, 4, device="meta"),
+            ValueError,
+            r"^gt_boxes: expected device cpu, like anchors.*meta",
+        ),
     ],
 )
 def test_wrong_packed_argument(name: str, value: object, error: type[Exception], message: str) -> None:
@@ -235,7 +355,9 @@ def test_every_backend_takes_only_its_devices(device: str) -> None:
         try:
             match = mg_ops.mutual_match(**arguments, backend=backend)
         except RuntimeError as error:
-            assert re.match(f"backend '{backend}' cannot be used: it takes .* tensors, the arguments are on {device}", str(error))
+            assert re.match(
+                f"backend '{backend}' cannot be used: it takes .* tensors, the arguments are on {device}", str(error)
+            )
         else:
             assert match.cls_match.device.type == device
 
@@ -272,7 +394,12 @@ BOX = "expected four finite coordinates with x2 > x1 and y2 > y1"
         ("gt_boxes", (0, 1), [NAN, 0, 1, 1], rf"^gt_boxes: image 0, object 1: {BOX}, got \[nan, 0.0, 1.0, 1.0\]"),
         ("gt_boxes", (1, 0), [0, 0, 0, 1], rf"^gt_boxes: image 1, object 0: {BOX}, got \[0.0, 0.0, 0.0, 1.0\]"),
         ("gt_boxes", (0, 0), [0, 1, 1, 0], rf"^gt_boxes: image 0, object 0: {BOX}"),
-        ("gt_boxes", (1, 0), [900, 900, 910, 910], r"^gt_boxes: image 1, object 0: no anchor overlaps \[900.0, .*same unit\?"),
+        (
+            "gt_boxes",
+            (1, 0),
+            [900, 900, 910, 910],
+            r"^gt_boxes: image 1, object 0: no anchor overlaps \[900.0, .*same unit\?",
+        ),
         ("gt_labels", (0, 1), 4, r"^gt_labels: image 0, object 1: expected a label in \[0, 4\), got 4"),
         ("gt_labels", (1, 0), -1, r"^gt_labels: image 1, object 0: expected a label in \[0, 4\), got -1"),
         ("gt_labels", (0, 0), 2**40, r"^gt_labels: image 0, object 0: expected a label in \[0, 4\), got 1099511627776"),
@@ -291,8 +418,16 @@ def test_check_names_the_bad_value(name: str, where: tuple[int, ...], value: obj
 @pytest.mark.parametrize(
     ("deltas", "clip", "message"),
     [
-        ([NAN, 0, 0, 0], 4.0, r"^pred_boxes: image 1, anchor 2: expected four finite deltas, got \[nan, 0.0, 0.0, 0.0\]"),
-        ([0, 0, INF, 0], 4.0, r"^pred_boxes: image 1, anchor 2: expected four finite deltas, got \[0.0, 0.0, inf, 0.0\]"),
+        (
+            [NAN, 0, 0, 0],
+            4.0,
+            r"^pred_boxes: image 1, anchor 2: expected four finite deltas, got \[nan, 0.0, 0.0, 0.0\]",
+        ),
+        (
+            [0, 0, INF, 0],
+            4.0,
+            r"^pred_boxes: image 1, anchor 2: expected four finite deltas, got \[0.0, 0.0, inf, 0.0\]",
+        ),
         ([0, 0, 1e4, 0], INF, r"^pred_boxes: image 1, anchor 2: .*\[0.0, 0.0, 10000.0, 0.0\].* decode to .*inf"),
         ([3e38, 0, 0, 0], 4.0, r"^pred_boxes: image 1, anchor 2: .*\[3.*e\+38, 0.0, 0.0, 0.0\].* decode to .*inf"),
     ],
@@ -324,7 +459,13 @@ def test_check_does_not_look_at_slack() -> None:
 
 
 def test_check_takes_every_ordinary_emptiness() -> None:
-    no_image = {**listed(), "pred_boxes": torch.zeros(0, A, 4), "cls_scores": torch.zeros(0, A, C), "gt_boxes": [], "gt_labels": []}
+    no_image = {
+        **listed(),
+        "pred_boxes": torch.zeros(0, A, 4),
+        "cls_scores": torch.zeros(0, A, C),
+        "gt_boxes": [],
+        "gt_labels": [],
+    }
     mg_ops.mutual_match(**no_image, check=True)
     no_object = {**listed(), "gt_boxes": [torch.zeros(0, 4)] * B, "gt_labels": [torch.zeros(0, dtype=torch.int64)] * B}
     mg_ops.mutual_match(**no_object, check=True)
@@ -340,7 +481,12 @@ def test_check_takes_every_ordinary_emptiness() -> None:
 @pytest.mark.parametrize(
     ("weights", "clip", "error", "message"),
     [
-        ((10.0, 10.0, 5.0), 4.0, ValueError, r"^BoxCoder: weights must be four finite non-zero numbers \(in float32\), got \(10.0, 10.0, 5.0\)"),
+        (
+            (10.0, 10.0, 5.0),
+            4.0,
+            ValueError,
+            r"^BoxCoder: weights must be four finite non-zero numbers \(in float32\), got \(10.0, 10.0, 5.0\)",
+        ),
         ((10.0, 10.0, 5.0, 0.0), 4.0, ValueError, r"^BoxCoder: weights must be four finite non-zero numbers"),
         ((10.0, 10.0, 5.0, NAN), 4.0, ValueError, r"^BoxCoder: weights must be four finite non-zero numbers"),
         ((INF, 10.0, 5.0, 5.0), 4.0, ValueError, r"^BoxCoder: weights must be four finite non-zero numbers"),
@@ -367,17 +513,57 @@ def test_box_coder_takes_any_numbers() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda boxes: mg_ops.box_iou(boxes, None), TypeError, r"^boxes_2: expected a floating point tensor, got NoneType"),
-        (lambda boxes: mg_ops.box_iou(boxes.long(), boxes), TypeError, r"^boxes_1: expected a floating point .*torch.int64"),
-        (lambda boxes: mg_ops.box_iou(boxes[:, :3], boxes), ValueError, r"^boxes_1: expected shape \(M, 4\), got \(3, 3\)"),
-        (lambda boxes: mg_ops.box_iou(boxes, boxes[None]), ValueError, r"^boxes_2: expected shape \(G, 4\), got \(1, 3, 4\)"),
+        (
+            lambda boxes: mg_ops.box_iou(boxes, None),
+            TypeError,
+            r"^boxes_2: expected a floating point tensor, got NoneType",
+        ),
+        (
+            lambda boxes: mg_ops.box_iou(boxes.long(), boxes),
+            TypeError,
+            r"^boxes_1: expected a floating point .*torch.int64",
+        ),
+        (
+            lambda boxes: mg_ops.box_iou(boxes[:, :3], boxes),
+            ValueError,
+            r"^boxes_1: expected shape \(M, 4\), got \(3, 3\)",
+        ),
+        (
+            lambda boxes: mg_ops.box_iou(boxes, boxes[None]),
+            ValueError,
+            r"^boxes_2: expected shape \(G, 4\), got \(1, 3, 4\)",
+        ),
         (lambda boxes: mg_ops.box_iou(boxes[0], boxes), ValueError, r"^boxes_1: expected shape \(M, 4\), got \(4,\)"),
-        (lambda boxes: mg_ops.BoxCoder().decode(boxes[None], boxes), ValueError, r"^anchors: expected shape \(A, 4\), got"),
-        (lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes[:2]), ValueError, r"^deltas: expected shape \(..., 3, 4\), got \(2, 4\)"),
-        (lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes[0]), ValueError, r"^deltas: expected shape \(..., 3, 4\), got \(4,\)"),
-        (lambda boxes: mg_ops.BoxCoder().decode(boxes, 3), TypeError, r"^deltas: expected a floating point tensor, got int"),
-        (lambda boxes: mg_ops.BoxCoder().encode(boxes, boxes[:, :2]), ValueError, r"^boxes: expected shape \(..., 4\), got \(3, 2\)"),
-        (lambda boxes: mg_ops.BoxCoder().encode([1], boxes), TypeError, r"^anchors: expected a floating point tensor, got list"),
+        (
+            lambda boxes: mg_ops.BoxCoder().decode(boxes[None], boxes),
+            ValueError,
+            r"^anchors: expected shape \(A, 4\), got",
+        ),
+        (
+            lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes[:2]),
+            ValueError,
+            r"^deltas: expected shape \(..., 3, 4\), got \(2, 4\)",
+        ),
+        (
+            lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes[0]),
+            ValueError,
+            r"^deltas: expected shape \(..., 3, 4\), got \(4,\)",
+        ),
+        (
+            lambda boxes: mg_ops.BoxCoder().decode(boxes, 3),
+            TypeError,
+            r"^deltas: expected a floating point tensor, got int",
+        ),
+        (
+            lambda boxes: mg_ops.BoxCoder().encode(boxes, boxes[:, :2]),
+            ValueError,
+            r"^boxes: expected shape \(..., 4\), got \(3, 2\)",
+        ),
+        (
+            lambda boxes: mg_ops.BoxCoder().encode([1], boxes),
+            TypeError,
+            r"^anchors: expected a floating point tensor, got list",
+        ),
     ],
 )
 def test_wrong_boxes(call: Any, error: type[Exception], message: str) -> None:
@@ -390,7 +576,11 @@ def test_wrong_boxes(call: Any, error: type[Exception], message: str) -> None:
     [
         ({"anchors": torch.zeros(A + 1, 4)}, ValueError, r"^match.cls_match: expected shape \(B, 4\), got .*\(2, 3\)"),
         ({"anchors": None}, TypeError, r"^anchors: expected a floating point tensor, got NoneType"),
-        ({"gt_boxes": [torch.zeros(1, 4)] * 2, "gt_labels": [torch.zeros(1).long()] * 2}, ValueError, r"^match: made for 3 objects"),
+        (
+            {"gt_boxes": [torch.zeros(1, 4)] * 2, "gt_labels": [torch.zeros(1).long()] * 2},
+            ValueError,
+            r"^match: made for 3 objects",
+        ),
         ({"gt_boxes": [torch.zeros(3, 4)]}, ValueError, r"^gt_boxes: expected a list of 2 tensors"),
         ({"gt_labels": [torch.zeros(2), torch.zeros(1)]}, TypeError, r"^gt_labels\[0\]: expected dtype int64 or int32"),
         ({"box_coder": "ssd"}, TypeError, r"^box_coder: expected mg_ops.BoxCoder or None, got str"),
@@ -494,7 +684,9 @@ def test_wrong_input_of_the_compiled_operator_raises(name: str, value: Any, devi
     with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)) as caught:
         torch.ops.mg_ops.mutual_match(**arguments)
     if value is not None and not (isinstance(value, Tensor) and value.is_sparse):
-        named = re.match(r"[^:]*\b(anchors|pred_boxes|cls_scores|gt_\w+|sigma|iou_\w+|crowd_overlap)\b", str(caught.value))
+        named = re.match(
+            r"[^:]*\b(anchors|pred_boxes|cls_scores|gt_\w+|sigma|iou_\w+|crowd_overlap)\b", str(caught.value)
+        )
         assert named, str(caught.value)
 
 

@@ -80,6 +80,7 @@ def test_random_batches_match_something() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Small batches that hypothesis shrinks when one fails
 
+
 @settings(max_examples=fuzz_cases(600))
 @given(arguments=small_batches())
 def test_small_batches(compiled_target: Target, arguments: dict[str, Any]) -> None:
@@ -100,7 +101,9 @@ def detector_batch(batch_size: int, num_anchors: int, num_objects: int, seed: in
     for _ in range(batch_size):
         center = random.random((num_objects, 2)) * 300
         size = np.exp(random.normal(3.5, 0.7, (num_objects, 2)))
-        gt_boxes.append(torch.from_numpy(np.concatenate([center - size / 2, center + size / 2], axis=1).astype(np.float32)))
+        gt_boxes.append(
+            torch.from_numpy(np.concatenate([center - size / 2, center + size / 2], axis=1).astype(np.float32))
+        )
         gt_labels.append(torch.from_numpy(random.integers(0, 5, num_objects)))
     return {
         "anchors": torch.from_numpy(anchors),
@@ -121,7 +124,8 @@ def thread_count() -> Iterator[None]:
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("batch_size", "num_anchors", "num_objects"), [(1, 6000, 40), (3, 2000, 7), (13, 1500, 5), (2, 9000, 0), (1, 500, 300)]
+    ("batch_size", "num_anchors", "num_objects"),
+    [(1, 6000, 40), (3, 2000, 7), (13, 1500, 5), (2, 9000, 0), (1, 500, 300)],
 )
 def test_thread_count_does_not_matter(
     compiled_target: Target, thread_count: None, threads: int, batch_size: int, num_anchors: int, num_objects: int

@@ -58,7 +58,8 @@ def floats_of_every_kind() -> Iterator[np.ndarray]:
     """A regular sample of all bit patterns, then every float near the points where the functions change."""
     for start in range(0, 2**32, CHUNK * STRIDE):
         yield to_floats(np.arange(start, min(start + CHUNK * STRIDE, 2**32), STRIDE, dtype=np.uint64))
-    # Both zeros, +-1, +-0.5, the overflow and underflow of exp, multiples of ln 2 / 2 where its argument reduction turns, ...
+    # Both zeros, +-1, +-0.5, the overflow and underflow of exp, multiples of ln 2 / 2 where its argument reduction
+    # turns, ...
     yield around(0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 1e-38, -1e-38)
     yield around(88.0, 88.72284, 89.0, -87.33655, -87.5, -88.0, -89.0, -103.97208, -104.5, 16.6, -16.6)
     yield around(*[(n + 0.5) * math.log(2) for n in range(-152, 129)], count=300)
@@ -77,7 +78,9 @@ def assert_close_where_normal(value: np.ndarray, exact: np.ndarray, x: np.ndarra
     if normal.any():
         error = relative_error(value[normal], exact[normal])
         worst = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
-        assert error[worst] <= MAX_ERROR, f"f({x[normal][worst]!r}) = {value[normal][worst]!r}, error {error[worst]:.3g}"
+        assert error[worst] <= MAX_ERROR, (
+            f"f({x[normal][worst]!r}) = {value[normal][worst]!r}, error {error[worst]:.3g}"
+        )
     small = np.abs(exact) < MIN_NORMAL
     steps = np.abs(value[small].astype(np.float64) - exact[small]) / SUBNORMAL_STEP
     assert (steps <= 1.5).all(), f"f({x[small][np.argmax(steps)]!r}) is {steps.max()} subnormal steps off"
@@ -97,7 +100,9 @@ def test_exp_is_close_to_float64() -> None:
 
 
 def test_exp_of_special_values() -> None:
-    x = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 88.8, 1000, -104.5, -1000, MAX_FLOAT, -MAX_FLOAT], dtype=np.float32)
+    x = np.array(
+        [0.0, -0.0, np.inf, -np.inf, np.nan, 88.8, 1000, -104.5, -1000, MAX_FLOAT, -MAX_FLOAT], dtype=np.float32
+    )
     np.testing.assert_array_equal(headers.det_exp(x), [1, 1, np.inf, 0, np.nan, np.inf, np.inf, 0, 0, np.inf, 0])
 
 
@@ -153,7 +158,9 @@ def test_reference_has_the_same_bits(name: str, device: str) -> None:
         different = (to_bits(expected) != to_bits(value)) & ~np.isnan(expected)
         if different.any():
             i = int(np.argmax(different))
-            raise AssertionError(f"{name}({x[i]!r}): {expected[i]!r} in C++, {value[i]!r} in PyTorch; {different.sum()} differ")
+            raise AssertionError(
+                f"{name}({x[i]!r}): {expected[i]!r} in C++, {value[i]!r} in PyTorch; {different.sum()} differ"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +208,9 @@ def test_decoded_boxes_have_the_same_bits(weights: tuple[float, float, float, fl
     deltas = np.concatenate([np.random.default_rng(5).normal(0, 3, (10000, 4)), boxes_of_every_kind(2500, 6)])
     deltas = deltas.astype(np.float32)
     expected = headers.decode_box(anchors, deltas, *weights, clip)
-    value = reference.decode(torch.from_numpy(anchors), torch.from_numpy(deltas), weights, float(np.float32(clip))).numpy()
+    value = reference.decode(
+        torch.from_numpy(anchors), torch.from_numpy(deltas), weights, float(np.float32(clip))
+    ).numpy()
     assert (np.isnan(expected) == np.isnan(value)).all()
     number = ~np.isnan(expected)
     np.testing.assert_array_equal(to_bits(value)[number], to_bits(expected)[number])
@@ -209,7 +218,9 @@ def test_decoded_boxes_have_the_same_bits(weights: tuple[float, float, float, fl
 
 def test_orders_compare_as_qualities() -> None:
     """Integer orders sort as the floats they stand for; 0 is below all of them."""
-    q = np.sort(np.concatenate([np.random.default_rng(7).random(10000), 10.0 ** np.arange(-44, 0), [1.0]]).astype(np.float32))
+    q = np.sort(
+        np.concatenate([np.random.default_rng(7).random(10000), 10.0 ** np.arange(-44, 0), [1.0]]).astype(np.float32)
+    )
     order = headers.iou_order(q).astype(np.int64)
     assert ((np.diff(order) > 0) == (np.diff(q) > 0)).all() and (np.diff(order) >= 0).all()
     assert order[0] > 0 and order[-1] == headers.FORCED_IOU_ORDER

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from cases import CASES, Case
 from conftest import Target
 
@@ -80,5 +79,5 @@ def test_strides_do_not_matter() -> None:
         arguments = {
             name: value.transpose(0, -1).contiguous().transpose(0, -1) for name, value in case.predictions().items()
         }
-        assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(arguments.values(), case.predictions().values()))
-        assert_expected(mg_ops.mutual_match(**arguments, **case.listed_objects(), **options_of(case)), case)
+        match = mg_ops.mutual_match(**arguments, **case.listed_objects(), **options_of(case))
+        assert_expected(match, case)

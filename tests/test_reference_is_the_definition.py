@@ -1,6 +1,6 @@
-"""The eager reference against a second reading of the definition: plain loops over float32 scalars, a sentence at a time.
+"""The eager reference against a second reading of the definition: plain loops over float32 scalars.
 
-Slow and simple on purpose, and written from the text alone (docs/matching.md), without a look at how the reference does it.
+Slow and simple on purpose, a sentence at a time, and written from the text (docs/matching.md), not from the reference.
 Only exp, sigmoid and log2 are the reference's own, because the definition fixes them by their bits; test_det_math.py
 checks those against float64.
 """
@@ -177,10 +177,10 @@ def match_image(
         for g, box in enumerate(gt_boxes):
             if gt_crowd[g] and cls_match[a] == mg_ops.BACKGROUND and is_valid(box) and is_valid(anchor):
                 anchor_area = area(anchor)
-                if anchor_area > 0 and intersection(anchor, box) / anchor_area >= crowd_overlap:
-                    # Both infinite is NaN, which compares false; infinite over finite is no overlap anyone can mean.
-                    if np.isfinite(intersection(anchor, box) / anchor_area):
-                        cls_match[a] = mg_ops.IGNORED
+                # Both infinite is NaN, which compares false; infinite over finite is no overlap anyone can mean.
+                share = intersection(anchor, box) / anchor_area if anchor_area > 0 else ZERO
+                if np.isfinite(share) and share >= crowd_overlap:
+                    cls_match[a] = mg_ops.IGNORED
     return cls_match, loc_match, num_pos, num_total
 
 
@@ -210,7 +210,9 @@ def match_batch(arguments: dict[str, Any]) -> mg_ops.MutualMatch:
     for image, (gt_boxes, gt_labels) in enumerate(objects):
         boxes = rows(pred_boxes[image])
         if "box_coder" in arguments:
-            boxes = [decode(anchor, deltas, arguments["box_coder"]) for anchor, deltas in zip(anchors, boxes, strict=True)]
+            boxes = [
+                decode(anchor, deltas, arguments["box_coder"]) for anchor, deltas in zip(anchors, boxes, strict=True)
+            ]
         matched = match_image(
             anchors,
             boxes,

@@ -10,7 +10,11 @@ import torch
 import mg_ops
 
 ANCHORS = torch.tensor([[0.0, 0.0, 10.0, 10.0], [5.0, 5.0, 15.0, 25.0], [20.0, 20.0, 30.0, 30.0]])
-GT_BOXES = [torch.tensor([[1.0, 0.0, 11.0, 10.0], [5.0, 5.0, 15.0, 20.0]]), torch.zeros(0, 4), torch.tensor([[18.0, 20.0, 30.0, 32.0]])]
+GT_BOXES = [
+    torch.tensor([[1.0, 0.0, 11.0, 10.0], [5.0, 5.0, 15.0, 20.0]]),
+    torch.zeros(0, 4),
+    torch.tensor([[18.0, 20.0, 30.0, 32.0]]),
+]
 GT_LABELS = [torch.tensor([4, 7]), torch.zeros(0, dtype=torch.int64), torch.tensor([2])]
 CODER = mg_ops.BoxCoder()
 

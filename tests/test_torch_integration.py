@@ -1,4 +1,4 @@
-"""mutual_match is a good citizen of torch: opcheck, torch.compile, autocast, gradients, fake tensors, deterministic mode."""
+"""mutual_match under torch: opcheck, torch.compile, autocast, gradients, fake tensors, deterministic mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from random_batches import random_batch, to_device
 
 import mg_ops
 
-SEEDS = [seed for seed in range(60) if random_batch(seed).notes["A"] > 7 and sum(random_batch(seed).notes["objects"]) > 2][:6]
+SEEDS = [
+    seed for seed in range(60) if random_batch(seed).notes["A"] > 7 and sum(random_batch(seed).notes["objects"]) > 2
+][:6]
 
 
 def operator_of(target: Target) -> Any:
@@ -58,12 +60,16 @@ def test_compiled_calls_give_the_same_integers(target: Target, form: str) -> Non
         if form == "packed":
             offsets = torch.tensor([0, count + 1, 2 * count + 1], device=target.device)
             objects = (torch.cat(boxes), torch.cat(labels), offsets)
-        for value, expected in zip(compiled(anchors, deltas, logits, *objects), match(anchors, deltas, logits, *objects), strict=True):
+        for value, expected in zip(
+            compiled(anchors, deltas, logits, *objects), match(anchors, deltas, logits, *objects), strict=True
+        ):
             assert torch.equal(value, expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("mode", ["autocast", "inference_mode", "no_grad", "deterministic", "float64 default", "meta default"])
+@pytest.mark.parametrize(
+    "mode", ["autocast", "inference_mode", "no_grad", "deterministic", "float64 default", "meta default"]
+)
 def test_modes_do_not_change_the_result(target: Target, seed: int, mode: str) -> None:
     arguments = to_device(random_batch(seed).arguments, target.device)
     expected = mg_ops.mutual_match(**arguments, backend=target.backend)
@@ -91,7 +97,9 @@ def test_inputs_may_require_grad_and_none_flows(target: Target) -> None:
     anchors, deltas, logits, boxes, labels, offsets = operator_arguments(target.device, requires_grad=True)[:6]
     match = mg_ops.mutual_match(anchors, deltas, logits, boxes, labels, offsets, backend=target.backend)
     assert not any(value.requires_grad for value in match)
-    match = mg_ops.mutual_match(anchors, deltas, logits, [boxes[:3], boxes[3:]], [labels[:3], labels[3:]], backend=target.backend)
+    match = mg_ops.mutual_match(
+        anchors, deltas, logits, [boxes[:3], boxes[3:]], [labels[:3], labels[3:]], backend=target.backend
+    )
     assert not any(value.requires_grad for value in match)
 
 
@@ -110,6 +118,8 @@ def test_fake_tensors_have_the_shapes_of_the_result(target: Target) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() as mode:
-        arguments = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in operator_arguments("cpu")]
+        arguments = [
+            mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in operator_arguments("cpu")
+        ]
         shapes = [(tuple(value.shape), value.dtype) for value in operator_of(target)(*arguments)]
     assert shapes == [((2, 70), torch.int64)] * 2 + [((4,), torch.int32)] * 2
