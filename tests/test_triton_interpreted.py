@@ -1,0 +1,39 @@
+"""Without a GPU the Triton kernels still run, and equal the reference: in Triton's interpreter, in its own process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ALL_TESTS = Path(__file__).parent / "test_triton_equals_reference.py"
+# Parts, so that pytest -n can share them.
+PARTS = {
+    "clauses": "test_every_clause_of_the_definition",
+    "random batches 0, 1": "test_random_batches and (0 or 1) and not blocks",
+    "random batches 2, 3": "test_random_batches and (2 or 3) and not blocks",
+    "small blocks": "test_random_batches_in_small_blocks",
+    "the rest": "not test_random_batches and not test_every_clause_of_the_definition",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_interpreted_kernels_equal_the_reference(part: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", PARTS[part]]
+    result = subprocess.run(
+        [*command, str(ALL_TESTS)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ALL_TESTS.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    assert re.search(r"\b[1-9]\d* passed", result.stdout), result.stdout
