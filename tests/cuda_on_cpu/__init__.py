@@ -78,7 +78,7 @@ def build(threads: int = 256, staged_keys: int = 1024, sanitize: bool = False) -
     compiler = shutil.which("g++")
     if compiler is None:
         raise RuntimeError("cuda_on_cpu: needs g++")
-    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++17", "-O2", "-g", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += [f"-DMG_OPS_CUDA_THREADS={threads}", f"-DMG_OPS_CUDA_STAGED_KEYS={staged_keys}"]
     flags += SANITIZERS if sanitize else []
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources()) + repr(flags).encode()).hexdigest()[:12]
