@@ -1,0 +1,51 @@
+"""Anchor boxes of every pyramid level."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BASE_SIZE = 24
+"""Side in pixels of the smallest anchor at the finest level (stride 8); it doubles with each level."""
+
+ANCHORS_PER_CELL = 6
+"""Two areas, s^2 and (s * sqrt 2)^2, times three shapes, 1:1, 2:1 and 1:2."""
+
+
+def level_cells(image_size: int) -> list[int]:
+    """Cells a side of each pyramid level: 4 levels (strides 8 to 64) below 512 pixels, 5 (to 128) from 512 on.
+
+    Raises:
+        ValueError: image_size is not a multiple of 32 from 64 on.
+    """
+    if image_size < 64 or image_size % 32:
+        raise ValueError(f"image_size: expected a multiple of 32, at least 64, got {image_size}")
+    cells = [image_size // 8]
+    for _ in range(3 if image_size < 512 else 4):
+        cells.append(math.ceil(cells[-1] / 2))
+    return cells
+
+
+def make_anchors(image_size: int) -> Tensor:
+    """The anchors of a square image, level by level, row by row, cell by cell; clipped to the image.
+
+    Args:
+        image_size: side of the image in pixels.
+
+    Returns:
+        (A, 4) float32 boxes (x1, y1, x2, y2) in pixels. 12,750 of them at 320.
+    """
+    levels = []
+    for level, cells in enumerate(level_cells(image_size)):
+        shapes = []
+        for side in (BASE_SIZE * 2**level, BASE_SIZE * 2**level * math.sqrt(2)):
+            for ratio in (1.0, 2.0, 0.5):
+                shapes.append((side * math.sqrt(ratio), side / math.sqrt(ratio)))
+        half = torch.tensor(shapes, dtype=torch.float64) / 2  # (6, 2)
+        center = (torch.arange(cells, dtype=torch.float64) + 0.5) * (image_size / cells)
+        y, x = torch.meshgrid(center, center, indexing="ij")
+        centers = torch.stack([x, y], dim=-1).reshape(-1, 1, 2)  # (cells * cells, 1, 2)
+        levels.append(torch.cat([centers - half, centers + half], dim=-1).reshape(-1, 4))
+    return torch.cat(levels).clamp(0, image_size).float()

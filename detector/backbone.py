@@ -1,0 +1,123 @@
+"""Backbones: torchvision's ResNet-18 and VGG-16 cut into feature maps, and where their ImageNet weights come from."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+BACKBONES = ("resnet18", "vgg16", "vgg16_bn")
+
+
+class Normalize(nn.Module):
+    """RGB in 0..255, as decoded, to what ImageNet backbones were trained on."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.to(memory_format=torch.channels_last).float() - self.mean) / self.std
+
+
+class ResNet18(nn.Module):
+    """Feature maps at strides 8, 16 and 32."""
+
+    channels = (128, 256, 512)
+
+    def __init__(self) -> None:
+        super().__init__()
+        resnet = torchvision.models.resnet18()
+        self.normalize = Normalize()
+        self.conv1, self.bn1, self.relu, self.maxpool = resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(self.normalize(images)))))
+        x = self.layer1(x)  # (B, 64, S / 4, S / 4)
+        stride_8 = self.layer2(x)  # (B, 128, S / 8, S / 8)
+        stride_16 = self.layer3(stride_8)  # (B, 256, S / 16, S / 16)
+        stride_32 = self.layer4(stride_16)  # (B, 512, S / 32, S / 32)
+        return [stride_8, stride_16, stride_32]
+
+
+class VGG16(nn.Module):
+    """Feature maps after conv4_3 (stride 8) and conv5_3 (stride 16)."""
+
+    channels = (512, 512)
+
+    def __init__(self, batch_norm: bool) -> None:
+        super().__init__()
+        vgg = torchvision.models.vgg16_bn() if batch_norm else torchvision.models.vgg16()
+        pools = [index for index, layer in enumerate(vgg.features) if isinstance(layer, nn.MaxPool2d)]
+        self.normalize = Normalize()
+        self.features = vgg.features[: pools[4]]
+        self.conv5_start = pools[3]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        stride_8 = self.features[: self.conv5_start](self.normalize(images))  # (B, 512, S / 8, S / 8)
+        stride_16 = self.features[self.conv5_start :](stride_8)  # (B, 512, S / 16, S / 16)
+        return [stride_8, stride_16]
+
+
+def make_backbone(name: str) -> ResNet18 | VGG16:
+    """A backbone of BACKBONES with random weights."""
+    if name == "resnet18":
+        return ResNet18()
+    if name in ("vgg16", "vgg16_bn"):
+        return VGG16(batch_norm=name == "vgg16_bn")
+    raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+
+
+def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
+    """Fills a backbone with pretrained weights.
+
+    Args:
+        backbone: what `make_backbone(name)` returned.
+        name: its name.
+        source: "imagenet" for torchvision's weights (downloaded once to torch's cache), "none" for random ones, or the path
+            of a state dict in torchvision's names, of any floating dtype; the classifier layers it may have are left out.
+
+    Raises:
+        RuntimeError: torchvision's weights are neither in the cache nor reachable.
+        ValueError: the file does not fit the backbone; the message names the first layers that do not.
+    """
+    if source == "none":
+        return
+    if source == "imagenet":
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        try:
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"The ImageNet weights of {name} are not in torch's cache ({torch.hub.get_dir()}/checkpoints) and cannot be "
+                f"downloaded from {weights.url}: {error}. Pass --backbone-weights FILE with a state dict of torchvision's "
+                f"{name}, or --backbone-weights none to start from random weights."
+            ) from error
+    else:
+        if not Path(source).is_file():
+            raise ValueError(f"--backbone-weights: expected 'imagenet', 'none' or a file, and there is no file {source!r}")
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"--backbone-weights: {source} is not a state dict that torch can load: {error}") from error
+    expected = backbone.state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
+    missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))
+    unknown = sorted(state.keys() - expected.keys())
+    reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
+    if missing or unknown or reshaped:
+        raise ValueError(
+            f"--backbone-weights: {source} does not fit {name}: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(unknown)} unknown {unknown[:3]}, {len(reshaped)} of another shape {reshaped[:3]}. "
+            f"Pass a state dict of torchvision's {name}, or another --backbone ({', '.join(BACKBONES)})."
+        )
+    backbone.load_state_dict(state, strict=False)
