@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+from detector.augment import TrainingTransform
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
 
@@ -425,7 +426,7 @@ class TrainingImages(Dataset[TrainingSample]):
     """
 
     def __init__(
-        self, data: AnnotatedImages, transform: v2.Transform, seed: int, decoded: dict[int, Tensor] | None = None
+        self, data: AnnotatedImages, transform: TrainingTransform, seed: int, decoded: dict[int, Tensor] | None = None
     ) -> None:
         self.data, self.transform, self.seed, self.decoded = data, transform, seed, decoded
 
@@ -450,22 +451,8 @@ class TrainingImages(Dataset[TrainingSample]):
             defects.append(("image of another size than annotated: boxes clipped to it", annotated.name))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
-            sample = self.transform(
-                {
-                    "image": tv_tensors.Image(image),
-                    "boxes": tv_tensors.BoundingBoxes(annotated.boxes, format="XYXY", canvas_size=(height, width)),
-                    "labels": annotated.labels,
-                    "crowd": annotated.crowd,
-                }
-            )
-        return TrainingSample(
-            sample["image"].as_subclass(Tensor),
-            sample["boxes"].as_subclass(Tensor),
-            sample["labels"],
-            sample["crowd"],
-            annotated.name,
-            defects,
-        )
+            image, boxes, labels, crowd = self.transform(image, annotated.boxes, annotated.labels, annotated.crowd)
+        return TrainingSample(image, boxes, labels, crowd, annotated.name, defects)
 
     def load(self, index: int, defects: list[tuple[str, str]]) -> Tensor | None:
         """The decoded image, or None and an entry in defects."""

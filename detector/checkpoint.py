@@ -1,0 +1,80 @@
+"""Building a detector by name, and checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detector.backbone import make_backbone
+from detector.fssd import FSSD
+from detector.retinanet import RetinaNet
+from detector.rfbnet import RFBNet
+
+MODELS = ("fssd", "retinanet", "rfbnet")
+
+
+def make_detector(model: str, backbone: str, image_size: int, num_classes: int) -> FSSD | RetinaNet | RFBNet:
+    """A detector with random weights, in channels-last memory.
+
+    Args:
+        model: one of MODELS.
+        backbone: one of `detector.backbone.BACKBONES`.
+        image_size: side of its input in pixels, a multiple of 32.
+        num_classes: C.
+    """
+    if model == "fssd":
+        detector: FSSD | RetinaNet | RFBNet = FSSD(make_backbone(backbone), image_size, num_classes)
+    elif model == "retinanet":
+        detector = RetinaNet(make_backbone(backbone), image_size, num_classes)
+    elif model == "rfbnet":
+        detector = RFBNet(make_backbone(backbone), image_size, num_classes)
+    else:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    return detector.to(memory_format=torch.channels_last)
+
+
+def save_atomically(content: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint beside its place and moves it there: whoever reads path finds the old one or the new one, whole."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `detector.train` saved: step, model, ema, optimizer, scaler, arguments, class_names.
+
+    Raises:
+        ValueError: there is no such file, or it is something else.
+    """
+    if path.is_dir():
+        path = path / "last.pt"
+    if not path.is_file():
+        raise ValueError(f"checkpoint: expected a file written by detector.train or its folder, and there is none at {path}")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not {"model", "arguments", "class_names"} <= content.keys():
+        raise ValueError(f"checkpoint: {path} was not written by detector.train")
+    return content
+
+
+def load_detector(path: Path, device: torch.device | str) -> tuple[FSSD | RetinaNet | RFBNet, dict[str, Any]]:
+    """A trained detector in evaluation mode (averaged weights where the run kept them), and its checkpoint."""
+    content = read_checkpoint(path, device)
+    arguments = content["arguments"]
+    detector = make_detector(
+        arguments["model"], arguments["backbone"], arguments["image_size"], len(content["class_names"])
+    )
+    detector.load_state_dict(content["ema"] or content["model"])
+    return detector.to(device).eval(), content
