@@ -1,8 +1,9 @@
 """SSD's augmentation (Liu et al., 2016, section 2.2): expand, IoU crop, flip, resize, photometric distortion.
 
-The geometry is drawn first, as one region of the image's plane, and the pixels are touched once: only the part of the image
-that the network will see is resized. torchvision's RandomZoomOut and RandomIoUCrop, which this replaces, fill a canvas of up
-to 16 times the image and try their crops one by one; they cost 40 ms an image of 640 x 480 where this costs 2.
+The geometry is drawn first, as one region of the image's plane, and the pixels are touched once: only the part of the
+image that the network will see is resized. torchvision's RandomZoomOut and RandomIoUCrop, which this replaces, fill a
+canvas of up to 16 times the image and try their crops one by one; they cost 40 ms an image of 640 x 480 where this
+costs 2.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class TrainingTransform:
         scale = self.image_size / (region[2:] - region[:2])  # (2,)
         boxes = ((boxes - region[:2].repeat(2)) * scale.repeat(2)).clamp(0, self.image_size)
         if flip:
-            boxes = torch.stack([self.image_size - boxes[:, 2], boxes[:, 1], self.image_size - boxes[:, 0], boxes[:, 3]], 1)
+            boxes = torch.stack(
+                [self.image_size - boxes[:, 2], boxes[:, 1], self.image_size - boxes[:, 0], boxes[:, 3]], 1
+            )
         seen = (inside | crowd) & ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
 
         # The part of the image inside the region, in whole pixels, and where it lands in the input.

@@ -83,8 +83,9 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
     Args:
         backbone: what `make_backbone(name)` returned.
         name: its name.
-        source: "imagenet" for torchvision's weights (downloaded once to torch's cache), "none" for random ones, or the path
-            of a state dict in torchvision's names, of any floating dtype; the classifier layers it may have are left out.
+        source: "imagenet" for torchvision's weights (downloaded once to torch's cache), "none" for random ones, or the
+            path of a state dict in torchvision's names, of any floating dtype; the classifier layers it may have are
+            left out.
 
     Raises:
         RuntimeError: torchvision's weights are neither in the cache nor reachable.
@@ -104,11 +105,15 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
             ) from error
     else:
         if not Path(source).is_file():
-            raise ValueError(f"--backbone-weights: expected 'imagenet', 'none' or a file, and there is no file {source!r}")
+            raise ValueError(
+                f"--backbone-weights: expected 'imagenet', 'none' or a file, and there is no file {source!r}"
+            )
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"--backbone-weights: {source} is not a state dict that torch can load: {error}") from error
+            raise ValueError(
+                f"--backbone-weights: {source} is not a state dict that torch can load: {error}"
+            ) from error
     expected = backbone.state_dict()
     state = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
     missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))

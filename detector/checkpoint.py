@@ -59,7 +59,9 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if path.is_dir():
         path = path / "last.pt"
     if not path.is_file():
-        raise ValueError(f"checkpoint: expected a file written by detector.train or its folder, and there is none at {path}")
+        raise ValueError(
+            f"checkpoint: expected a file written by detector.train or its folder, and there is none at {path}"
+        )
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:

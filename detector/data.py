@@ -1,7 +1,7 @@
 """Readers of VOC and COCO folders, the defects they met, and the batches training and evaluation are fed.
 
-Boxes are (x1, y1, x2, y2) in pixels of the image as stored, x2 and y2 exclusive: a VOC box, whose 1-based corners are both
-inside, becomes (xmin - 1, ymin - 1, xmax, ymax).
+Boxes are (x1, y1, x2, y2) in pixels of the image as stored, x2 and y2 exclusive: a VOC box, whose 1-based corners are
+both inside, becomes (xmin - 1, ymin - 1, xmax, ymax).
 """
 
 from __future__ import annotations
@@ -170,7 +170,9 @@ def read_voc(root: Path, split: str, class_names: Sequence[str] | None = None) -
         list_file = base / "ImageSets" / "Main" / f"{list_name}.txt"
         if not list_file.is_file():
             lists = sorted(path.relative_to(root).as_posix() for path in root.glob("**/ImageSets/Main/*.txt"))
-            raise ValueError(f"No split {part!r} in {root}: there is no file {list_file}. Lists found: {lists[:20] or 'none'}")
+            raise ValueError(
+                f"No split {part!r} in {root}: there is no file {list_file}. Lists found: {lists[:20] or 'none'}"
+            )
         for line in list_file.read_text().splitlines():
             if not line.strip():
                 continue
@@ -223,7 +225,9 @@ def read_voc(root: Path, split: str, class_names: Sequence[str] | None = None) -
                 continue
             collected.add(number, box, label_of[class_name], False, difficult, None)
         images.append(collected.image(len(images), path))
-    return _checked(AnnotatedImages(split, images, list(class_names), list(range(1, len(class_names) + 1)), defects), root)
+    return _checked(
+        AnnotatedImages(split, images, list(class_names), list(range(1, len(class_names) + 1)), defects), root
+    )
 
 
 def _number(text: str | None) -> float:
@@ -238,9 +242,9 @@ def read_coco(root: Path, split: str, class_names: Sequence[str] | None = None) 
 
     Args:
         root: the folder of images and annotations.
-        split: "train2017" and the like, whose annotations are annotations/instances_train2017.json (or in a folder `coco`, or
-            the split's own folder) and whose images lie in train2017, images/train2017, images or JPEGImages; or the path of
-            an annotation file in root.
+        split: "train2017" and the like, whose annotations are annotations/instances_train2017.json (or in a folder
+            `coco`, or the split's own folder) and whose images lie in train2017, images/train2017, images or
+            JPEGImages; or the path of an annotation file in root.
         class_names: the classes to read, in this order; without them all categories, by their ids.
 
     Raises:
@@ -263,7 +267,9 @@ def read_coco(root: Path, split: str, class_names: Sequence[str] | None = None) 
         categories = sorted(content["categories"], key=lambda category: category["id"])
         listed_images, annotations = content["images"], content["annotations"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{annotation_file}: expected COCO's images, annotations and categories, got {error!r}") from error
+        raise ValueError(
+            f"{annotation_file}: expected COCO's images, annotations and categories, got {error!r}"
+        ) from error
 
     name_of = {category["id"]: category["name"] for category in categories}
     if class_names is None:
@@ -277,7 +283,14 @@ def read_coco(root: Path, split: str, class_names: Sequence[str] | None = None) 
             id_of[class_name], next_id = next_id, next_id + 1
         category_ids.append(id_of[class_name])
 
-    folders = [root / split, root / "images" / split, root / "images", root / "JPEGImages", annotation_file.parent, root]
+    folders = [
+        root / split,
+        root / "images" / split,
+        root / "images",
+        root / "JPEGImages",
+        annotation_file.parent,
+        root,
+    ]
     collected: dict[int, tuple[ObjectList, Path]] = {}
     skipped: set[int] = set()
     for entry in listed_images:
@@ -344,7 +357,9 @@ def read_data(root: Path, layout: str, split: str, class_names: Sequence[str] | 
 def default_splits(root: Path, layout: str) -> tuple[str, str]:
     """The splits to train and to evaluate on, where none are asked for: those of the paper for VOC and COCO themselves."""
     if layout == "voc" and (root / "VOC2007").is_dir():
-        return ("VOC2007/trainval+VOC2012/trainval" if (root / "VOC2012").is_dir() else "VOC2007/trainval"), "VOC2007/test"
+        return (
+            "VOC2007/trainval+VOC2012/trainval" if (root / "VOC2012").is_dir() else "VOC2007/trainval"
+        ), "VOC2007/test"
     if layout == "coco" and (root / "annotations" / "instances_val2017.json").is_file():
         return "train2017", "val2017"
     return "train", "val"
@@ -378,7 +393,9 @@ def decode_all(data: AnnotatedImages) -> dict[int, Tensor]:
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = tqdm(pool.map(decode, range(len(data.images))), f"decoding {data.name}", len(data.images), leave=False)
+        decoded = tqdm(
+            pool.map(decode, range(len(data.images))), f"decoding {data.name}", len(data.images), leave=False
+        )
         return {index: image for index, image in enumerate(decoded) if image is not None}
 
 
@@ -421,8 +438,8 @@ def collate(samples: list[TrainingSample]) -> TrainingBatch:
 class TrainingImages(Dataset[TrainingSample]):
     """Augmented images by (index, epoch).
 
-    What augmentation does to an image follows from the seed, the epoch and the image alone: neither the number of workers
-    and processes nor where a run was interrupted changes it.
+    What augmentation does to an image follows from the seed, the epoch and the image alone: neither the number of
+    workers and processes nor where a run was interrupted changes it.
     """
 
     def __init__(
@@ -469,9 +486,9 @@ class TrainingImages(Dataset[TrainingSample]):
 class TrainingSampler(Sampler[list[tuple[int, int]]]):
     """The batches of one process, as lists of (index, epoch).
 
-    The epochs' permutations form one stream, cut into batches of `batch_size` over all processes; a batch may join the end of
-    an epoch to the start of the next. So every image comes exactly once an epoch, no batch is padded and none is dropped;
-    the last two share what is left evenly. Process r takes every num_processes-th image of a batch from r on.
+    The epochs' permutations form one stream, cut into batches of `batch_size` over all processes; a batch may join the
+    end of an epoch to the start of the next. So every image comes exactly once an epoch, no batch is padded and none is
+    dropped; the last two share what is left evenly. Process r takes every num_processes-th image of a batch from r on.
 
     Args:
         num_images: in an epoch.
@@ -483,7 +500,14 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, num_images: int, epochs: int, batch_size: int, seed: int, rank: int = 0, num_processes: int = 1, start_step: int = 0
+        self,
+        num_images: int,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_processes: int = 1,
+        start_step: int = 0,
     ) -> None:
         total = num_images * epochs
         self.num_steps = math.ceil(total / batch_size)

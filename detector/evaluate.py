@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mg_ops import BoxCoder
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from detector.checkpoint import load_detector
 from detector.data import AnnotatedImages, EvaluationImages, collate_evaluation, default_splits, read_data
+from mg_ops import BoxCoder
 
 SCORE_THRESHOLD = 0.005
 NMS_IOU = 0.5
@@ -233,7 +233,9 @@ def coco_scores(
     per_category = {}
     for position, category_id in enumerate(evaluation.params.catIds):
         of_category = precision[:, :, position, 0, -1]
-        means = [row[row > -1].mean() if (row > -1).any() else -1.0 for row in (of_category, of_category[0], of_category[5])]
+        means = [
+            row[row > -1].mean() if (row > -1).any() else -1.0 for row in (of_category, of_category[0], of_category[5])
+        ]
         per_category[int(category_id)] = {name: known(mean) for name, mean in zip(COCO_METRICS, means, strict=False)}
     return overall, per_category
 
@@ -260,7 +262,9 @@ def voc_average_precision(
     scores = {}
     for category in ground_truth["categories"]:
         category_id = category["id"]
-        boxes = {image_id: corners(found) for (of_category, image_id), found in objects.items() if of_category == category_id}
+        boxes = {
+            image_id: corners(found) for (of_category, image_id), found in objects.items() if of_category == category_id
+        }
         skip = {
             image_id: [bool(entry.get("difficult") or entry.get("iscrowd")) for entry in objects[category_id, image_id]]
             for image_id in boxes
@@ -336,7 +340,8 @@ def evaluate(
     amp: torch.dtype | None = None,
     show_progress: bool = True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Detects in every image of a split and scores it; with torch.distributed every process takes its share of the images.
+    """Detects in every image of a split and scores it; with torch.distributed every process takes its share of the
+    images.
 
     Returns:
         The metrics, and the detections as COCO's result records. The same in every process.
@@ -403,7 +408,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--detections", type=Path, help="COCO result file to score instead of a checkpoint")
     parser.add_argument("--batch", type=int, default=32, help="images at once")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
     parser.add_argument("--out", type=Path, help="folder for metrics.json and detections.json")
     args = parser.parse_args(argv)
 
@@ -424,7 +431,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(data.summary())
         start = time.perf_counter()
         metrics, detections = evaluate(
-            model, data, content["arguments"]["image_size"], args.device, batch_size=args.batch, num_workers=args.workers
+            model,
+            data,
+            content["arguments"]["image_size"],
+            args.device,
+            batch_size=args.batch,
+            num_workers=args.workers,
         )
         metrics["seconds"] = time.perf_counter() - start
         metrics["checkpoint"], metrics["step"], metrics["split"] = str(args.checkpoint), content["step"], split

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from detector.anchors import level_cells, make_anchors
 from detector.backbone import VGG16, ResNet18
@@ -23,7 +23,9 @@ class FusionPyramid(nn.Module):
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         size = features[0].shape[-2:]
         reduced = [conv(feature) for conv, feature in zip(self.reduce, features, strict=True)]
-        enlarged = [reduced[0]] + [F.interpolate(feature, size=size, mode="nearest") for feature in reduced[1:]]
+        enlarged = [reduced[0]] + [
+            functional.interpolate(feature, size=size, mode="nearest") for feature in reduced[1:]
+        ]
         pyramid = [self.fuse(torch.cat(enlarged, dim=1))]  # (B, 256, S / 8, S / 8)
         for conv in self.downsample:
             pyramid.append(conv(pyramid[-1]))  # (B, 256, half, half)

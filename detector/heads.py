@@ -33,7 +33,9 @@ class Head(nn.Module):
         self.classes = nn.ModuleList(
             nn.Conv2d(channels, ANCHORS_PER_CELL * num_classes, 3, padding=1) for channels in level_channels
         )
-        self.boxes = nn.ModuleList(nn.Conv2d(channels, ANCHORS_PER_CELL * 4, 3, padding=1) for channels in level_channels)
+        self.boxes = nn.ModuleList(
+            nn.Conv2d(channels, ANCHORS_PER_CELL * 4, 3, padding=1) for channels in level_channels
+        )
         for conv in [*self.classes, *self.boxes]:
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-import math
-
 import torch
-from mg_ops import IGNORED, BoxCoder, MutualMatch, encode_targets
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
+
+from mg_ops import IGNORED, BoxCoder, MutualMatch, encode_targets
 
 NEVER = -100.0
 """A logit whose focal loss as a negative, and its gradient, are 0 in float32."""
@@ -18,8 +18,9 @@ NEVER = -100.0
 def focal_loss(cls_logits: Tensor, class_targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Focal loss (Lin et al., 2017) summed over all but the ignored anchors.
 
-    Every (anchor, class) pair is a negative but those a positive anchor has with its own class. Writing NEVER over these
-    leaves a sum of negatives alone, whose target is a single 0 expanded; their loss as positives is one number an anchor.
+    Every (anchor, class) pair is a negative but those a positive anchor has with its own class. Writing NEVER over
+    these leaves a sum of negatives alone, whose target is a single 0 expanded; their loss as positives is one number an
+    anchor.
 
     Args:
         cls_logits: (B, A, C) floating.
@@ -46,8 +47,8 @@ def focal_loss(cls_logits: Tensor, class_targets: Tensor, alpha: float = 0.25, g
 def balanced_l1_loss(error: Tensor, alpha: float = 0.5, gamma: float = 1.5, beta: float = 0.11) -> Tensor:
     """Balanced L1 loss (Pang et al., "Libra R-CNN", CVPR 2019, section 3.3), elementwise.
 
-    Its gradient is alpha * ln(b * |x| / beta + 1) for |x| < beta and gamma beyond, with b such that the two meet at beta:
-    the paper's loss L_b stretched to beta * L_b(x / beta).
+    Its gradient is alpha * ln(b * |x| / beta + 1) for |x| < beta and gamma beyond, with b such that the two meet at
+    beta: the paper's loss L_b stretched to beta * L_b(x / beta).
 
     Args:
         error: any shape, floating; predicted minus target.
@@ -88,8 +89,8 @@ def detection_loss(
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
 ) -> DetectionLoss:
-    """The loss of a batch. With several processes the normalisers are means over them, so that DistributedDataParallel's
-    mean of gradients is the gradient of the whole batch, however positives are spread.
+    """The loss of a batch. With several processes the normalisers are means over them, so that
+    DistributedDataParallel's mean of gradients is the gradient of the whole batch, however positives are spread.
 
     Args:
         cls_logits: (B, A, C) floating.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from detector.anchors import level_cells, make_anchors
 from detector.backbone import VGG16, ResNet18
@@ -23,8 +23,8 @@ class TopDown(nn.Module):
         levels = [conv(level) for conv, level in zip(self.lateral, pyramid, strict=True)]
         for finer in range(len(levels) - 2, -1, -1):
             size = levels[finer].shape[-2:]
-            levels[finer] = levels[finer] + F.interpolate(levels[finer + 1], size=size, mode="nearest")
-        return [F.relu(conv(level)) for conv, level in zip(self.output, levels, strict=True)]
+            levels[finer] = levels[finer] + functional.interpolate(levels[finer + 1], size=size, mode="nearest")
+        return [functional.relu(conv(level)) for conv, level in zip(self.output, levels, strict=True)]
 
 
 class RetinaNet(nn.Module):

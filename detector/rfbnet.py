@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from detector.anchors import level_cells, make_anchors
 from detector.backbone import VGG16
 from detector.heads import Head, conv_bn_relu
 
 
-def branch(
-    in_channels: int, width: int, kernels: list[tuple[int, int]], stride: int, dilation: int
-) -> nn.Sequential:
+def branch(in_channels: int, width: int, kernels: list[tuple[int, int]], stride: int, dilation: int) -> nn.Sequential:
     """1x1 reduction, convolutions of the given kernels (the last one strided), then a 3x3 dilated convolution, linear."""
     layers: list[nn.Module] = [*conv_bn_relu(in_channels, width, 1)]
     for index, kernel in enumerate(kernels):
         step = stride if index == len(kernels) - 1 else 1
         padding = (kernel[0] // 2, kernel[1] // 2)
-        layers += [nn.Conv2d(width, width, kernel, step, padding, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(width, width, kernel, step, padding, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
     layers += [
         nn.Conv2d(width, width, 3, 1 if kernels else stride, padding=dilation, dilation=dilation, bias=False),
         nn.BatchNorm2d(width),
@@ -60,10 +62,11 @@ class ReceptiveFieldBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = self.mix(torch.cat([branch(x) for branch in self.branches], dim=1))
-        return F.relu(mixed * self.scale + self.shortcut(x))
+        return functional.relu(mixed * self.scale + self.shortcut(x))
 
 
-# The blocks of the pyramid: thin kernels for the finest level, square ones in the middle, long ones where maps are small.
+# The blocks of the pyramid: thin kernels for the finest level, square ones in the middle, long ones where maps are
+#     small.
 RFB_A = [([], 1), ([(3, 1)], 3), ([(1, 3)], 3), ([(1, 3), (3, 1)], 5)]
 RFB = [([], 1), ([(3, 3)], 3), ([(3, 3), (3, 3)], 5)]
 RFB_C = [([], 1), ([(3, 3)], 3), ([(1, 7), (7, 1)], 7)]
@@ -85,7 +88,9 @@ class RFBNet(nn.Module):
     def __init__(self, backbone: VGG16, image_size: int, num_classes: int) -> None:
         super().__init__()
         if not isinstance(backbone, VGG16):
-            raise ValueError("RFBNet: expected a VGG-16 backbone (--backbone vgg16 or vgg16_bn); the paper pairs it with no other")
+            raise ValueError(
+                "RFBNet: expected a VGG-16 backbone (--backbone vgg16 or vgg16_bn); the paper pairs it with no other"
+            )
         self.backbone = backbone
         self.reduce = nn.ModuleList(conv_bn_relu(channels, 256, 1) for channels in backbone.channels)
         blocks = [
@@ -104,7 +109,9 @@ class RFBNet(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         stride_8, stride_16 = self.backbone(images)
         fine, coarse = self.reduce[0](stride_8), self.reduce[1](stride_16)
-        x = torch.cat([fine, F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")], dim=1)  # (B, 512, S / 8, S / 8)
+        x = torch.cat(
+            [fine, functional.interpolate(coarse, size=fine.shape[-2:], mode="nearest")], dim=1
+        )  # (B, 512, S / 8, S / 8)
         pyramid = []
         for block in self.blocks:
             x = block(x)

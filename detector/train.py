@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 -m detector.train --data coco --format coco --model retinanet --backbone vgg16_bn
 
 Everything random follows from --seed, the step and the image, and from nothing else. So a run interrupted anywhere and
-continued with --resume ends in the same weights, bit for bit, as one that was not, and two strategies see the same images.
+continued with --resume ends in the same weights, bit for bit, as one that was not, and two strategies see the same
+images.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import mg_ops
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import mg_ops
 from detector.augment import TrainingTransform
 from detector.backbone import BACKBONES, load_backbone_weights
 from detector.checkpoint import MODELS, make_detector, read_checkpoint, save_atomically
@@ -46,7 +47,17 @@ from detector.evaluate import evaluate, format_metrics
 from detector.loss import detection_loss
 
 # Flags that say where and how fast a run goes, not what it computes: they may differ when it is resumed.
-FREE_ON_RESUME = ("data", "out", "resume", "workers", "cache", "device", "save_minutes", "log_every", "backbone_weights")
+FREE_ON_RESUME = (
+    "data",
+    "out",
+    "resume",
+    "workers",
+    "cache",
+    "device",
+    "save_minutes",
+    "log_every",
+    "backbone_weights",
+)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -63,16 +74,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--eval-split", help="by default VOC2007/test or val2017, where they are, or val")
     data.add_argument("--classes", help="comma-separated classes to learn; by default all of the training split")
     data.add_argument("--cache", action="store_true", help="decode all training images once, into memory")
-    data.add_argument("--workers", type=int, help="processes that prepare batches; by default 1 on the CPU, up to 12 on a GPU")
+    data.add_argument(
+        "--workers", type=int, help="processes that prepare batches; by default 1 on the CPU, up to 12 on a GPU"
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODELS, default="fssd", help="architecture")
     model.add_argument("--backbone", choices=BACKBONES, default="resnet18", help="feature extractor")
-    model.add_argument("--backbone-weights", default="imagenet", help="imagenet (torchvision's), none, or a state dict's file")
+    model.add_argument(
+        "--backbone-weights", default="imagenet", help="imagenet (torchvision's), none, or a state dict's file"
+    )
     model.add_argument("--image-size", type=int, default=320, help="side of the input in pixels, a multiple of 32")
 
     matching = parser.add_argument_group("matching and losses")
-    matching.add_argument("--strategy", choices=tuple(mg_ops.matching.STRATEGIES), default="mutual", help="rows of Table 1")
+    matching.add_argument(
+        "--strategy", choices=tuple(mg_ops.matching.STRATEGIES), default="mutual", help="rows of Table 1"
+    )
     matching.add_argument("--sigma", type=float, default=2.0, help="degree of amplification (Eq. 1)")
     matching.add_argument("--backend", help="of mg_ops.mutual_match; by default the best one for the device")
     matching.add_argument("--focal-alpha", type=float, default=0.25, help="weight of positives in the focal loss")
@@ -85,20 +102,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     schedule.add_argument("--lr", type=float, default=0.01, help="learning rate after warm-up")
     schedule.add_argument("--warmup", type=int, default=500, help="steps of linear warm-up, a tenth of the run at most")
     schedule.add_argument("--momentum", type=float, default=0.9, help="of SGD")
-    schedule.add_argument("--weight-decay", type=float, default=5e-4, help="on convolution weights; none on biases and norms")
-    schedule.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, such as 0.9998; 0 keeps none")
+    schedule.add_argument(
+        "--weight-decay", type=float, default=5e-4, help="on convolution weights; none on biases and norms"
+    )
+    schedule.add_argument(
+        "--ema", type=float, default=0.0, help="decay of averaged weights, such as 0.9998; 0 keeps none"
+    )
     schedule.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="autocast of the network")
     schedule.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
 
     running = parser.add_argument_group("running")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    running.add_argument("--device", default=default_device, help="cpu or cuda; under torchrun each process takes one GPU")
+    running.add_argument(
+        "--device", default=default_device, help="cpu or cuda; under torchrun each process takes one GPU"
+    )
     running.add_argument("--compile", action="store_true", help="torch.compile the network")
     running.add_argument("--sync-batch-norm", action="store_true", help="batch statistics over all GPUs")
-    running.add_argument("--deterministic", action="store_true", help="deterministic kernels: runs on a GPU repeat bit for bit")
-    running.add_argument("--out", type=Path, help="folder of the run; by default runs/MODEL-BACKBONE-STRATEGY-SIZE-seedN")
+    running.add_argument(
+        "--deterministic", action="store_true", help="deterministic kernels: runs on a GPU repeat bit for bit"
+    )
+    running.add_argument(
+        "--out", type=Path, help="folder of the run; by default runs/MODEL-BACKBONE-STRATEGY-SIZE-seedN"
+    )
     running.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
-    running.add_argument("--eval-every", type=int, default=0, help="epochs between evaluations; 0 evaluates at the end only")
+    running.add_argument(
+        "--eval-every", type=int, default=0, help="epochs between evaluations; 0 evaluates at the end only"
+    )
     running.add_argument("--save-minutes", type=float, default=10.0, help="minutes between checkpoints")
     running.add_argument("--log-every", type=int, default=20, help="steps between log entries")
     args = parser.parse_args(argv)
@@ -198,7 +227,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """
     args = parse_arguments(argv)
 
-    # ---- Processes: one, or those of torchrun -----------------------------------------------------------------------
+    # ---- Processes: one, or those of torchrun
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, num_processes = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if distributed else (0, 1)
     device = torch.device(args.device)
@@ -214,7 +243,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
 
-    # ---- The run's folder, and the checkpoint to resume from ----------------------------------------------------------
+    # ---- The run's folder, and the checkpoint to resume from
     checkpoint_file = args.out / "last.pt"
     resumed = read_checkpoint(checkpoint_file) if args.resume and checkpoint_file.is_file() else None
     if checkpoint_file.is_file() and not args.resume:
@@ -228,12 +257,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             differences = ", ".join(f"{name} {was.get(name)!r} -> {arguments[name]!r}" for name in changed)
             raise SystemExit(f"--resume: the run in {args.out} was started with other flags: {differences}")
 
-    # ---- Data ---------------------------------------------------------------------------------------------------------
+    # ---- Data
     wanted_classes = args.classes.split(",") if args.classes else None
     train_data = read_data(args.data, args.format, args.train_split, wanted_classes)
     eval_data = read_data(args.data, args.format, args.eval_split, train_data.class_names)
     if resumed is not None and resumed["class_names"] != train_data.class_names:
-        raise SystemExit(f"--resume: the run learned {resumed['class_names']}, the data now has {train_data.class_names}")
+        raise SystemExit(
+            f"--resume: the run learned {resumed['class_names']}, the data now has {train_data.class_names}"
+        )
     say(f"training on {train_data.summary()}\nevaluating on {eval_data.summary()}")
     decoded = decode_all(train_data) if args.cache else None
     start_step = resumed["step"] if resumed is not None else 0
@@ -250,7 +281,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     num_steps = sampler.num_steps
 
-    # ---- Model, averaged weights, optimiser ---------------------------------------------------------------------------
+    # ---- Model, averaged weights, optimiser
     torch.manual_seed(args.seed)
     model = make_detector(args.model, args.backbone, args.image_size, len(train_data.class_names))
     if resumed is None:
@@ -311,7 +342,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             amp=autocast_type,
         )
 
-    # ---- Logs: one JSON line an entry, and TensorBoard ----------------------------------------------------------------
+    # ---- Logs: one JSON line an entry, and TensorBoard
     log_file = args.out / "log.jsonl"
     writer = None
     if is_first:
@@ -327,7 +358,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 if isinstance(value, (int, float)):
                     writer.add_scalar(name, value, step)
 
-    # ---- SIGTERM and SIGINT: finish the step, save, exit --------------------------------------------------------------
+    # ---- SIGTERM and SIGINT: finish the step, save, exit
     received: list[int] = []
 
     def remember_signal(signal_number: int, frame: FrameType | None) -> None:
@@ -347,7 +378,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 
-    # ---- Training -----------------------------------------------------------------------------------------------------
+    # ---- Training
     losses, met = LossWatch(), Defects()
     matching_time, step_time, waiting = Stopwatch(device), Stopwatch(device), 0.0
     images_since, images_done = 0, sampler.start_of(start_step)
@@ -413,7 +444,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 average.update_parameters(model)
             step_time.stop()
 
-            # ---- What can be seen of it -------------------------------------------------------------------------------
+            # ---- What can be seen of it
             for kind, where in batch.defects:
                 if met.add(kind, where):
                     tqdm.write(f"{kind}: {where}")
@@ -443,7 +474,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     f"matching {100 * entry['matching_share']:.0f}%, waiting for data {100 * entry['waiting_share']:.0f}%"
                 )
 
-            # ---- Checkpoints, evaluation, signals ---------------------------------------------------------------------
+            # ---- Checkpoints, evaluation, signals
             if time.perf_counter() - saved_at > 60 * args.save_minutes and not is_last:
                 save(step + 1)
                 saved_at = time.perf_counter()
@@ -463,7 +494,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
-    # ---- The end: checkpoint, evaluation, results.json ----------------------------------------------------------------
+    # ---- The end: checkpoint, evaluation, results.json
     save(num_steps)
     metrics, detections = run_evaluation()
     log({"step": num_steps, "epoch": args.epochs, **{f"eval_{name}": metrics[name] for name in EVALUATED}}, num_steps)
