@@ -85,6 +85,8 @@ class TrainingTransform:
         """Image (3, H, W) uint8, boxes (G, 4), labels (G,), crowd (G,) -> the same, of the (3, S, S) input's objects."""
         height, width = image.shape[-2:]
         region = crop_by_iou(zoom_out(width, height), boxes[~crowd])
+        # Whole pixels: what is cut out of the image is then exactly what the boxes are scaled by.
+        region = torch.cat([region[:2].floor(), region[2:].ceil()])
         flip = torch.rand(()).item() < 0.5
 
         # Objects whose centre was cropped away leave; a crowd region stays as far as it is seen.
@@ -98,10 +100,9 @@ class TrainingTransform:
             )
         seen = (inside | crowd) & ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
 
-        # The part of the image inside the region, in whole pixels, and where it lands in the input.
+        # The part of the image inside the region, and where it lands in the input.
         limit = torch.tensor([width, height], dtype=torch.float32)
-        first = torch.minimum(region[:2].clamp(min=0).floor(), limit - 1)
-        last = torch.minimum(region[2:].ceil(), limit)
+        first, last = region[:2].clamp(min=0), torch.minimum(region[2:], limit)
         left, top, right, bottom = [int(value) for value in torch.cat([first, last])]
         place = ((torch.cat([first, last]) - region[:2].repeat(2)) * scale.repeat(2)).round().clamp(0, self.image_size)
         to_left, to_top, to_right, to_bottom = [int(value) for value in place]

@@ -9,6 +9,7 @@ from urllib.error import URLError
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
 
 BACKBONES = ("resnet18", "vgg16", "vgg16_bn")
 
@@ -56,10 +57,15 @@ class VGG16(nn.Module):
 
     def __init__(self, batch_norm: bool) -> None:
         super().__init__()
-        vgg = torchvision.models.vgg16_bn() if batch_norm else torchvision.models.vgg16()
-        pools = [index for index, layer in enumerate(vgg.features) if isinstance(layer, nn.MaxPool2d)]
+        # Only the convolutions: torchvision.models.vgg16() would fill 120 million weights of a classifier first.
+        features = make_layers(cfgs["D"], batch_norm)
+        for layer in features:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        pools = [index for index, layer in enumerate(features) if isinstance(layer, nn.MaxPool2d)]
         self.normalize = Normalize()
-        self.features = vgg.features[: pools[4]]
+        self.features = features[: pools[4]]
         self.conv5_start = pools[3]
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -1,0 +1,266 @@
+"""The paper's Figures 3, 4 and 5 and training curves, as PNG, PDF or SVG files by the suffix of --out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import mg_ops
+import torch
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from torch import Tensor
+from torchvision.transforms import v2
+
+from detector.checkpoint import load_detector
+from detector.data import AnnotatedImage, AnnotatedImages, decode_image, default_splits, read_data
+from detector.evaluate import Detections, detect
+from detector.train import read_log
+
+RED, GREEN, YELLOW = "#e6194b", "#3cb44b", "#ffe119"
+
+
+def plot_amplification(sigmas: list[float]) -> plt.Figure:
+    """Figure 3: the amplified IoU (Eq. 1) over the anchor's IoU, for classification scores from 0 to 1."""
+    iou = torch.linspace(0, 1, 201)
+    figure, axes = plt.subplots(
+        1, len(sigmas), figsize=(3.1 * len(sigmas), 3.6), sharey=True, layout="constrained", squeeze=False
+    )
+    scores = [0.0, 0.25, 0.5, 0.75, 1.0]
+    colors = mpl.colormaps["viridis"](torch.linspace(0.9, 0, len(scores)).numpy())
+    for axis, sigma in zip(axes[0], sigmas, strict=True):
+        for score, color in zip(scores, colors, strict=True):
+            axis.plot(iou, iou ** ((sigma - score) / sigma), color=color, label=f"p = {score:g}")
+        axis.set(title=f"$\\sigma$ = {sigma:g}", xlabel="IoU of the anchor", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("amplified IoU")
+    axes[0, -1].legend(fontsize="small", loc="lower right")
+    return figure
+
+
+def draw_boxes(axis: Axes, boxes: Tensor, color: str, width: float = 1.2, style: str = "-") -> None:
+    """Outlines boxes (K, 4), (x1, y1, x2, y2) in pixels, on a picture."""
+    for x1, y1, x2, y2 in boxes.tolist():
+        axis.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, linestyle=style)
+        )
+
+
+def show_image(axis: Axes, image: Tensor, title: str) -> None:
+    """A picture (3, H, W) uint8 without ticks."""
+    axis.imshow(image.permute(1, 2, 0).numpy())
+    axis.set_title(title, fontsize="small")
+    axis.set_axis_off()
+
+
+@torch.no_grad()
+def plot_assignment(
+    model: torch.nn.Module, image_size: int, data: AnnotatedImages, positions: list[int], sigma: float
+) -> plt.Figure:
+    """Figure 4: the positive anchors of static matching, and where those of each half of Mutual Guidance differ."""
+    figure, axes = plt.subplots(
+        len(positions), 3, figsize=(9.6, 3.35 * len(positions)), layout="constrained", squeeze=False
+    )
+    resize = v2.Resize((image_size, image_size), antialias=True)
+    device = model.anchors.device
+    for row, position in enumerate(positions):
+        annotated = data.images[position]
+        image = resize(decode_image(annotated.path))
+        scale = torch.tensor([image_size / annotated.width, image_size / annotated.height]).repeat(2)
+        gt_boxes = annotated.boxes * scale
+        cls_logits, box_deltas = model(image[None].to(device))
+        positives = {}
+        for strategy in ("iou", "mutual"):
+            match = mg_ops.mutual_match(
+                model.anchors,
+                box_deltas,
+                cls_logits,
+                [gt_boxes.to(device)],
+                [annotated.labels.to(device)],
+                gt_crowd=[annotated.crowd.to(device)],
+                box_coder=mg_ops.BoxCoder(),
+                strategy=strategy,
+                sigma=sigma,
+            )
+            positives[strategy] = (match.cls_match[0].cpu() >= 0, match.loc_match[0].cpu() >= 0)
+        anchors = model.anchors.cpu()
+        static = positives["iou"][0]
+        by_localization, by_classification = positives["mutual"]
+        show_image(axes[row, 0], image, f"{annotated.name}: IoU of anchors, {int(static.sum())} positives")
+        draw_boxes(axes[row, 0], anchors[static], RED)
+        panels = ((1, "Localize to Classify", by_localization, GREEN), (2, "Classify to Localize", by_classification, YELLOW))
+        for column, name, chosen, color in panels:
+            gained, lost = chosen & ~static, static & ~chosen
+            show_image(axes[row, column], image, f"{name}: {int(gained.sum())} gained, {int(lost.sum())} lost")
+            draw_boxes(axes[row, column], anchors[lost], RED)
+            draw_boxes(axes[row, column], anchors[gained], color)
+        for axis in axes[row]:
+            draw_boxes(axis, gt_boxes, "white", width=1.6, style=":")
+    meanings = {
+        RED: "positive by IoU, not by Mutual Guidance (first column: every positive by IoU)",
+        GREEN: "positive by Localize to Classify only",
+        YELLOW: "positive by Classify to Localize only",
+    }
+    handles = [Line2D([], [], color=color, label=meaning) for color, meaning in meanings.items()]
+    handles.append(Line2D([], [], color="grey", linestyle=":", label="object"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def plot_detections(
+    names: list[str],
+    found: list[dict[int, Detections]],
+    class_names: list[list[str]],
+    images: list[AnnotatedImage],
+) -> plt.Figure:
+    """Figure 5: the detections of several checkpoints side by side, one image a row.
+
+    Args:
+        names: of the checkpoints.
+        found: for each checkpoint its detections by position of the image.
+        class_names: for each checkpoint.
+        images: which images.
+    """
+    figure, axes = plt.subplots(
+        len(images), len(names), figsize=(4.6 * len(names), 3.7 * len(images)), layout="constrained", squeeze=False
+    )
+    for row, annotated in enumerate(images):
+        image = decode_image(annotated.path)
+        for column, name in enumerate(names):
+            axis = axes[row, column]
+            detections = found[column][row]
+            show_image(axis, image, f"{name}: {len(detections.labels)} detections in {annotated.name}")
+            draw_boxes(axis, annotated.boxes, "white", width=1.4, style=":")
+            palette = mpl.colormaps["tab10" if len(class_names[column]) <= 10 else "tab20"].colors
+            for box, score, label in zip(detections.boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True):
+                color = mpl.colors.to_hex(palette[label % len(palette)])
+                draw_boxes(axis, box[None], color, width=1.5)
+                caption = f"{class_names[column][label]} {score:.2f}"
+                box_style = {"facecolor": color, "edgecolor": "none", "pad": 0.6}
+                axis.text(float(box[0]), float(box[1]), caption, fontsize=5.5, color="white", va="bottom", bbox=box_style)
+    return figure
+
+
+def plot_curves(runs: list[Path]) -> plt.Figure:
+    """Loss, its parts, learning rate, and what evaluations there were, over epochs, for several runs.
+
+    Raises:
+        ValueError: a run has no log.
+    """
+    panels = {"loss": "loss", "cls_loss": "classification loss", "box_loss": "box loss", "lr": "learning rate"}
+    logs: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        entries = read_log(run / "log.jsonl")
+        if not entries:
+            raise ValueError(f"{run}: expected the folder of a run of detector.train, and there is no log.jsonl in it")
+        logs[run.name] = entries
+    if any("eval_AP" in entry for entries in logs.values() for entry in entries):
+        panels |= {"eval_AP": "AP", "eval_AP50": "AP50"}
+    columns = len(panels) // 2
+    figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5.6), layout="constrained")
+    for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
+        for name, entries in logs.items():
+            points = [(entry["epoch"], entry[key]) for entry in entries if entry.get(key) is not None]
+            marker = "o" if key.startswith("eval") else None
+            axis.plot(*zip(*points, strict=True), label=name, marker=marker, linewidth=1.2) if points else None
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+        axis.set_xlim(left=0)
+        if key in ("eval_AP", "eval_AP50"):
+            axis.set_ylim(0, 1)
+    axes.flat[0].legend(fontsize="x-small")
+    return figure
+
+
+def choose_images(data: AnnotatedImages, names: list[str] | None, count: int) -> list[int]:
+    """Positions of the images asked for by name, or of `count` spread evenly over those with objects."""
+    if names:
+        position_of = {image.name: position for position, image in enumerate(data.images)}
+        unknown = [name for name in names if name not in position_of]
+        if unknown:
+            raise ValueError(f"--images: not in split {data.name!r}: {', '.join(unknown)}")
+        return [position_of[name] for name in names]
+    with_objects = [position for position, image in enumerate(data.images) if len(image.labels) > 0]
+    count = min(count, len(with_objects))
+    return [with_objects[index * len(with_objects) // count] for index in range(count)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m detector.visualize", description=__doc__)
+    figures = parser.add_subparsers(dest="figure", required=True)
+
+    amplification = figures.add_parser("amplification", help="Figure 3: how a score amplifies an anchor's IoU")
+    amplification.add_argument("--sigmas", nargs="+", type=float, default=[1.5, 2.0, 3.0], help="one panel each")
+
+    assignment = figures.add_parser("assignment", help="Figure 4: which anchors each strategy chooses")
+    assignment.add_argument("--checkpoint", type=Path, required=True, help="whose predictions guide the matching")
+    assignment.add_argument("--sigma", type=float, default=2.0, help="degree of amplification")
+
+    detections = figures.add_parser("detections", help="Figure 5: detections of checkpoints side by side")
+    detections.add_argument("--checkpoints", nargs="+", type=Path, required=True, help="one column each")
+    detections.add_argument("--threshold", type=float, default=0.3, help="lowest score shown")
+
+    for figure in (assignment, detections):
+        figure.add_argument("--data", type=Path, required=True, help="folder of the data set")
+        figure.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out")
+        figure.add_argument("--split", help="by default VOC2007/test, val2017 or val")
+        figure.add_argument("--images", nargs="+", help="names of images; by default some spread over the split")
+        figure.add_argument("--count", type=int, default=4, help="how many images, without --images")
+
+    curves = figures.add_parser("curves", help="loss, learning rate and AP of runs over epochs")
+    curves.add_argument("--runs", nargs="+", type=Path, required=True, help="folders of detector.train")
+
+    for figure in (amplification, assignment, detections, curves):
+        figure.add_argument("--out", type=Path, required=True, help="file to write: .png, .pdf or .svg")
+        figure.add_argument("--dpi", type=int, default=150, help="of a .png")
+    args = parser.parse_args(argv)
+
+    try:
+        if args.figure == "amplification":
+            drawing = plot_amplification(args.sigmas)
+        elif args.figure == "curves":
+            drawing = plot_curves(args.runs)
+        else:
+            checkpoints = [args.checkpoint] if args.figure == "assignment" else args.checkpoints
+            loaded = [load_detector(checkpoint, "cpu") for checkpoint in checkpoints]
+            split = args.split or default_splits(args.data, args.format)[1]
+            data = read_data(args.data, args.format, split, loaded[0][1]["class_names"])
+            positions = choose_images(data, args.images, args.count)
+            if args.figure == "assignment":
+                model, content = loaded[0]
+                drawing = plot_assignment(model, content["arguments"]["image_size"], data, positions, args.sigma)
+            else:
+                images = [data.images[position] for position in positions]
+                found = [
+                    detect(
+                        model,
+                        [image.path for image in images],
+                        content["arguments"]["image_size"],
+                        "cpu",
+                        num_workers=0,
+                        score_threshold=args.threshold,
+                        show_progress=False,
+                    )[0]
+                    for model, content in loaded
+                ]
+                names = [content["arguments"]["strategy"] for _, content in loaded]
+                if len(set(names)) < len(names):
+                    names = [path.parent.name if path.suffix else path.name for path in checkpoints]
+                drawing = plot_detections(names, found, [content["class_names"] for _, content in loaded], images)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(args.out, dpi=args.dpi)
+    plt.close(drawing)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The anchors are those of the published setting: 12,750 at 320 pixels, six a cell, clipped to the image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from detector.anchors import level_cells, make_anchors
+
+
+@pytest.mark.parametrize(
+    ("image_size", "cells", "count"),
+    [
+        (320, [40, 20, 10, 5], 12_750),
+        (512, [64, 32, 16, 8, 4], 32_736),
+        (160, [20, 10, 5, 3], 6 * (400 + 100 + 25 + 9)),
+    ],
+)
+def test_counts_at_each_size(image_size: int, cells: list[int], count: int) -> None:
+    assert level_cells(image_size) == cells
+    assert make_anchors(image_size).shape == (count, 4)
+
+
+def test_values_worked_out_by_hand() -> None:
+    anchors = make_anchors(320)
+    # Cell (row 20, column 10) of the stride-8 level: centre (84, 164), first anchor 24 x 24.
+    first = 6 * (20 * 40 + 10)
+    assert anchors[first].tolist() == [72, 152, 96, 176]
+    # Ratio 2: 24 * sqrt 2 by 24 / sqrt 2.
+    torch.testing.assert_close(anchors[first + 1], torch.tensor([67.02944, 155.51472, 100.97056, 172.48528]))
+    # Ratio 1/2: the same, upright.
+    torch.testing.assert_close(anchors[first + 2], torch.tensor([75.51472, 147.02944, 92.48528, 180.97056]))
+    # Twice the area at ratio 2: 48 by 24.
+    torch.testing.assert_close(anchors[first + 4], torch.tensor([60.0, 152.0, 108.0, 176.0]))
+    # The coarsest level's last cell: centre (288, 288), side 192, cut by the image.
+    torch.testing.assert_close(anchors[-6], torch.tensor([192.0, 192.0, 320.0, 320.0]))
+    # The very first anchor: centre (4, 4), cut at the corner.
+    assert anchors[0].tolist() == [0, 0, 16, 16]
+
+
+def test_every_anchor_lies_in_the_image_and_has_an_area() -> None:
+    for image_size in (64, 96, 320, 512):
+        anchors = make_anchors(image_size)
+        assert anchors.min() >= 0 and anchors.max() <= image_size
+        assert ((anchors[:, 2:] - anchors[:, :2]) > 0).all()
+
+
+@pytest.mark.parametrize("image_size", [0, 32, 100, 333])
+def test_a_size_the_pyramid_cannot_halve_is_refused(image_size: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 32"):
+        make_anchors(image_size)

@@ -1,0 +1,172 @@
+"""Scores agree with answers worked out on paper; difficult objects, crowds and broken images count as they should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_data import write_coco, write_voc
+
+from detector.checkpoint import make_detector, save_atomically
+from detector.data import read_voc
+from detector.evaluate import (
+    Detections,
+    coco_scores,
+    evaluate,
+    main,
+    score,
+    select_detections,
+    to_coco_detections,
+    to_coco_ground_truth,
+    voc_average_precision,
+)
+
+
+def annotation(number: int, image: int, box: list[float], **flags: int) -> dict[str, Any]:
+    entry = {"id": number, "image_id": image, "category_id": 5, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+    return {**entry, **flags}
+
+
+def detection(image: int, box: list[float], confidence: float) -> dict[str, Any]:
+    return {"image_id": image, "category_id": 5, "bbox": box, "score": confidence}
+
+
+def ground_truth(*annotations: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    images = [{"id": number, "file_name": f"{number}.jpg", "width": 200, "height": 200} for number in (1, 2)]
+    return {"images": images, "annotations": list(annotations), "categories": [{"id": 5, "name": "thing"}]}
+
+
+TWO_OBJECTS = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 2, [50, 50, 40, 40]))
+
+
+def test_a_ranking_worked_out_by_hand() -> None:
+    # Right (0.9), wrong (0.8), right (0.7): precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1.
+    found = [
+        detection(1, [10, 10, 40, 40], 0.9),
+        detection(1, [100, 100, 40, 40], 0.8),
+        detection(2, [50, 50, 40, 40], 0.7),
+    ]
+    area, eleven = voc_average_precision(TWO_OBJECTS, found)[5]
+    assert area == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert eleven == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)  # recalls 0 to 0.5, and 0.6 to 1
+    overall, per_category = coco_scores(TWO_OBJECTS, found)
+    # COCO reads 101 recalls: 0 to 0.50 at precision 1, 0.51 to 1 at 2/3.
+    assert overall["AP50"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101)
+    for value in (overall["AP75"], overall["AP"], overall["AP_medium"], per_category[5]["AP"], per_category[5]["AP75"]):
+        assert value == pytest.approx(overall["AP50"])
+    assert overall["AP_small"] is None and overall["AP_large"] is None
+
+
+def test_the_overlap_decides() -> None:
+    # IoU 40 * 32 / (40 * 40) = 0.8 with object 1: right up to the threshold 0.80, wrong from 0.85 on.
+    overall, _ = coco_scores(ground_truth(annotation(1, 1, [10, 10, 40, 40])), [detection(1, [10, 10, 40, 32], 0.9)])
+    assert overall["AP50"] == pytest.approx(1) and overall["AP75"] == pytest.approx(1)
+    assert overall["AP"] == pytest.approx(0.7)
+
+
+def test_a_second_detection_of_an_object_is_wrong() -> None:
+    found = [detection(1, [10, 10, 40, 40], 0.9), detection(1, [11, 10, 40, 40], 0.8), detection(2, [50, 50, 40, 40], 0.7)]
+    area, _ = voc_average_precision(TWO_OBJECTS, found)[5]
+    assert area == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+
+
+@pytest.mark.parametrize("flag", ["difficult", "iscrowd"])
+def test_difficult_objects_and_crowds_are_neither_asked_for_nor_punished(flag: str) -> None:
+    truth = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 1, [100, 100, 60, 60], **{flag: 1}))
+    right = detection(1, [10, 10, 40, 40], 0.5)
+    over_it = detection(1, [100, 100, 60, 60], 0.9)
+    for found in ([right], [over_it, right]):
+        metrics = score(truth, found)
+        for name in ("AP", "AP50", "VOC_AP50", "VOC07_AP50"):
+            assert metrics[name] == pytest.approx(1)
+        assert metrics["per_class"]["thing"]["objects"] == 1
+    # Elsewhere it is a false positive ahead of the right one.
+    metrics = score(truth, [detection(1, [140, 20, 40, 40], 0.9), right])
+    assert metrics["AP50"] == pytest.approx(0.5) and metrics["VOC_AP50"] == pytest.approx(0.5)
+
+
+def test_a_crowd_takes_any_number_of_detections_and_a_difficult_object_one() -> None:
+    inside = [detection(1, [100, 100, 30, 60], 0.9), detection(1, [130, 100, 30, 60], 0.8)]
+    right = detection(1, [10, 10, 40, 40], 0.5)
+    crowd = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 1, [100, 100, 60, 60], iscrowd=1))
+    assert coco_scores(crowd, [*inside, right])[0]["AP50"] == pytest.approx(1)
+    difficult = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 1, [100, 100, 60, 60], difficult=1))
+    # Each overlaps it by exactly half; only the first may.
+    assert coco_scores(difficult, [*inside, right])[0]["AP50"] == pytest.approx(0.5)
+
+
+def test_no_detection_and_no_object() -> None:
+    nothing = score(TWO_OBJECTS, [])
+    assert nothing["AP"] == nothing["AP50"] == nothing["VOC_AP50"] == 0
+    assert score(ground_truth(), [])["AP"] is None
+    assert score(ground_truth(), [])["VOC_AP50"] is None
+
+
+def test_nms_is_class_by_class_and_scores_must_exceed_the_threshold() -> None:
+    anchors = torch.tensor([[10.0, 10, 50, 50], [12, 10, 52, 50], [60, 60, 90, 90]])
+    logits = torch.full((1, 3, 2), -20.0)
+    logits[0, 0, 0], logits[0, 1, 0], logits[0, 1, 1], logits[0, 2, 0] = 2, 3, 1, -5.4  # 0.0045 is under 0.005
+    found = select_detections(logits, torch.zeros(1, 3, 4), anchors, 64)[0]
+    assert found.labels.tolist() == [0, 1]
+    torch.testing.assert_close(found.scores, torch.tensor([3.0, 1.0]).sigmoid())
+    assert found.boxes.tolist() == [[12, 10, 52, 50], [12, 10, 52, 50]]
+    logits[0, 2, 0] = -5
+    found = select_detections(logits, torch.zeros(1, 3, 4), anchors, 64)[0]
+    assert found.boxes[-1].tolist() == [60, 60, 64, 64]  # clipped to the image
+
+
+def test_at_most_300_detections_an_image() -> None:
+    anchors = torch.arange(400.0).reshape(-1, 1) * torch.ones(4) + torch.tensor([0.0, 0, 0.5, 0.5])
+    found = select_detections(torch.randn(1, 400, 1), torch.zeros(1, 400, 4), anchors, 512)[0]
+    assert len(found.labels) == 300
+    assert (found.scores.diff() <= 0).all()
+
+
+def test_perfect_detections_score_one_and_a_broken_image_is_left_out(tmp_path: Path) -> None:
+    data = read_voc(write_voc(tmp_path, {"val": 3}), "val")
+    found = {
+        position: Detections(image.boxes, torch.full((len(image.labels),), 0.9), image.labels)
+        for position, image in enumerate(data.images)
+        if position != 1
+    }
+    detections = to_coco_detections(found, data)
+    assert score(to_coco_ground_truth(data), detections)["AP"] < 0.8
+    metrics = score(to_coco_ground_truth(data, leave_out=[1]), detections)
+    assert metrics["AP"] == pytest.approx(1) and metrics["VOC_AP50"] == pytest.approx(1)
+    assert metrics["images"] == 2
+
+    data.images[2].path.write_bytes(b"broken")
+    model = make_detector("fssd", "resnet18", 64, 2)
+    metrics, _ = evaluate(model, data, 64, "cpu", num_workers=0, show_progress=False)
+    assert metrics["images"] == 2 and metrics["images_left_out"] == [data.images[2].name]
+    assert data.defects.counts()["image that cannot be decoded: left out of the evaluation"] == 1
+    assert model.training  # its mode is left as it was found
+
+
+def test_the_command_line_scores_a_checkpoint_on_voc_and_coco_alike(tmp_path: Path) -> None:
+    """The same images laid out both ways give the same scores; the detections written score the same again."""
+    torch.manual_seed(0)
+    model = make_detector("fssd", "resnet18", 64, 2)
+    arguments = {"model": "fssd", "backbone": "resnet18", "image_size": 64}
+    content = {"step": 7, "model": model.state_dict(), "ema": None, "arguments": arguments, "class_names": ["disc", "square"]}
+    save_atomically(content, tmp_path / "last.pt")
+    voc = write_voc(tmp_path / "voc", {"val": 3})
+    coco = write_coco(tmp_path / "coco", {"val": 3})
+    for image in (coco / "val").iterdir():  # the same pixels: COCO's were saved as JPEG
+        number = int(image.stem) - 1
+        (voc / "JPEGImages" / f"image_{number:03d}.png").unlink()
+        (voc / "JPEGImages" / f"image_{number:03d}.jpg").write_bytes(image.read_bytes())
+    common = ["--checkpoint", str(tmp_path), "--workers", "0", "--device", "cpu"]
+    of_voc = main(["--data", str(voc), "--format", "voc", *common])
+    of_coco = main(["--data", str(coco), "--format", "coco", "--out", str(tmp_path / "out"), *common])
+    assert of_voc["AP"] is not None and of_voc["AP50"] >= of_voc["AP"]
+    for name in ("AP", "AP50", "AP75", "VOC_AP50", "VOC07_AP50"):
+        assert of_voc[name] == pytest.approx(of_coco[name], abs=1e-9)
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert written["per_class"].keys() == {"disc", "square"}
+    annotations = str(coco / "annotations" / "instances_val.json")
+    again = main(["--annotations", annotations, "--detections", str(tmp_path / "out" / "detections.json")])
+    assert again["AP"] == pytest.approx(of_coco["AP"], abs=1e-6)

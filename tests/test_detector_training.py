@@ -1,0 +1,307 @@
+"""Training overfits, repeats bit for bit, survives being stopped, shares its work between processes, and says what went wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mg_ops
+import pytest
+import torch
+from small_data import write_coco, write_voc
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import v2
+
+import detector.train
+from detector.checkpoint import make_detector, read_checkpoint, save_atomically
+from detector.data import decode_image, read_voc
+from detector.evaluate import evaluate
+from detector.loss import detection_loss
+from detector.train import learning_rate, read_log
+
+ROOT = Path(__file__).parent.parent
+
+
+def flags(data: Path, out: Path, **changes: object) -> list[str]:
+    """A run of seconds: 64 pixels, batches of 3."""
+    values: dict[str, object] = {
+        "data": data,
+        "out": out,
+        "model": "fssd",
+        "backbone": "resnet18",
+        "backbone-weights": "none",
+        "image-size": 64,
+        "batch": 3,
+        "epochs": 2,
+        "lr": 0.01,
+        "log-every": 1,
+        "device": "cpu",
+        "workers": 0,
+        **changes,
+    }
+    parts = []
+    for name, value in values.items():
+        parts += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return parts
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_voc(tmp_path_factory.mktemp("voc"), {"train": 7, "val": 2})
+
+
+def assert_same_tensors(one: Any, other: Any, where: str = "") -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same_tensors(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for index, (first, second) in enumerate(zip(one, other, strict=True)):
+            assert_same_tensors(first, second, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """The same weights, averages, momenta and loss curve, to the last bit."""
+    first, second = read_checkpoint(one), read_checkpoint(other)
+    for key in ("step", "model", "ema", "optimizer", "scaler", "class_names"):
+        assert_same_tensors(first[key], second[key], key)
+    curves = [
+        [(entry["step"], entry["loss"], entry["cls_loss"], entry["box_loss"]) for entry in read_log(run / "log.jsonl") if "loss" in entry]
+        for run in (one, other)
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_a_few_images_are_learned_by_heart(voc: Path) -> None:
+    """Without augmentation, in a loop of a page: network, matching, losses, decoding and scores agree with each other."""
+    torch.manual_seed(0)
+    data = read_voc(voc, "train")
+    data.images = data.images[:4]
+    size, coder = 96, mg_ops.BoxCoder()
+    resize = v2.Resize((size, size), antialias=True)
+    images = torch.stack([resize(decode_image(image.path)) for image in data.images])
+    scale = torch.tensor([size / 128, size / 96, size / 128, size / 96])
+    gt_boxes = torch.cat([image.boxes * scale for image in data.images])
+    gt_labels = torch.cat([image.labels for image in data.images])
+    gt_offsets = torch.tensor([0] + [len(image.labels) for image in data.images]).cumsum(0)
+    model = make_detector("fssd", "resnet18", size, 2)
+    num_steps = 100
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for step in range(num_steps):
+        cls_logits, box_deltas = model(images)
+        match = mg_ops.mutual_match(
+            model.anchors, box_deltas, cls_logits, gt_boxes, gt_labels, gt_offsets, box_coder=coder
+        )
+        loss = detection_loss(cls_logits, box_deltas, model.anchors, match, gt_boxes, gt_labels, gt_offsets, coder)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, 0.02, 10)
+        optimizer.zero_grad()
+        (loss.cls_loss + loss.box_loss).backward()
+        optimizer.step()
+    metrics, _ = evaluate(model, data, size, "cpu", num_workers=0, show_progress=False)
+    assert metrics["AP50"] > 0.9 and metrics["VOC_AP50"] > 0.9
+
+
+def test_the_schedule_warms_up_and_ends_low() -> None:
+    assert learning_rate(0, 10_000, 0.01, 500) == 1e-6
+    assert learning_rate(250, 10_000, 0.01, 500) == pytest.approx(1e-6 + (0.01 - 1e-6) / 2)
+    assert learning_rate(500, 10_000, 0.01, 500) == pytest.approx(0.01)
+    assert learning_rate(500 + 9499 // 2, 10_000, 0.01, 500) == pytest.approx(0.005, rel=1e-3)
+    assert learning_rate(9_999, 10_000, 0.01, 500) == pytest.approx(1e-6)
+    # A short run does not spend itself warming up.
+    assert learning_rate(10, 100, 0.01, 500) == pytest.approx(0.01)
+
+
+def test_a_run_that_was_terminated_and_resumed_equals_one_that_was_not(voc: Path, tmp_path: Path) -> None:
+    changes: dict[str, object] = {"epochs": 12, "workers": 1, "ema": 0.9, "retrain": 0}
+    del changes["retrain"]
+    detector.train.main(flags(voc, tmp_path / "whole", **changes))
+
+    command = [sys.executable, "-W", "ignore", "-m", "detector.train", *flags(voc, tmp_path / "stopped", **changes)]
+    stopped = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while stopped.poll() is None and len(read_log(tmp_path / "stopped" / "log.jsonl")) < 4:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    output, errors = stopped.communicate()
+    assert stopped.returncode == 143, output + errors
+    assert "--resume continues it" in output
+    step = read_checkpoint(tmp_path / "stopped")["step"]
+    assert 4 <= step < 28
+    assert not (tmp_path / "stopped" / "results.json").exists()
+
+    # Other workers, images in memory: how fast a run goes has no say in what it computes.
+    metrics = detector.train.main(flags(voc, tmp_path / "stopped", **changes, resume=True) + ["--cache", "--workers", "0"])
+    assert_same_training(tmp_path / "whole", tmp_path / "stopped")
+    whole = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert whole["AP"] == metrics["AP"] and whole["per_class"] == metrics["per_class"]
+
+
+def test_fused_and_eager_matching_give_the_same_loss_curve(voc: Path, tmp_path: Path) -> None:
+    status = mg_ops.backends()["cpp"]
+    if not status.usable:
+        pytest.skip(status.detail)
+    for backend in ("eager", "cpp"):
+        detector.train.main(flags(voc, tmp_path / backend, backend=backend, epochs=3))
+    assert_same_training(tmp_path / "eager", tmp_path / "cpp")
+
+
+def test_the_strategy_changes_nothing_but_the_strategy(
+    voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[tuple[Tensor, ...]]] = {}
+
+    def record(cls_logits: Tensor, box_deltas: Tensor, anchors: Tensor, match: Any, *objects: Any, **options: Any) -> Any:
+        entry = (cls_logits.detach().clone(), box_deltas.detach().clone(), *objects[:3], match.cls_match, match.loc_match)
+        seen.setdefault(current, []).append(entry)
+        return detection_loss(cls_logits, box_deltas, anchors, match, *objects, **options)
+
+    monkeypatch.setattr(detector.train, "detection_loss", record)
+    for current in ("iou", "mutual"):
+        detector.train.main(flags(voc, tmp_path / current, strategy=current, epochs=4))
+    static, guided = seen["iou"], seen["mutual"]
+    assert len(static) == len(guided) == 10
+    for one, other in zip(static, guided, strict=True):
+        for objects, same_objects in zip(one[2:5], other[2:5], strict=True):
+            assert torch.equal(objects, same_objects)  # the same images, augmented the same way, in the same order
+    assert torch.equal(static[0][0], guided[0][0]) and torch.equal(static[0][1], guided[0][1])  # the same first weights
+    assert any(not torch.equal(one[5], other[5]) for one, other in zip(static, guided, strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_images(voc: Path, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"The loss is (nan|inf) at step \d+, in a batch of the images image_00"):
+        detector.train.main(flags(voc, tmp_path, lr=1e30, epochs=20))
+    assert not (tmp_path / "last.pt").exists()  # nothing that is broken was saved
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_as_another(voc: Path, tmp_path: Path) -> None:
+    detector.train.main(flags(voc, tmp_path, epochs=1))
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(SystemExit, match="--resume"):
+        detector.train.main(flags(voc, tmp_path, epochs=1))
+    with pytest.raises(SystemExit, match=r"sigma 2\.0 -> 3\.0"):
+        detector.train.main(flags(voc, tmp_path, epochs=1, sigma=3.0, resume=True))
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.pt"
+    save_atomically({"model": {"weight": torch.ones(3)}, "arguments": {}, "class_names": []}, path)
+
+    def disk_full(content: object, file: Any) -> None:
+        file.write(b"half a checkpoint")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_atomically({"model": {}}, path)
+    assert read_checkpoint(path)["model"]["weight"].tolist() == [1, 1, 1]
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_what_is_not_a_checkpoint_is_refused_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is none at"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "last.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_checkpoint(tmp_path)
+
+
+def test_coco_with_crowds_and_a_broken_image_trains_under_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_coco(tmp_path / "coco", {"train": 4, "val": 2})
+    file = root / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    file.write_text(json.dumps(content))
+    broken = root / "train" / content["images"][1]["file_name"]
+    broken.write_bytes(broken.read_bytes()[:200])
+    metrics = detector.train.main(
+        flags(root, tmp_path / "run", format="coco", amp="bf16", model="retinanet", **{"eval-every": 1})
+    )
+    kind = "image that cannot be decoded: the next one trained on in its place"
+    assert metrics["defects"]["train"] == {kind: 1}
+    assert capsys.readouterr().out.count(kind) == 2  # once when met, once in the summary at the end
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["AP"] == metrics["AP"]
+    assert [entry["epoch"] for entry in read_log(tmp_path / "run" / "log.jsonl") if "eval_AP" in entry] == [1, 2]
+
+
+class Frozen(nn.Module):
+    """A detector with its batch statistics held, so that how a batch is shared out cannot change its predictions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.detector = make_detector("fssd", "resnet18", 64, 3).eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.detector(images)
+
+
+def gradients_of(rank: int, num_processes: int, folder: str) -> None:
+    """What process `rank` of `num_processes` does with its images of a batch of four; the first saves the gradients."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (4, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    # Three objects, one, none, none: the second process has no positive at all.
+    boxes = torch.tensor([[2.0, 2, 30, 30], [20, 20, 60, 60], [5, 30, 40, 63], [10, 10, 50, 45]])
+    labels, counts = torch.tensor([0, 1, 2, 1]), [3, 1, 0, 0]
+    model: nn.Module = Frozen()
+    anchors = model.detector.anchors
+    if num_processes > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=num_processes)
+        model = DistributedDataParallel(model)
+    share = 4 // num_processes
+    mine = slice(rank * share, (rank + 1) * share)
+    first, last = sum(counts[: mine.start]), sum(counts[: mine.stop])
+    objects = boxes[first:last], labels[first:last], torch.tensor([0, *counts[mine]]).cumsum(0)
+    cls_logits, box_deltas = model(images[mine])
+    coder = mg_ops.BoxCoder()
+    match = mg_ops.mutual_match(anchors, box_deltas, cls_logits, *objects, box_coder=coder)
+    loss = detection_loss(cls_logits, box_deltas, anchors, match, *objects, coder)
+    (loss.cls_loss + loss.box_loss).backward()
+    if rank == 0:
+        gradients = {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
+        torch.save(gradients, Path(folder) / f"gradients{num_processes}.pt")
+    if num_processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_make_the_gradients_of_one_with_the_whole_batch(tmp_path: Path) -> None:
+    gradients_of(0, 1, str(tmp_path))
+    torch.multiprocessing.spawn(gradients_of, (2, str(tmp_path)), nprocs=2)
+    one, two = (torch.load(tmp_path / f"gradients{number}.pt") for number in (1, 2))
+    assert one.keys() == two.keys()
+    for name in one:
+        size = one[name].abs().max().item()
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5 * size + 1e-12, msg=lambda text: f"{name}: {text}")
+
+
+def test_torchrun_trains_on_the_images_one_process_would(voc: Path, tmp_path: Path) -> None:
+    """Static matching counts positives from the objects alone: equal counts at every step are equal images."""
+    changes = {"strategy": "iou", "epochs": 2}
+    metrics = detector.train.main(flags(voc, tmp_path / "one", **changes))
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "detector.train", *flags(voc, tmp_path / "two", **changes)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    curves = [
+        [(entry["step"], entry["cls_positives"], entry["lr"]) for entry in read_log(tmp_path / run / "log.jsonl") if "loss" in entry]
+        for run in ("one", "two")
+    ]
+    assert len(curves[0]) == 5 and curves[0] == curves[1]
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["images"] == metrics["images"] == 2
+    assert math.isfinite(results["AP"])
