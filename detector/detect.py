@@ -27,7 +27,9 @@ def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
     found: dict[Path, Path] = {}
     for given in inputs:
         if given.is_dir():
-            files = sorted(path for path in given.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+            files = sorted(
+                path for path in given.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+            )
             for path in files:
                 found.setdefault(path, path.relative_to(given))
         elif given.is_file():
@@ -35,7 +37,9 @@ def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
         else:
             raise ValueError(f"expected an image or a folder, and there is no {given}")
     if not found:
-        raise ValueError(f"no image with a suffix of {', '.join(sorted({s.lower() for s in IMAGE_SUFFIXES}))} was found")
+        raise ValueError(
+            f"no image with a suffix of {', '.join(sorted({s.lower() for s in IMAGE_SUFFIXES}))} was found"
+        )
     # Two folders may hold images of the same name: none may overwrite another.
     taken: set[Path] = set()
     placed = []
@@ -78,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score reported")
     parser.add_argument("--batch", type=int, default=16, help="images at once")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
     args = parser.parse_args(argv)
     try:
         images = find_images(args.inputs)

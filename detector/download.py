@@ -27,7 +27,10 @@ class Archive(NamedTuple):
 
 COCO = "http://images.cocodataset.org"
 ARCHIVES = {
-    "voc": [Archive(DATASET_YEAR_DICT[year]["url"], DATASET_YEAR_DICT[year]["md5"]) for year in ("2007", "2007-test", "2012")],
+    "voc": [
+        Archive(DATASET_YEAR_DICT[year]["url"], DATASET_YEAR_DICT[year]["md5"])
+        for year in ("2007", "2007-test", "2012")
+    ],
     "coco": [
         Archive(f"{COCO}/annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c"),
         Archive(f"{COCO}/zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80"),
@@ -85,7 +88,10 @@ def fetch(archive: Archive, folder: Path, attempts: int = 5, pause: float = 2.0)
         part.replace(path)
     digest = hashlib.md5(usedforsecurity=False)
     size = path.stat().st_size
-    with path.open("rb") as file, tqdm(total=size, desc=f"verifying {name}", unit="B", unit_scale=True, leave=False) as bar:
+    with (
+        path.open("rb") as file,
+        tqdm(total=size, desc=f"verifying {name}", unit="B", unit_scale=True, leave=False) as bar,
+    ):
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             bar.update(len(chunk))
@@ -153,9 +159,12 @@ def download(archives: list[Archive], folder: Path, keep_archives: bool = False)
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        "python -m detector.download", description="Fetches, verifies and unpacks PASCAL VOC 2007 and 2012, or COCO 2017."
+        "python -m detector.download",
+        description="Fetches, verifies and unpacks PASCAL VOC 2007 and 2012, or COCO 2017.",
     )
-    parser.add_argument("dataset", choices=sorted(ARCHIVES), help="voc: 2.8 GB; coco: 20 GB (and as much again to unpack)")
+    parser.add_argument(
+        "dataset", choices=sorted(ARCHIVES), help="voc: 2.8 GB; coco: 20 GB (and as much again to unpack)"
+    )
     parser.add_argument("--to", type=Path, required=True, help="folder to unpack in")
     parser.add_argument("--mirror", help="fetch the files by their names from this URL instead of the official servers")
     parser.add_argument("--keep-archives", action="store_true", help="do not delete the archives once unpacked")

@@ -89,10 +89,14 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("table", choices=("table1", "table2"), help="Table 1: VOC, Table 2: COCO")
-    parser.add_argument("--data", type=Path, required=True, help="folder of VOC or COCO, or of any set to run the rows on")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of VOC or COCO, or of any set to run the rows on"
+    )
     parser.add_argument("--format", choices=("voc", "coco"), help="how it is laid out; by default as the table's")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of the runs and the table")
-    parser.add_argument("--models", nargs="+", choices=("fssd", "retinanet", "rfbnet"), help="rows of these models only")
+    parser.add_argument(
+        "--models", nargs="+", choices=("fssd", "retinanet", "rfbnet"), help="rows of these models only"
+    )
     parser.add_argument("--backbones", nargs="+", choices=("resnet18", "vgg16_bn"), help="rows of these backbones only")
     parser.add_argument("--strategies", nargs="+", help="rows of these strategies only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row once a seed")
@@ -141,7 +145,8 @@ def main(argv: list[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "table.md").write_text(format_table(rows, results))
     measured_rows = [
-        {**row._asdict(), "paper": dict(zip(METRICS, row.paper, strict=True)), "runs": results.get(row[:3], [])} for row in rows
+        {**row._asdict(), "paper": dict(zip(METRICS, row.paper, strict=True)), "runs": results.get(row[:3], [])}
+        for row in rows
     ]
     (folder / "table.json").write_text(json.dumps(measured_rows, indent=1))
     print(format_table(rows, results))

@@ -383,7 +383,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     matching_time, step_time, waiting = Stopwatch(device), Stopwatch(device), 0.0
     images_since, images_done = 0, sampler.start_of(start_step)
     logged_at = saved_at = time.perf_counter()
-    progress = tqdm(total=sampler.total, initial=images_done, unit="img", disable=not is_first, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+    progress = tqdm(
+        total=sampler.total,
+        initial=images_done,
+        unit="img",
+        disable=not is_first,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
     network.train()
     batches = iter(loader)
     try:

@@ -94,7 +94,10 @@ def plot_assignment(
         by_localization, by_classification = positives["mutual"]
         show_image(axes[row, 0], image, f"{annotated.name}: IoU of anchors, {int(static.sum())} positives")
         draw_boxes(axes[row, 0], anchors[static], RED)
-        panels = ((1, "Localize to Classify", by_localization, GREEN), (2, "Classify to Localize", by_classification, YELLOW))
+        panels = (
+            (1, "Localize to Classify", by_localization, GREEN),
+            (2, "Classify to Localize", by_classification, YELLOW),
+        )
         for column, name, chosen, color in panels:
             gained, lost = chosen & ~static, static & ~chosen
             show_image(axes[row, column], image, f"{name}: {int(gained.sum())} gained, {int(lost.sum())} lost")
@@ -138,12 +141,16 @@ def plot_detections(
             show_image(axis, image, f"{name}: {len(detections.labels)} detections in {annotated.name}")
             draw_boxes(axis, annotated.boxes, "white", width=1.4, style=":")
             palette = mpl.colormaps["tab10" if len(class_names[column]) <= 10 else "tab20"].colors
-            for box, score, label in zip(detections.boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True):
+            for box, score, label in zip(
+                detections.boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True
+            ):
                 color = mpl.colors.to_hex(palette[label % len(palette)])
                 draw_boxes(axis, box[None], color, width=1.5)
                 caption = f"{class_names[column][label]} {score:.2f}"
                 box_style = {"facecolor": color, "edgecolor": "none", "pad": 0.6}
-                axis.text(float(box[0]), float(box[1]), caption, fontsize=5.5, color="white", va="bottom", bbox=box_style)
+                axis.text(
+                    float(box[0]), float(box[1]), caption, fontsize=5.5, color="white", va="bottom", bbox=box_style
+                )
     return figure
 
 

@@ -169,7 +169,9 @@ def test_every_coco_defect_is_counted_and_none_stops_the_reader(tmp_path: Path) 
     }
 
 
-@pytest.mark.parametrize(("num_images", "epochs", "batch_size"), [(10, 3, 4), (7, 5, 7), (5, 1, 8), (64, 2, 32), (9, 4, 6)])
+@pytest.mark.parametrize(
+    ("num_images", "epochs", "batch_size"), [(10, 3, 4), (7, 5, 7), (5, 1, 8), (64, 2, 32), (9, 4, 6)]
+)
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_the_sampler_loses_nothing_and_repeats_nothing(
     num_images: int, epochs: int, batch_size: int, num_processes: int

@@ -68,7 +68,11 @@ def test_the_overlap_decides() -> None:
 
 
 def test_a_second_detection_of_an_object_is_wrong() -> None:
-    found = [detection(1, [10, 10, 40, 40], 0.9), detection(1, [11, 10, 40, 40], 0.8), detection(2, [50, 50, 40, 40], 0.7)]
+    found = [
+        detection(1, [10, 10, 40, 40], 0.9),
+        detection(1, [11, 10, 40, 40], 0.8),
+        detection(2, [50, 50, 40, 40], 0.7),
+    ]
     area, _ = voc_average_precision(TWO_OBJECTS, found)[5]
     assert area == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
@@ -151,7 +155,13 @@ def test_the_command_line_scores_a_checkpoint_on_voc_and_coco_alike(tmp_path: Pa
     torch.manual_seed(0)
     model = make_detector("fssd", "resnet18", 64, 2)
     arguments = {"model": "fssd", "backbone": "resnet18", "image_size": 64}
-    content = {"step": 7, "model": model.state_dict(), "ema": None, "arguments": arguments, "class_names": ["disc", "square"]}
+    content = {
+        "step": 7,
+        "model": model.state_dict(),
+        "ema": None,
+        "arguments": arguments,
+        "class_names": ["disc", "square"],
+    }
     save_atomically(content, tmp_path / "last.pt")
     voc = write_voc(tmp_path / "voc", {"val": 3})
     coco = write_coco(tmp_path / "coco", {"val": 3})

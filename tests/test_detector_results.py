@@ -1,0 +1,171 @@
+"""What is shown of a trained detector: annotated images, the paper's figures, and its tables beside the paper's numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from small_data import write_voc
+
+from detector import detect, reproduce, visualize
+from detector.checkpoint import make_detector, save_atomically
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks this small gain nothing from a second thread, in this process or in those it starts."""
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_voc(tmp_path_factory.mktemp("voc"), {"train": 4, "val": 2})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained detector that finds something everywhere, as `detector.train` would have saved it."""
+    torch.manual_seed(0)
+    model = make_detector("fssd", "resnet18", 64, 2)
+    for conv in model.head.classes:
+        torch.nn.init.normal_(conv.bias, -1, 1)
+    folder = tmp_path_factory.mktemp("run")
+    arguments = {"model": "fssd", "backbone": "resnet18", "image_size": 64, "strategy": "mutual"}
+    content = {
+        "step": 1,
+        "model": model.state_dict(),
+        "ema": None,
+        "arguments": arguments,
+        "class_names": ["disc", "square"],
+    }
+    save_atomically(content, folder / "last.pt")
+    lines = [
+        {"step": step, "epoch": step / 2, "loss": 3 - step, "cls_loss": 1, "box_loss": 2 - step, "lr": 0.1}
+        for step in (0, 1)
+    ]
+    lines.append({"step": 2, "epoch": 1, "eval_AP": 0.4, "eval_AP50": 0.6, "eval_AP75": 0.5, "eval_VOC_AP50": 0.6})
+    (folder / "log.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"step": 3, "lo')
+    return folder
+
+
+def test_detect_annotates_every_image_it_can_read_and_names_those_it_cannot(
+    voc: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in" / "deeper").mkdir(parents=True)
+    image = voc / "JPEGImages" / "image_000.png"
+    (tmp_path / "in" / "deeper" / "image_000.png").write_bytes(image.read_bytes())
+    (tmp_path / "in" / "broken.png").write_bytes(b"broken")
+    out = tmp_path / "out"
+    common = ["--checkpoint", str(checkpoint), "--out", str(out), "--workers", "0", "--device", "cpu"]
+    detect.main([str(tmp_path / "in"), str(image), str(image), *common])
+    records = json.loads((out / "detections.json").read_text())
+    assert [Path(record["file"]).name for record in records] == ["image_000.png", "image_000.png", "broken.png"]
+    assert records[2]["error"] == "cannot be decoded"
+    assert records[0]["objects"] == records[1]["objects"] != []
+    for found in records[0]["objects"]:
+        assert found["class"] in ("disc", "square") and found["score"] > 0.3
+        x1, y1, x2, y2 = found["box"]
+        assert 0 <= x1 < x2 <= 128 and 0 <= y1 < y2 <= 96
+    for place in ("deeper/image_000.png", "image_000.png"):
+        with Image.open(out / "images" / place) as annotated:
+            assert annotated.size == (128, 96)
+            assert annotated.tobytes() != Image.open(image).convert("RGB").tobytes()
+    assert "1 images cannot be decoded" in capsys.readouterr().out
+
+
+def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "x.png")
+    placed = detect.find_images([tmp_path / folder for folder in ("a", "b", "c")])
+    assert [str(place) for _, place in placed] == ["x.png", "x-2.png", "x-3.png"]
+    with pytest.raises(ValueError, match="there is no"):
+        detect.find_images([tmp_path / "absent"])
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        "amplification --sigmas 1.5 2 3",
+        "assignment --checkpoint {checkpoint} --data {voc} --count 2",
+        "assignment --checkpoint {checkpoint} --data {voc} --split train --images image_001",
+        "detections --checkpoints {checkpoint} {checkpoint} --data {voc} --count 2",
+        "curves --runs {checkpoint}",
+    ],
+)
+def test_figures_are_drawn(figure: str, voc: Path, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figure.png"
+    words = [word.format(voc=voc, checkpoint=checkpoint) for word in figure.split()]
+    visualize.main([*words, "--out", str(out), "--dpi", "60"])
+    with Image.open(out) as image:
+        assert min(image.size) > 150
+        colors = image.convert("RGB").getcolors(maxcolors=1 << 24)
+    assert len(colors) > 20  # not an empty sheet
+
+
+def test_figures_are_vector_graphics_where_the_suffix_says_so(tmp_path: Path) -> None:
+    visualize.main(["amplification", "--out", str(tmp_path / "figure.pdf")])
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_run_without_a_log_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        visualize.main(["curves", "--runs", str(tmp_path), "--out", str(tmp_path / "figure.png")])
+
+
+FLAGS = (
+    "--format voc --backbone-weights none --image-size 64 --batch 4 --epochs 1 --device cpu --workers 0 "
+    "--models fssd --backbones resnet18 --strategies iou mutual"
+)
+
+
+def test_a_row_is_trained_once_and_stands_beside_the_papers_number(
+    voc: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["table1", "--data", str(voc), "--out", str(tmp_path), *FLAGS.split()]
+    done = tmp_path / "table1" / "fssd-resnet18-iou-seed0"
+    done.mkdir(parents=True)
+    (done / "results.json").write_text(json.dumps({"AP": 0.123, "AP50": 0.456, "AP75": None}))
+    assert reproduce.main(command) == 0
+    table = (tmp_path / "table1" / "table.md").read_text()
+    assert "| fssd resnet18 | iou | 1 | 12.3 (50.3) | 45.6 (75.5) | - (53.7) |" in table
+    mutual = json.loads((tmp_path / "table1" / "fssd-resnet18-mutual-seed0" / "results.json").read_text())
+    assert f"| fssd resnet18 | mutual | 1 | {100 * mutual['AP']:.1f} (52.1) |" in table
+    assert capfd.readouterr().out.count("detector.train --resume") == 1  # the row that was there is not run
+    assert reproduce.main(command) == 0
+    assert capfd.readouterr().out.count("detector.train --resume") == 0
+
+
+def test_seeds_are_averaged_and_a_failure_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [row for row in reproduce.TABLE_1 if row[:3] == ("rfbnet", "vgg16_bn", "mutual")]
+    runs = [{"AP": 0.5, "AP50": 0.7, "AP75": 0.6}, {"AP": 0.52, "AP50": 0.7, "AP75": 0.6}]
+    table = reproduce.format_table(rows, {rows[0][:3]: runs})
+    assert "| 2 | 51.0 ± 1.4 (57.9) | 70.0 ± 0.0 (81.5) | 60.0 ± 0.0 (62.6) |" in table
+    command = [
+        "table2",
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--models",
+        "rfbnet",
+        "--strategies",
+        "iou",
+    ]
+    assert reproduce.main(command) == 1  # there is no data in the folder
+    captured = capfd.readouterr()
+    assert "failed: " in captured.out and "No split" in captured.err
+
+
+def test_the_tables_are_the_papers() -> None:
+    assert len(reproduce.TABLE_1) == 20 and len(reproduce.TABLE_2) == 10
+    for table, strategies in ((reproduce.TABLE_1, 4), (reproduce.TABLE_2, 2)):
+        kinds = {(row.model, row.backbone) for row in table}
+        assert len(kinds) == 5 and len({row[:3] for row in table}) == 5 * strategies
+        for kind in kinds:  # Mutual Guidance has the paper's best AP in every block
+            of_kind = [row for row in table if (row.model, row.backbone) == kind]
+            assert max(of_kind, key=lambda row: row.paper[0]).strategy == "mutual"
