@@ -19,6 +19,7 @@ CUDA_ARCHITECTURES ?= 80-real;90
 # The torch that the wheel is tried under, in an environment of its own: one version, and one build, other than .venv's.
 WHEEL_TORCH ?= torch==2.13.0
 BENCH_ARGS ?=
+GPU_CHECK_ARGS ?=
 PYTEST_ARGS ?=
 
 VENV := $(CURDIR)/.venv
@@ -33,7 +34,7 @@ export MG_OPS_REQUIRE_LIBRARY := 1
 export PIP_NO_INPUT := 1
 SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),g++) -print-file-name=$(library)))
 
-.PHONY: help venv build bench test test-python test-asan test-wheel test-headers wheel lint format clean FORCE
+.PHONY: help venv build bench gpu-check test test-python test-asan test-wheel test-headers wheel lint format clean FORCE
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,6 +62,9 @@ build/.cmake_args: FORCE
 
 bench: build  ## the matching benchmark; options in BENCH_ARGS, "--help" among them
 	$(PY) benchmarks/match_speed.py $(BENCH_ARGS)
+
+gpu-check:  ## check and measure on this machine's GPU: its own Python with torch and nvcc, no network, no .venv
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 test: test-wheel test-asan test-python  ## everything a change must pass
 	@echo "make test: all passed"

@@ -1,4 +1,4 @@
-"""The CUDA code in the library is what the kernels promise: registered, exact arithmetic, nothing spilled, no wide types lost."""
+"""The CUDA code in the library is what the kernels promise: registered, exact, without spills, with wide loads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ KERNELS = ("prepare_kernel", "claim_kernel", "rank_kernel")
 
 
 def has_cuda_kernels() -> bool:
-    return mg_ops.backends()["cpp"].usable and torch._C._dispatch_has_kernel_for_dispatch_key("mg_ops::mutual_match", "CUDA")
+    return mg_ops.backends()["cpp"].usable and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "mg_ops::mutual_match", "CUDA"
+    )
 
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="mg_ops/libmg_ops.so is not built: run `make build`")
@@ -46,9 +48,13 @@ def dump(*options: str) -> str:
 @pytest.fixture(scope="module")
 def instructions() -> list[str]:
     """The floating-point instructions of the kernels' PTX: what ptxas may and may not rewrite is said there."""
-    modules = [module for module in dump("--dump-ptx").split("Fatbin ptx code") if all(name in module for name in KERNELS)]
+    modules = [
+        module for module in dump("--dump-ptx").split("Fatbin ptx code") if all(name in module for name in KERNELS)
+    ]
     assert len(modules) == 1
-    found = re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z0-9]+\.[a-z0-9.]*f(?:32|64)[a-z0-9.]*)\s", modules[0], re.MULTILINE)
+    found: list[str] = re.findall(
+        r"^\s*(?:@!?%p\d+\s+)?([a-z0-9]+\.[a-z0-9.]*f(?:32|64)[a-z0-9.]*)\s", modules[0], re.MULTILINE
+    )
     assert len(found) > 300
     return found
 
@@ -66,8 +72,10 @@ def test_the_operator_has_a_cuda_kernel_where_nvcc_is() -> None:
 @with_cuda_kernels
 def test_no_kernel_spills() -> None:
     """No registers in local memory, and shared memory within the 48 KiB every GPU gives a block."""
-    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump("--dump-resource-usage"))
-    seen = {name: 0 for name in KERNELS}
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump("--dump-resource-usage")
+    )
+    seen = dict.fromkeys(KERNELS, 0)
     for function, registers, stack, shared, local in usage:
         for name in KERNELS:
             if name in function:
@@ -86,7 +94,9 @@ def test_arithmetic_is_rounded_after_every_operation(instructions: list[str]) ->
     kinds = {instruction.split(".")[0] for instruction in instructions}
     assert {"add", "mul", "sub", "div"} <= kinds
     assert not kinds & {"fma", "mad"}, "fused multiply-add"
-    inexact = [name for name in instructions if name.split(".")[0] in ("add", "sub", "mul", "div") and ".rn" not in name]
+    inexact = [
+        name for name in instructions if name.split(".")[0] in ("add", "sub", "mul", "div") and ".rn" not in name
+    ]
     assert inexact == []
 
 

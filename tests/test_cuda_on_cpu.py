@@ -1,6 +1,7 @@
 """The CUDA kernels equal the reference, and no order of their threads shows: run on the CPU, thread by thread.
 
-The same source as on a GPU, compiled by g++ against tests/cuda_on_cpu/cuda_on_cpu.h. MG_OPS_FUZZ scales the random batches.
+The same source as on a GPU, compiled by g++ against tests/cuda_on_cpu/cuda_on_cpu.h. MG_OPS_FUZZ scales the number of
+random batches.
 """
 
 from __future__ import annotations

@@ -48,7 +48,10 @@ class EmulatedCall(ctypes.Structure):
     """As in mutual_match_on_cpu.cpp."""
 
     _fields_ = (
-        *((name, StridedArray) for name in ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")),
+        *(
+            (name, StridedArray)
+            for name in ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")
+        ),
         ("gt_crowd", StridedArray),
         *((name, ctypes.c_int64) for name in ("batch_size", "num_anchors", "num_classes", "num_gt")),
         ("decode", ctypes.c_int32),
@@ -63,7 +66,9 @@ class EmulatedCall(ctypes.Structure):
 
 
 def sources() -> list[Path]:
-    return sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh")])
+    return sorted(
+        [*HERE.glob("*.h"), *HERE.glob("*.cpp"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh")]
+    )
 
 
 def build(threads: int = 256, staged_keys: int = 1024, sanitize: bool = False) -> Emulator:
@@ -78,7 +83,18 @@ def build(threads: int = 256, staged_keys: int = 1024, sanitize: bool = False) -
     compiler = shutil.which("g++")
     if compiler is None:
         raise RuntimeError("cuda_on_cpu: needs g++")
-    flags = ["-std=c++17", "-O2", "-g", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-g",
+        "-ffp-contract=off",
+        "-fPIC",
+        "-shared",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
     flags += [f"-DMG_OPS_CUDA_THREADS={threads}", f"-DMG_OPS_CUDA_STAGED_KEYS={staged_keys}"]
     flags += SANITIZERS if sanitize else []
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources()) + repr(flags).encode()).hexdigest()[:12]

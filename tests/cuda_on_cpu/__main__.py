@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import torch
+import torch  # noqa: E402
 
-import cuda_on_cpu
+import cuda_on_cpu  # noqa: E402
 
 
 def main() -> None:
@@ -34,7 +34,9 @@ def main() -> None:
         return
     batches = range(options.first, options.first + options.batches)
     compared = cuda_on_cpu.check_against_reference(emulator, batches, options.first)
-    print(f"{compared} batches equal to the reference, blocks of {options.threads} threads, sanitizers {options.sanitize}")
+    print(
+        f"{compared} batches equal to the reference, blocks of {options.threads} threads, sanitizers {options.sanitize}"
+    )
 
 
 main()
