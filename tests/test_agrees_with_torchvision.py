@@ -4,7 +4,7 @@ torchvision: Matcher(0.5, 0.4, allow_low_quality_matches=True) on box_iou. They 
 1. an anchor overlaps every object (torchvision matches every anchor of quality 0 to an object that none overlaps),
 2. the best anchor of each object has that object as its own best (torchvision leaves a best anchor to the object it
    overlaps most; here each object gets its own), and
-3. no two anchors share the best quality of an object below the threshold (torchvision takes all of them, here the first).
+3. no two anchors share the best quality of an object below the threshold (torchvision takes all, here the first).
 Any other image is left out, precisely by these three conditions.
 """
 
