@@ -50,6 +50,7 @@ struct ImageWork {
   uint64_t* best;              // the same under the quality being claimed
   float* cut;                  // of the claim in work: see claim_tile_by_iou
   bool all_anchor_pairs_seen;  // the claim by q_anchor was repeated without cuts
+  float* expected_iou;         // n_pos anchors have at least this q_anchor, if they are still owned under q_amplified
   float* may_be_best_iou;      // under q_amplified: no pair below this q_anchor can be the slot's best,
   float* may_be_positive_iou;  // ... and none below this is looked at as its positive, unless too few are found
   uint32_t* enough_order;      // exponent_order that n_pos anchors must reach for that to be exact
@@ -294,21 +295,31 @@ MG_OPS_INLINE uint32_t largest_order(const uint32_t* quality) {
   return largest;
 }
 
-// Calls visit(slot) for every slot whose box overlaps the bounds, in ascending order.
-template <class Visit>
-MG_OPS_INLINE void for_overlapping_slots(const ImageWork& work, const Box& bounds, Visit visit) {
+// Calls visit_block(begin) for every block of slots with one whose box overlaps the bounds, then visit(slot) for those.
+template <class VisitBlock, class Visit>
+MG_OPS_INLINE void for_overlapping_blocks(const ImageWork& work, const Box& bounds, VisitBlock visit_block, Visit visit) {
   for (int32_t begin = 0; begin < work.num_slots; begin += kSlotBlock) {
     const float *x1 = work.x1 + begin, *y1 = work.y1 + begin, *x2 = work.x2 + begin, *y2 = work.y2 + begin;
     alignas(16) uint8_t overlaps[kSlotBlock];
     for (int32_t i = 0; i < kSlotBlock; ++i) {  // vector loop
       overlaps[i] = overlap({x1[i], y1[i], x2[i], y2[i]}, bounds);
     }
-    for (int32_t word = 0; word < kSlotBlock; word += 8) {
-      uint64_t bytes;
-      std::memcpy(&bytes, overlaps + word, sizeof bytes);
-      for (; bytes != 0; bytes &= bytes - 1) visit(begin + word + (__builtin_ctzll(bytes) >> 3));
+    uint64_t words[kSlotBlock / 8];
+    std::memcpy(words, overlaps, sizeof words);
+    if ((words[0] | words[1]) == 0) continue;
+    visit_block(begin);
+    for (int32_t word = 0; word < kSlotBlock / 8; ++word) {
+      for (uint64_t bytes = words[word]; bytes != 0; bytes &= bytes - 1) {
+        visit(begin + 8 * word + (__builtin_ctzll(bytes) >> 3));
+      }
     }
   }
+}
+
+// Calls visit(slot) for every slot whose box overlaps the bounds, in ascending order.
+template <class Visit>
+MG_OPS_INLINE void for_overlapping_slots(const ImageWork& work, const Box& bounds, Visit visit) {
+  for_overlapping_blocks(work, bounds, [](int32_t) {}, visit);
 }
 
 // An upper bound of the IoU of any box of the tile with the slot's: no intersection is larger than what the bounds share
@@ -337,10 +348,16 @@ struct TileSlots {
 static void list_slots(const ImageWork& work, const BoxTile& tile, const float* cut, TileSlots& slots) {
   slots.count = 0;
   slots.least_cut = 2.0f;
-  for_overlapping_slots(work, tile.bounds, [&](int32_t slot) {
+  alignas(64) float possible_iou[kSlotBlock];
+  const auto bound_block = [&](int32_t begin) {
+    for (int32_t i = 0; i < kSlotBlock; ++i) {  // vector loop
+      possible_iou[i] = largest_possible_iou(tile, work, begin + i);
+    }
+  };
+  for_overlapping_blocks(work, tile.bounds, bound_block, [&](int32_t slot) {
     if (slots.count < TileSlots::kCapacity) {
       slots.slot[slots.count] = slot;
-      slots.possible_iou[slots.count] = largest_possible_iou(tile, work, slot);
+      slots.possible_iou[slots.count] = possible_iou[slot % kSlotBlock];
     }
     ++slots.count;
     float slot_cut;
@@ -746,7 +763,7 @@ struct Carver {
   }
 };
 
-constexpr size_t kSlotBytes = 4 * 8 + 18 * 4;  // four arrays of 8 bytes, eighteen of 4
+constexpr size_t kSlotBytes = 4 * 8 + 19 * 4;  // four arrays of 8 bytes, nineteen of 4
 constexpr int64_t kListSlack = 8;
 
 static bool reserve_slots(ImageWork& work, int64_t count) {
@@ -764,6 +781,7 @@ static bool reserve_slots(ImageWork& work, int64_t count) {
   carver.carve(work.area);
   carver.carve(work.object);
   carver.carve(work.cut);
+  carver.carve(work.expected_iou);
   carver.carve(work.may_be_best_iou);
   carver.carve(work.may_be_positive_iou);
   carver.carve(work.enough_order);
@@ -929,6 +947,7 @@ static bool count_positives(ImageWork& work) {
 
   for (int32_t slot = 0; slot < num_slots; ++slot) {
     work.num_pos[slot] = work.num_total[slot] = 0;
+    work.expected_iou[slot] = bits_float(key_order(work.best_by_anchor[slot]));
     // Overlapped by no anchor, it takes no part from here on.
     if (work.best_by_anchor[slot] == 0) set_box_that_nothing_overlaps(work, slot);
   }
@@ -942,7 +961,9 @@ static bool count_positives(ImageWork& work) {
     for (int64_t i = 0; i < kTileSize; ++i) {
       if (quality[i] < ignored || owner[i] < 0) continue;
       work.num_total[owner[i]] += 1;
-      work.num_pos[owner[i]] += quality[i] >= positive;
+      if (quality[i] < positive) continue;
+      work.num_pos[owner[i]] += 1;
+      work.expected_iou[owner[i]] = min_float(work.expected_iou[owner[i]], bits_float(quality[i]));
     }
   }
 
@@ -1067,8 +1088,7 @@ static void label_classification(ImageWork& work) {
     if (best == 0) continue;
     const float best_iou = bits_float(key_order(best));
     iou_to_compete<1>(&best_iou, power, &work.may_be_best_iou[slot]);
-    // So much q_anchor have n_pos anchors, if they are still owned.
-    set_positive_bound(work, slot, min_float(best_iou, params.iou_positive), power);
+    set_positive_bound(work, slot, work.expected_iou[slot], power);
   }
 }
 
