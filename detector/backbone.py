@@ -105,9 +105,9 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
             state = weights.get_state_dict(progress=True, check_hash=True)
         except (URLError, OSError, RuntimeError) as error:
             raise RuntimeError(
-                f"The ImageNet weights of {name} are not in torch's cache ({torch.hub.get_dir()}/checkpoints) and cannot be "
-                f"downloaded from {weights.url}: {error}. Pass --backbone-weights FILE with a state dict of torchvision's "
-                f"{name}, or --backbone-weights none to start from random weights."
+                f"The ImageNet weights of {name} are not in torch's cache ({torch.hub.get_dir()}/checkpoints) and "
+                f"cannot be downloaded from {weights.url}: {error}. Pass --backbone-weights FILE with a state dict of "
+                f"torchvision's {name}, or --backbone-weights none to start from random weights."
             ) from error
     else:
         if not Path(source).is_file():

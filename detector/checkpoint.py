@@ -38,14 +38,14 @@ def make_detector(model: str, backbone: str, image_size: int, num_classes: int) 
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint beside its place and moves it there: whoever reads path finds the old one or the new one, whole."""
+    """Writes a checkpoint beside its place and moves it there: path holds the old one or the new one, always whole."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with open(unfinished, "wb") as file:
+        with unfinished.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -30,7 +30,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".P
 
 
 class Defects:
-    """What was found wrong with a data set: kinds of defects, and where each was met. Adding one twice counts it once."""
+    """What was found wrong with a data set: kinds of defects, and where each was met, once each."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, None]] = {}
@@ -43,6 +43,7 @@ class Defects:
         return is_new
 
     def counts(self) -> dict[str, int]:
+        """How many places each kind was met at."""
         return {kind: len(places) for kind, places in self.found.items()}
 
     def report(self) -> str:
@@ -106,6 +107,7 @@ class ObjectList:
     def add(
         self, number: int, box: Sequence[float], label: int, crowd: bool, difficult: bool, area: float | None
     ) -> None:
+        """Takes an object (x1, y1, x2, y2) in pixels, clipped to the image, or counts why not."""
         where = f"{self.name} object {number}"
         if not all(math.isfinite(value) for value in box):
             self.defects.add("object with a coordinate that is not a number: left out", where)
@@ -126,6 +128,7 @@ class ObjectList:
         self.rows.append((clipped, label, crowd, difficult, area))
 
     def image(self, image_id: int, path: Path) -> AnnotatedImage:
+        """The image with the objects taken."""
         if not any(not crowd for _, _, crowd, _, _ in self.rows):
             self.defects.add("image without objects: kept as background", self.name)
         return AnnotatedImage(
@@ -355,7 +358,7 @@ def read_data(root: Path, layout: str, split: str, class_names: Sequence[str] | 
 
 
 def default_splits(root: Path, layout: str) -> tuple[str, str]:
-    """The splits to train and to evaluate on, where none are asked for: those of the paper for VOC and COCO themselves."""
+    """The splits to train and to evaluate on where none are asked for; for VOC and COCO themselves the paper's."""
     if layout == "voc" and (root / "VOC2007").is_dir():
         return (
             "VOC2007/trainval+VOC2012/trainval" if (root / "VOC2012").is_dir() else "VOC2007/trainval"
@@ -423,6 +426,7 @@ class TrainingBatch(NamedTuple):
 
 
 def collate(samples: list[TrainingSample]) -> TrainingBatch:
+    """Stacks the images and packs their objects."""
     counts = torch.tensor([0] + [len(sample.labels) for sample in samples])
     return TrainingBatch(
         torch.stack([sample.image for sample in samples]),
@@ -530,6 +534,7 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
         return step * self.batch_size
 
     def permutation(self, epoch: int) -> list[int]:
+        """The order of an epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.num_images, generator=generator).tolist()
 
@@ -567,7 +572,7 @@ class EvaluationImages(Dataset[dict[str, Any]]):
 
 
 def collate_evaluation(samples: list[dict[str, Any]]) -> tuple[Tensor | None, Tensor, list[int], list[int]]:
-    """-> images (B, 3, S, S) uint8, sizes (B, 2) float32 (width, height), their indices, the indices that cannot be decoded."""
+    """-> images (B, 3, S, S) uint8, sizes (B, 2) (width, height), their indices, the indices that cannot be decoded."""
     good = [sample for sample in samples if sample["image"] is not None]
     broken = [sample["index"] for sample in samples if sample["image"] is None]
     images = torch.stack([sample["image"] for sample in good]) if good else None

@@ -340,8 +340,7 @@ def evaluate(
     amp: torch.dtype | None = None,
     show_progress: bool = True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Detects in every image of a split and scores it; with torch.distributed every process takes its share of the
-    images.
+    """Detects in every image of a split and scores it; with torch.distributed every process takes a share of it.
 
     Returns:
         The metrics, and the detections as COCO's result records. The same in every process.
@@ -395,6 +394,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """The command line; returns the metrics."""
     parser = argparse.ArgumentParser(
         "python -m detector.evaluate",
         description="Scores a checkpoint on a data set, or a file of detections against a COCO annotation file.",

@@ -1,7 +1,7 @@
 """Trains and evaluates the rows of the paper's Tables 1 and 2, and writes the tables with the paper's numbers beside.
 
-Every row is one run of `detector.train`, in its own process and folder. A row that is complete is not run again, one that
-was interrupted is resumed.
+Every row is one run of `detector.train`, in its own process and folder. A row that is complete is not run again, one
+that was interrupted is resumed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ METRICS = ("AP", "AP50", "AP75")
 
 
 def format_table(rows: list[Row], results: dict[tuple[str, str, str], list[dict[str, float]]]) -> str:
-    """The rows in Markdown: what was measured (mean over seeds, and their standard deviation), and the paper's number."""
+    """The rows in Markdown: what was measured (mean and standard deviation over seeds) and the paper's number."""
     lines = ["| model | strategy | seeds | AP (paper) | AP50 (paper) | AP75 (paper) |", "|---|---|---|---|---|---|"]
     for row in rows:
         runs = results.get((row.model, row.backbone, row.strategy), [])
@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns how many runs failed."""
     parser = argparse.ArgumentParser(
         "python -m detector.reproduce",
-        description="Trains and evaluates rows of the paper's Table 1 (VOC) or Table 2 (COCO) and writes the table. Flags "
-        "it does not know go to detector.train, such as --amp bf16 --cache --image-size 160 --backbone-weights FILE.",
+        description="Trains and evaluates rows of the paper's Table 1 (VOC) or Table 2 (COCO) and writes the table. "
+        "Flags it does not know go to detector.train, such as --amp bf16 --cache --image-size 160.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("table", choices=("table1", "table2"), help="Table 1: VOC, Table 2: COCO")

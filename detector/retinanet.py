@@ -12,7 +12,7 @@ from detector.heads import Head
 
 
 class TopDown(nn.Module):
-    """1x1 laterals, each coarser level added to the finer one, 3x3 outputs (feature pyramid network, Lin et al., 2017)."""
+    """1x1 laterals, each coarser level added to the finer one, 3x3 outputs: a feature pyramid (Lin et al., 2017)."""
 
     def __init__(self, num_levels: int) -> None:
         super().__init__()

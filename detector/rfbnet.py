@@ -12,7 +12,7 @@ from detector.heads import Head, conv_bn_relu
 
 
 def branch(in_channels: int, width: int, kernels: list[tuple[int, int]], stride: int, dilation: int) -> nn.Sequential:
-    """1x1 reduction, convolutions of the given kernels (the last one strided), then a 3x3 dilated convolution, linear."""
+    """1x1 reduction, convolutions of the given kernels (the last one strided), 3x3 dilated convolution, no ReLU."""
     layers: list[nn.Module] = [*conv_bn_relu(in_channels, width, 1)]
     for index, kernel in enumerate(kernels):
         step = stride if index == len(kernels) - 1 else 1
@@ -65,8 +65,7 @@ class ReceptiveFieldBlock(nn.Module):
         return functional.relu(mixed * self.scale + self.shortcut(x))
 
 
-# The blocks of the pyramid: thin kernels for the finest level, square ones in the middle, long ones where maps are
-#     small.
+# The blocks of the pyramid: thin kernels at the finest level, square ones in the middle, long ones on small maps.
 RFB_A = [([], 1), ([(3, 1)], 3), ([(1, 3)], 3), ([(1, 3), (3, 1)], 5)]
 RFB = [([], 1), ([(3, 3)], 3), ([(3, 3), (3, 3)], 5)]
 RFB_C = [([], 1), ([(3, 3)], 3), ([(1, 7), (7, 1)], 7)]

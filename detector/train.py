@@ -61,6 +61,7 @@ FREE_ON_RESUME = (
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, with the defaults that depend on other flags filled in."""
     cpus = os.cpu_count() or 1
     parser = argparse.ArgumentParser(
         "python -m detector.train",
@@ -172,9 +173,11 @@ class Stopwatch:
         return event
 
     def start(self) -> None:
+        """Begins an interval."""
         self.running = self._now()
 
     def stop(self) -> None:
+        """Ends it."""
         self.pairs.append((self.running, self._now()))
 
     def read(self) -> float:
@@ -189,12 +192,13 @@ class Stopwatch:
 
 
 class LossWatch:
-    """Stops training at a loss that is not finite, without making the GPU wait: each loss is looked at one step late."""
+    """Stops training at a loss that is not finite; looks one step late, so that the GPU does not wait."""
 
     def __init__(self) -> None:
         self.pending: tuple[torch.Tensor, Any, int, list[str]] | None = None
 
     def watch(self, loss: torch.Tensor, step: int, image_names: list[str]) -> None:
+        """Looks at the loss before this one, and keeps this one for the next look."""
         self.check()
         copy, copied = loss.detach(), None
         if copy.is_cuda:
@@ -213,8 +217,9 @@ class LossWatch:
             copied.synchronize()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {step}, in a batch of the images {', '.join(image_names)}. The last "
-                "checkpoint is from before it. A lower --lr, a longer --warmup or --amp bf16 in place of fp16 may help."
+                f"The loss is {loss.item()} at step {step}, in a batch of the images {', '.join(image_names)}. "
+                "The last checkpoint is from before it. "
+                "A lower --lr, a longer --warmup or --amp bf16 in place of fp16 may help."
             )
 
 
@@ -234,7 +239,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-    if distributed and not torch.distributed.is_initialized():
+    if distributed:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     is_first = rank == 0
     say = print if is_first else (lambda *words: None)
@@ -352,7 +357,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     def log(entry: dict[str, Any], step: int) -> None:
         if writer is not None:
-            with open(log_file, "a") as file:
+            with log_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             for name, value in entry.items():
                 if isinstance(value, (int, float)):
@@ -369,7 +374,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         previous_handlers[number] = signal.signal(number, remember_signal)
 
     def must_stop(step: int) -> bool:
-        """Whether a signal came, to any process; on GPUs they agree every tenth step, since agreeing makes them wait."""
+        """Whether a signal came to any process; on GPUs they agree every tenth step, since that makes them wait."""
         if not distributed:
             return bool(received)
         if device.type == "cuda" and step % 10:
@@ -477,8 +482,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 logged_at, images_since, waiting = now, 0, 0.0
                 log(entry, step)
                 progress.set_postfix_str(
-                    f"loss {entry['loss']:.3f} = cls {entry['cls_loss']:.3f} + box {entry['box_loss']:.3f}, lr {lr:.1e}, "
-                    f"matching {100 * entry['matching_share']:.0f}%, waiting for data {100 * entry['waiting_share']:.0f}%"
+                    f"loss {entry['loss']:.3f} = cls {entry['cls_loss']:.3f} + box {entry['box_loss']:.3f}, "
+                    f"lr {lr:.1e}, matching {100 * entry['matching_share']:.0f}%, "
+                    f"waiting for data {100 * entry['waiting_share']:.0f}%"
                 )
 
             # ---- Checkpoints, evaluation, signals
@@ -518,8 +524,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         (args.out / "detections.json").write_text(json.dumps(detections))
         unfinished = args.out / ".results.json.unfinished"
         unfinished.write_text(json.dumps(metrics, indent=1))
-        os.replace(unfinished, args.out / "results.json")  # its presence says that the run is complete
+        unfinished.replace(args.out / "results.json")  # its presence says that the run is complete
         say(f"written to {args.out}")
+    if distributed:
+        torch.distributed.destroy_process_group()
     return metrics
 
 

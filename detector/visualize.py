@@ -10,7 +10,6 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-import mg_ops
 import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -18,6 +17,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.transforms import v2
 
+import mg_ops
 from detector.checkpoint import load_detector
 from detector.data import AnnotatedImage, AnnotatedImages, decode_image, default_splits, read_data
 from detector.evaluate import Detections, detect

@@ -14,7 +14,7 @@ COLORS = {"disc": (40, 60, 220), "square": (220, 40, 30)}
 def draw_image(
     path: Path, objects: list[tuple[str, tuple[int, int, int, int]]], size: tuple[int, int], seed: int
 ) -> None:
-    """Saves a PNG or JPEG of (width, height) pixels with its objects; boxes are (x1, y1, x2, y2), x2 and y2 exclusive."""
+    """Saves an image of (width, height) pixels with its objects; boxes are (x1, y1, x2, y2), x2 and y2 exclusive."""
     noise = np.random.default_rng(seed).integers(90, 150, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     draw = ImageDraw.Draw(image)

@@ -22,7 +22,7 @@ def test_boxes_move_with_their_pixels(seed: int) -> None:
     torch.manual_seed(seed)
     transform = TrainingTransform(96)
     transform.distort = lambda image: image  # the colours must stay to be found again
-    image, boxes, labels, crowd = transform(*scene())
+    image, boxes, labels, _ = transform(*scene())
     assert image.shape == (3, 96, 96) and image.dtype == torch.uint8
     white = (image > 200).all(0)
     for x1, y1, x2, y2 in boxes.tolist():

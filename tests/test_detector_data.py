@@ -1,4 +1,4 @@
-"""The readers take VOC and COCO folders as they come: nothing crashes them, and nothing is lost without being counted."""
+"""Folders laid out as VOC and COCO are read as they come: nothing crashes, nothing is lost uncounted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads go on where they stopped, are verified, and unpack once; the server is a local one that misbehaves on request."""
+"""Downloads go on where they stopped, are verified, and unpack once; a local server misbehaves on request."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Server
 
-    def do_GET(self) -> None:  # noqa: N802 (the name http.server looks for)
+    def do_GET(self) -> None:
         name, asked = self.path[1:], self.headers.get("Range")
         self.server.requests.append((name, asked))
         if name not in self.server.files:

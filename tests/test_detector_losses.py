@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import mg_ops
 import pytest
 import torch
-from mg_ops import BACKGROUND, IGNORED, BoxCoder
 
+import mg_ops
 from detector.loss import balanced_l1_loss, detection_loss, focal_loss
+from mg_ops import BACKGROUND, IGNORED, BoxCoder
 
 
 def plain_focal_loss(logits: torch.Tensor, targets: torch.Tensor, alpha: float, gamma: float) -> torch.Tensor:

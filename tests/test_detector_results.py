@@ -1,4 +1,4 @@
-"""What is shown of a trained detector: annotated images, the paper's figures, and its tables beside the paper's numbers."""
+"""What is shown of a trained detector: annotated images, figures, and tables beside the paper's numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training overfits, repeats bit for bit, survives being stopped, shares its work between processes, and says what went wrong."""
+"""Training learns, repeats bit for bit, survives being stopped, shares its work, and says what went wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mg_ops
 import pytest
 import torch
 from small_data import write_coco, write_voc
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
 import detector.train
+import mg_ops
 from detector.checkpoint import make_detector, read_checkpoint, save_atomically
 from detector.data import decode_image, read_voc
 from detector.evaluate import evaluate
@@ -103,7 +103,7 @@ def assert_same_training(one: Path, other: Path) -> None:
 
 
 def test_a_few_images_are_learned_by_heart(voc: Path) -> None:
-    """Without augmentation, in a loop of a page: network, matching, losses, decoding and scores agree with each other."""
+    """Without augmentation, in a loop of a page: network, matching, losses, decoding and scores agree."""
     torch.manual_seed(0)
     data = read_voc(voc, "train")
     data.images = data.images[:4]
@@ -161,7 +161,7 @@ def test_a_run_that_was_terminated_and_resumed_equals_one_that_was_not(voc: Path
 
     # Other workers, images in memory: how fast a run goes has no say in what it computes.
     metrics = detector.train.main(
-        flags(voc, tmp_path / "stopped", **changes, resume=True) + ["--cache", "--workers", "0"]
+        [*flags(voc, tmp_path / "stopped", **changes, resume=True), "--cache", "--workers", "0"]
     )
     assert_same_training(tmp_path / "whole", tmp_path / "stopped")
     whole = json.loads((tmp_path / "whole" / "results.json").read_text())
@@ -315,9 +315,7 @@ def test_two_processes_make_the_gradients_of_one_with_the_whole_batch(tmp_path: 
     assert one.keys() == two.keys()
     for name in one:
         size = one[name].abs().max().item()
-        torch.testing.assert_close(
-            one[name], two[name], rtol=1e-4, atol=1e-5 * size + 1e-12, msg=lambda text: f"{name}: {text}"
-        )
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5 * size + 1e-12)
 
 
 def test_torchrun_trains_on_the_images_one_process_would(voc: Path, tmp_path: Path) -> None:
