@@ -468,11 +468,15 @@ class TrainingImages(Dataset[TrainingSample]):
             raise OSError(f"{self.data.name}: not one of {len(self.data.images)} images can be decoded")
         annotated = self.data.images[index]
         height, width = image.shape[-2:]
+        boxes, labels, crowd = annotated.boxes, annotated.labels, annotated.crowd
         if (width, height) != (annotated.width, annotated.height):
             defects.append(("image of another size than annotated: boxes clipped to it", annotated.name))
+            boxes = torch.minimum(boxes, torch.tensor([width, height, width, height]))
+            inside = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
+            boxes, labels, crowd = boxes[inside], labels[inside], crowd[inside]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
-            image, boxes, labels, crowd = self.transform(image, annotated.boxes, annotated.labels, annotated.crowd)
+            image, boxes, labels, crowd = self.transform(image, boxes, labels, crowd)
         return TrainingSample(image, boxes, labels, crowd, annotated.name, defects)
 
     def load(self, index: int, defects: list[tuple[str, str]]) -> Tensor | None:

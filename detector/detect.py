@@ -8,8 +8,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-import torchvision
 from matplotlib import font_manager
+from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
@@ -107,8 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         annotated = (args.out / "images" / place).with_suffix(".jpg" if place.suffix.lower() != ".png" else ".png")
         annotated.parent.mkdir(parents=True, exist_ok=True)
         drawn = draw_detections(image, detections, content["class_names"])
-        write = torchvision.io.write_png if annotated.suffix == ".png" else torchvision.io.write_jpeg
-        write(drawn, str(annotated))
+        Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(annotated)
         objects = [
             {"class": content["class_names"][label], "score": score, "box": box}
             for box, score, label in zip(

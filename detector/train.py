@@ -47,17 +47,8 @@ from detector.evaluate import evaluate, format_metrics
 from detector.loss import detection_loss
 
 # Flags that say where and how fast a run goes, not what it computes: they may differ when it is resumed.
-FREE_ON_RESUME = (
-    "data",
-    "out",
-    "resume",
-    "workers",
-    "cache",
-    "device",
-    "save_minutes",
-    "log_every",
-    "backbone_weights",
-)
+FREE_ON_RESUME = {"data", "out", "resume", "backbone_weights", "backend", "device", "workers", "cache"}
+FREE_ON_RESUME |= {"save_minutes", "log_every", "eval_every"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -511,6 +502,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     save(num_steps)
     metrics, detections = run_evaluation()
     log({"step": num_steps, "epoch": args.epochs, **{f"eval_{name}": metrics[name] for name in EVALUATED}}, num_steps)
+    if distributed:
+        everywhere: list[Any] = [None] * num_processes
+        torch.distributed.all_gather_object(everywhere, met.found)
+        for kind, where in ((kind, where) for found in everywhere for kind in found for where in found[kind]):
+            met.add(kind, where)
     metrics["arguments"] = arguments
     metrics["defects"] = {
         "train": {**train_data.defects.counts(), **met.counts()},
