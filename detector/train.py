@@ -505,8 +505,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if distributed:
         everywhere: list[Any] = [None] * num_processes
         torch.distributed.all_gather_object(everywhere, met.found)
-        for kind, where in ((kind, where) for found in everywhere for kind in found for where in found[kind]):
-            met.add(kind, where)
+        for found in everywhere:
+            for kind, places in found.items():
+                for where in places:
+                    met.add(kind, where)
     metrics["arguments"] = arguments
     metrics["defects"] = {
         "train": {**train_data.defects.counts(), **met.counts()},
