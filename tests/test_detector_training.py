@@ -320,7 +320,8 @@ def test_two_processes_make_the_gradients_of_one_with_the_whole_batch(tmp_path: 
 
 def test_torchrun_trains_on_the_images_one_process_would(voc: Path, tmp_path: Path) -> None:
     """Static matching counts positives from the objects alone: equal counts at every step are equal images."""
-    changes = {"strategy": "iou", "epochs": 2}
+    # 14 images in batches of 6, 4 and 4: batch norm over the single cell of the last level needs two images a process.
+    changes = {"strategy": "iou", "epochs": 2, "batch": 6}
     metrics = detector.train.main(flags(voc, tmp_path / "one", **changes))
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "detector.train", *flags(voc, tmp_path / "two", **changes)]
@@ -334,7 +335,7 @@ def test_torchrun_trains_on_the_images_one_process_would(voc: Path, tmp_path: Pa
         ]
         for run in ("one", "two")
     ]
-    assert len(curves[0]) == 5 and curves[0] == curves[1]
+    assert len(curves[0]) == 3 and curves[0] == curves[1]
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["images"] == metrics["images"] == 2
     assert math.isfinite(results["AP"])
