@@ -113,6 +113,11 @@ MG_OPS_DEVICE Word64 pack_counts(uint32_t low, uint32_t high) { return (static_c
 MG_OPS_DEVICE uint32_t low_half(Word64 word) { return static_cast<uint32_t>(word); }
 MG_OPS_DEVICE uint32_t high_half(Word64 word) { return static_cast<uint32_t>(word >> 32); }
 
+// The objects of an image: number `first` to `first + count` of the packed ones.
+struct ImageObjects {
+  uint32_t first, count;
+};
+
 // --- prepare ------------------------------------------------------------------------------------------------------------
 
 // Writes image_starts: the largest clamped offset so far. By one warp.
@@ -138,12 +143,8 @@ MG_OPS_DEVICE bool overlaps_anchor(const MatchProblem& problem, const Object& ob
   return box_iou(box, box_area(box), object.box, object.area) > 0.0f;
 }
 
-// A block an object.
-__global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ MatchProblem problem) {
-  const int64_t index = blockIdx.x;
-  if (index == 0 && warp_index() == 0) {
-    write_image_starts(problem);
-  }
+// Zeros what the later steps count, and writes the object with its kind. Every thread of a block must call it.
+MG_OPS_DEVICE void prepare_object(const MatchProblem& problem, int64_t index, bool in_an_image) {
   if (threadIdx.x < kQualities) {
     problem.best[threadIdx.x][index] = 0;
     problem.owned[threadIdx.x][index] = 0;
@@ -163,13 +164,7 @@ __global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_const
   object.area = box_area(object.box);
   const int64_t label = load_integer(problem.gt_labels, index);
   object.label = label >= 0 && label < problem.num_classes ? static_cast<int32_t>(label) : -1;
-
-  // Objects past every offset belong to no image.
-  bool counts = false;
-  for (int64_t image = threadIdx.x; image <= problem.batch_size; image += kThreads) {
-    counts |= clamp_offset(problem, image) > index;
-  }
-  if (!__syncthreads_or(counts)) {
+  if (!in_an_image) {
     object.kind = ObjectKind::kNone;
   } else if (crowd) {
     object.kind = ObjectKind::kCrowd;
@@ -197,6 +192,20 @@ __global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_const
   if (threadIdx.x == 0) {
     problem.objects[index] = object;
   }
+}
+
+// A block an object.
+__global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ MatchProblem problem) {
+  const int64_t index = blockIdx.x;
+  if (index == 0 && warp_index() == 0) {
+    write_image_starts(problem);
+  }
+  // Objects past every offset belong to no image.
+  bool counts = false;
+  for (int64_t image = threadIdx.x; image <= problem.batch_size; image += kThreads) {
+    counts |= clamp_offset(problem, image) > index;
+  }
+  prepare_object(problem, index, __syncthreads_or(counts) != 0);
 }
 
 // --- claim --------------------------------------------------------------------------------------------------------------
@@ -279,18 +288,13 @@ MG_OPS_DEVICE int stage_objects(const MatchProblem& problem, uint32_t image_star
   return staged;
 }
 
-// A thread an anchor of an image; blocks image by image.
-__global__ void __launch_bounds__(kThreads, 4) claim_kernel(const __grid_constant__ MatchProblem problem) {
-  MG_OPS_SHARED(ClaimShared, shared);
+// The claims of kThreads anchors of an image that has objects. Every thread of a block must call it.
+MG_OPS_DEVICE void claim_anchors(const MatchProblem& problem, uint32_t image, ImageObjects objects, uint32_t first_anchor,
+                                 ClaimShared& shared) {
   const uint32_t num_anchors = static_cast<uint32_t>(problem.num_anchors);
-  const uint32_t blocks_an_image = (num_anchors + kThreads - 1) / kThreads;
-  const uint32_t image = blockIdx.x / blocks_an_image;
-  const uint32_t image_start = static_cast<uint32_t>(problem.image_starts[image]);
-  const uint32_t num_objects = static_cast<uint32_t>(problem.image_starts[image + 1]) - image_start;
-  if (num_objects == 0) {
-    return;  // rank_kernel writes the background
-  }
-  const uint32_t anchor = (blockIdx.x % blocks_an_image) * kThreads + threadIdx.x;
+  const uint32_t image_start = objects.first;
+  const uint32_t num_objects = objects.count;
+  const uint32_t anchor = first_anchor + threadIdx.x;
   const bool exists = anchor < num_anchors;
   const bool by_regressed = problem.params.classification_by_regressed;
   const bool by_amplified = problem.params.localization_by_amplified;
@@ -422,6 +426,27 @@ __global__ void __launch_bounds__(kThreads, 4) claim_kernel(const __grid_constan
   count_owned(problem.owned[kByAmplified] + image_start, loc_claim != 0, key_index(loc_claim));
 }
 
+// The objects of an image, once image_starts is written.
+MG_OPS_DEVICE ImageObjects objects_of(const MatchProblem& problem, uint32_t image) {
+  const uint32_t first = static_cast<uint32_t>(problem.image_starts[image]);
+  return {first, static_cast<uint32_t>(problem.image_starts[image + 1]) - first};
+}
+
+MG_OPS_DEVICE uint32_t blocks_an_image(const MatchProblem& problem) {
+  return (static_cast<uint32_t>(problem.num_anchors) + kThreads - 1) / kThreads;
+}
+
+// A thread an anchor of an image; blocks image by image.
+__global__ void __launch_bounds__(kThreads, 4) claim_kernel(const __grid_constant__ MatchProblem problem) {
+  MG_OPS_SHARED(ClaimShared, shared);
+  const uint32_t blocks = blocks_an_image(problem);
+  const uint32_t image = blockIdx.x / blocks;
+  const ImageObjects objects = objects_of(problem, image);
+  if (objects.count > 0) {  // else rank_kernel writes the background
+    claim_anchors(problem, image, objects, (blockIdx.x % blocks) * kThreads, shared);
+  }
+}
+
 // --- rank ---------------------------------------------------------------------------------------------------------------
 
 struct RankShared {
@@ -534,17 +559,14 @@ MG_OPS_DEVICE void rank_object(const MatchProblem& problem, uint32_t image, uint
   }
 }
 
-// A thread an anchor of an image; blocks image by image, as in claim_kernel.
-__global__ void __launch_bounds__(kThreads, 3) rank_kernel(const __grid_constant__ MatchProblem problem) {
-  MG_OPS_SHARED(RankShared, shared);
+// The labels of kThreads anchors of an image, and of whatever else the objects won that these anchors complete. Every thread
+// of a block must call it.
+MG_OPS_DEVICE void rank_anchors(const MatchProblem& problem, uint32_t image, ImageObjects objects, uint32_t first_anchor,
+                                RankShared& shared) {
   const uint32_t num_anchors = static_cast<uint32_t>(problem.num_anchors);
-  const uint32_t blocks_an_image = (num_anchors + kThreads - 1) / kThreads;
-  const uint32_t image = blockIdx.x / blocks_an_image;
-  const uint32_t first_anchor = (blockIdx.x % blocks_an_image) * kThreads;
+  const uint32_t image_start = objects.first;
+  const uint32_t num_objects = objects.count;
   const uint32_t anchor = first_anchor + threadIdx.x;
-  const uint32_t image_start = problem.num_gt == 0 ? 0 : static_cast<uint32_t>(problem.image_starts[image]);
-  const uint32_t num_objects =
-      problem.num_gt == 0 ? 0 : static_cast<uint32_t>(problem.image_starts[image + 1]) - image_start;
   if (num_objects == 0) {
     if (anchor < num_anchors) {
       const int64_t place = static_cast<int64_t>(image) * num_anchors + anchor;
@@ -690,6 +712,96 @@ __global__ void __launch_bounds__(kThreads, 3) rank_kernel(const __grid_constant
       }
     }
     __syncthreads();
+  }
+}
+
+// A thread an anchor of an image; blocks image by image, as in claim_kernel.
+__global__ void __launch_bounds__(kThreads, 3) rank_kernel(const __grid_constant__ MatchProblem problem) {
+  MG_OPS_SHARED(RankShared, shared);
+  const uint32_t blocks = blocks_an_image(problem);
+  const uint32_t image = blockIdx.x / blocks;
+  const ImageObjects objects = problem.num_gt == 0 ? ImageObjects{0, 0} : objects_of(problem, image);
+  rank_anchors(problem, image, objects, (blockIdx.x % blocks) * kThreads, shared);
+}
+
+// --- all in one launch --------------------------------------------------------------------------------------------------
+
+union OneLaunchShared {
+  ClaimShared claim;
+  RankShared rank;
+  uint32_t largest[2][kWarps];
+};
+
+// The objects of an image, straight from gt_offsets: image_starts, for one image. Every thread of a block must call it.
+MG_OPS_DEVICE ImageObjects find_objects_of(const MatchProblem& problem, uint32_t image, OneLaunchShared& shared) {
+  uint32_t start = 0;
+  for (int64_t before = threadIdx.x; before <= image; before += kThreads) {
+    const uint32_t offset = static_cast<uint32_t>(clamp_offset(problem, before));
+    start = offset > start ? offset : start;
+  }
+  start = __reduce_max_sync(kAllLanes, start);
+  if (lane_index() == 0) {
+    shared.largest[0][warp_index()] = start;
+  }
+  __syncthreads();
+  for (int warp = 0; warp < kWarps; ++warp) {
+    start = shared.largest[0][warp] > start ? shared.largest[0][warp] : start;
+  }
+  __syncthreads();
+  const uint32_t end = static_cast<uint32_t>(clamp_offset(problem, static_cast<int64_t>(image) + 1));
+  return {start, end > start ? end - start : 0};
+}
+
+// Makes what the blocks of the cluster have written visible to all of them, and waits until they have.
+MG_OPS_DEVICE void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __threadfence();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#elif !defined(__CUDACC__)
+  MG_OPS_EMULATED_CLUSTER_BARRIER();
+#endif
+}
+
+// The three steps for an image by a cluster of blocks (sm_90 and later), with cluster barriers instead of launches between
+// them. The same work by the same functions, so the same result; it pays where launches cost more than the work of the few
+// blocks of a cluster, which is for small A.
+__global__ void __launch_bounds__(kThreads, 2)
+    one_launch_kernel(const __grid_constant__ MatchProblem problem, const uint32_t cluster_size) {
+  MG_OPS_SHARED(OneLaunchShared, shared);
+  const uint32_t image = blockIdx.x / cluster_size;
+  const uint32_t rank = blockIdx.x % cluster_size;
+  const ImageObjects objects = find_objects_of(problem, image, shared);
+
+  for (uint32_t object = rank; object < objects.count; object += cluster_size) {
+    prepare_object(problem, objects.first + object, true);
+  }
+  // The counts of objects in no image: before the first, and after the last.
+  const uint32_t thread = rank * kThreads + threadIdx.x;
+  if (image == 0) {
+    for (uint32_t index = thread; index < objects.first; index += cluster_size * kThreads) {
+      problem.num_pos[index] = 0;
+      problem.num_total[index] = 0;
+    }
+  }
+  if (image + 1 == problem.batch_size) {
+    for (int64_t index = objects.first + objects.count + static_cast<int64_t>(thread); index < problem.num_gt;
+         index += static_cast<int64_t>(cluster_size) * kThreads) {
+      problem.num_pos[index] = 0;
+      problem.num_total[index] = 0;
+    }
+  }
+
+  const uint32_t blocks = blocks_an_image(problem);
+  cluster_barrier();
+  if (objects.count > 0) {
+    for (uint32_t block = rank; block < blocks; block += cluster_size) {
+      claim_anchors(problem, image, objects, block * kThreads, shared.claim);
+    }
+  }
+  cluster_barrier();
+  for (uint32_t block = rank; block < blocks; block += cluster_size) {
+    rank_anchors(problem, image, objects, block * kThreads, shared.rank);
   }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +16,37 @@ import torch  # noqa: E402
 import cuda_on_cpu  # noqa: E402
 
 
+def count(emulator: cuda_on_cpu.Emulator, name: str, images: int) -> None:
+    """Prints what the kernels must move for a benchmark case, and how many scores they read, after checking the answer."""
+    import mg_ops
+    from benchmarks.cases import CASES, CODER, make_batches
+
+    case = dataclasses.replace(CASES[name], batch_size=images)
+    batch = make_batches(case, None, 1, 0, "cpu")[0]
+    arguments = {
+        "anchors": batch.anchors,
+        "pred_boxes": batch.deltas,
+        "cls_scores": batch.logits,
+        "gt_boxes": batch.gt_boxes,
+        "gt_labels": batch.gt_labels,
+        "gt_offsets": batch.gt_offsets,
+        "gt_crowd": batch.gt_crowd,
+        "box_coder": CODER,
+    }
+    match = emulator.mutual_match(**arguments)
+    backend = "cpp" if mg_ops.backends()["cpp"].usable else "eager"
+    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend=backend), name)
+    call = emulator.last_call
+    num_anchors = len(batch.anchors)
+    pairs = images * num_anchors
+    overlapping = sum(int((mg_ops.box_iou(batch.anchors, object_box[None]) > 0).sum()) for object_box in batch.gt_boxes)
+    print(
+        f"{name}: {images} images, {num_anchors:,} anchors, {len(batch.gt_boxes)} objects: {call.launches} launches; "
+        f"deltas {16 * pairs:,} B, outputs {16 * pairs:,} B, scratch {call.scratch_bytes:,} B; "
+        f"{overlapping:,} overlapping pairs, {call.scores_read:,} score reads ({32 * call.scores_read:,} B in sectors of 32 B)"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/cuda_on_cpu", description=__doc__)
     parser.add_argument("--threads", type=int, default=64, help="threads of a block (a multiple of 32; default 64)")
@@ -23,6 +55,10 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="seed of the first (default 0)")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
     parser.add_argument("--mistake", type=int, default=0, help="run the kernel with this mistake instead (1 to 5)")
+    parser.add_argument(
+        "--count", metavar="CASE", help="print launches, bytes and score reads of a benchmark case instead"
+    )
+    parser.add_argument("--images", type=int, default=1, help="images of that case (default 1)")
     options = parser.parse_args()
     if options.sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         environment = cuda_on_cpu.sanitizer_environment()
@@ -31,6 +67,9 @@ def main() -> None:
     emulator = cuda_on_cpu.build(options.threads, options.staged_keys, options.sanitize)
     if options.mistake:
         print(emulator.run_mistake(options.mistake))
+        return
+    if options.count:
+        count(emulator, options.count, options.images)
         return
     batches = range(options.first, options.first + options.batches)
     compared = cuda_on_cpu.check_against_reference(emulator, batches, options.first)

@@ -480,6 +480,8 @@ uint32_t reduce(uint32_t lanes, uint32_t value, Combine combine) {
 #define MG_OPS_SHARED(Type, name) \
   Type& name = *static_cast<Type*>(cuda_on_cpu::launch().shared_memory(0, sizeof(Type), cuda_on_cpu::launch().fiber()->block))
 
+#define MG_OPS_EMULATED_CLUSTER_BARRIER() cuda_on_cpu::launch().cluster_barrier()
+
 static const cuda_on_cpu::BuiltIn threadIdx{cuda_on_cpu::BuiltIn::kThread, {cuda_on_cpu::BuiltIn::kThread}};
 static const cuda_on_cpu::BuiltIn blockIdx{cuda_on_cpu::BuiltIn::kBlock, {cuda_on_cpu::BuiltIn::kBlock}};
 
