@@ -2,8 +2,8 @@
 
 Plain data, no test framework: the same cases check every backend on every device, emulators included. Most boxes are
 strips of height 1, `strip(x1, x2)`, so that an IoU is the overlap of two intervals over their union: strip(0, 6)
-against strip(0, 10) has 6 / 10. Unless a case says otherwise, predicted boxes equal the anchors and every logit is 0, so
-that both rankings agree with the anchors' IoU.
+against strip(0, 10) has 6 / 10. Unless a case says otherwise, predicted boxes equal the anchors and every logit is 0,
+so that both rankings agree with the anchors' IoU.
 
 Logits SURE and NEVER give p = 1 and p = 0 (3.8e-44, which sigma - p rounds away).
 """
