@@ -1,8 +1,8 @@
 // exp, log2 and sigmoid that give the same bits everywhere.
 //
-// Each is one fixed polynomial in plain float32 multiplies, adds and bit operations, every operation rounded on its own.
-// mg_ops/reference.py (eager PyTorch) and mg_ops/triton_mutual_match.py spell out the same operations in the same order:
-// change one and you change all three. Compile with floating-point contraction off (g++ -ffp-contract=off, nvcc
+// Each is one fixed polynomial in plain float32 multiplies, adds and bit operations, every operation rounded on its
+// own. mg_ops/reference.py (eager PyTorch) and mg_ops/triton_mutual_match.py spell out the same operations in the same
+// order: change one and you change all three. Compile with floating-point contraction off (g++ -ffp-contract=off, nvcc
 // -fmad=false): a fused multiply-add would change the last bit. Coefficients: minimax fits in 40-digit arithmetic,
 // relative error of the polynomials 3.1e-9 (exp) and 5.8e-9 (log), rounded to float32.
 #pragma once
@@ -13,8 +13,8 @@
 #ifdef __CUDACC__
 #define MG_OPS_INLINE static __host__ __device__ __forceinline__
 #else
-// `static` gives every object file its own copy: the same source is compiled for several instruction sets, and the linker
-// must never hand the AVX2 copy to a processor without AVX2.
+// `static` gives every object file its own copy: the same source is compiled for several instruction sets, and the
+// linker must never hand the AVX2 copy to a processor without AVX2.
 #define MG_OPS_INLINE static inline __attribute__((always_inline))
 #endif
 
@@ -50,7 +50,8 @@ MG_OPS_INLINE bool is_finite(float x) { return (float_bits(x) & 0x7f800000u) != 
 MG_OPS_INLINE float det_exp(float x) {
   x = x > 89.0f ? 89.0f : x;  // written so that NaN passes through
   x = x < -104.5f ? -104.5f : x;
-  // Adding 1.5 * 2^23 rounds to an integer n and leaves n in the low bits, so no float-to-int conversion of a NaN occurs.
+  // Adding 1.5 * 2^23 rounds to an integer n and leaves n in the low bits, so no float-to-int conversion of a NaN
+  // occurs.
   const float shifted = x * 1.442695041f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   // r = x - n ln 2, with ln 2 in two parts; n * 0.693359375 is exact.

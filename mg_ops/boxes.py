@@ -104,14 +104,15 @@ def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
 
 
 def _check_boxes(name: str, boxes: Tensor, shape: tuple[int | str, ...]) -> Tensor:
-    """The tensor in float32; raises unless it has this shape. A name stands for any size, a leading "..." for any more."""
+    """The tensor in float32; raises unless it has this shape. A name stands for any size, "..." for any more."""
     if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
         kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
         raise TypeError(f"{name}: expected a floating point tensor, got {kind}")
     last = shape[1:] if shape[0] == "..." else shape
     dims_fit = boxes.dim() >= len(last) if shape[0] == "..." else boxes.dim() == len(last)
     if not dims_fit or any(
-        isinstance(size, int) and size != actual for size, actual in zip(reversed(last), reversed(boxes.shape), strict=False)
+        isinstance(size, int) and size != actual
+        for size, actual in zip(reversed(last), reversed(boxes.shape), strict=False)
     ):
         wanted = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(boxes.shape)}")

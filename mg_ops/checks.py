@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,9 @@ def describe(value: object) -> str:
     return f"{type(value).__name__}"
 
 
-def check_tensor(name: str, value: object, kind: str, shape: tuple[int | str, ...], device: torch.device | None) -> Tensor:
+def check_tensor(
+    name: str, value: object, kind: str, shape: tuple[int | str, ...], device: torch.device | None
+) -> Tensor:
     """Raises unless value is a tensor of this kind ("floating point", "integer" or "bool"), shape and device.
 
     A string in shape names a size that may be anything.
@@ -92,7 +95,9 @@ def check_objects(
         return gt_boxes, gt_labels, gt_offsets, gt_crowd
 
     if gt_offsets is not None:
-        raise ValueError("gt_offsets: only packed gt_boxes (N, 4) take offsets, got gt_boxes as a list; pass gt_offsets=None")
+        raise ValueError(
+            "gt_offsets: only packed gt_boxes (N, 4) take offsets, got gt_boxes as a list; pass gt_offsets=None"
+        )
     boxes = _check_list("gt_boxes", gt_boxes, batch_size)
     labels = _check_list("gt_labels", gt_labels, batch_size)
     crowd = None if gt_crowd is None else _check_list("gt_crowd", gt_crowd, batch_size)
@@ -122,7 +127,9 @@ def check_objects(
 
 def _check_list(name: str, value: object, batch_size: int) -> Sequence[Tensor]:
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected a list of {batch_size} tensors, one an image, like gt_boxes, got {describe(value)}")
+        raise TypeError(
+            f"{name}: expected a list of {batch_size} tensors, one an image, like gt_boxes, got {describe(value)}"
+        )
     if len(value) != batch_size:
         raise ValueError(f"{name}: expected a list of {batch_size} tensors, one an image, got {len(value)}")
     return value
@@ -132,7 +139,7 @@ def _check_offsets(gt_offsets: Tensor, num_gt: int) -> None:
     offsets = gt_offsets.tolist()
     if offsets[0] != 0:
         raise ValueError(f"gt_offsets: must start at 0, got {offsets[0]}")
-    for image, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for image, (start, end) in enumerate(itertools.pairwise(offsets)):
         if end < start:
             raise ValueError(f"gt_offsets: must not decrease, got {start} then {end} for image {image}")
     if offsets[-1] > num_gt:
@@ -163,7 +170,8 @@ def check_values(
     if not bool(ok.all()):
         index = int((~ok).nonzero()[0])
         raise ValueError(
-            f"anchors[{index}]: expected four finite coordinates with x2 > x1 and y2 > y1, got {anchors[index].tolist()}"
+            f"anchors[{index}]: expected four finite coordinates with x2 > x1 and y2 > y1, "
+            f"got {anchors[index].tolist()}"
         )
     for image in range(cls_scores.shape[0]):
         boxes = pred_boxes[image].float()
@@ -171,7 +179,9 @@ def check_values(
         if not bool(ok.all()):
             index = int((~ok).nonzero()[0])
             wanted = "four finite coordinates with x2 > x1 and y2 > y1" if box_coder is None else "four finite deltas"
-            raise ValueError(f"pred_boxes: image {image}, anchor {index}: expected {wanted}, got {boxes[index].tolist()}")
+            raise ValueError(
+                f"pred_boxes: image {image}, anchor {index}: expected {wanted}, got {boxes[index].tolist()}"
+            )
         if box_coder is not None:
             decoded = box_coder.decode(anchors, boxes)
             ok = decoded.isfinite().all(-1)
@@ -203,7 +213,8 @@ def check_values(
         if not bool(known.all()):
             index = int((~known).nonzero()[0])
             raise ValueError(
-                f"gt_labels: image {image}, object {index}: expected a label in [0, {num_classes}), got {int(labels[index])}"
+                f"gt_labels: image {image}, object {index}: expected a label in [0, {num_classes}), "
+                f"got {int(labels[index])}"
             )
         for index in (~crowd).nonzero().flatten().tolist():
             if not bool((reference.box_iou(anchors, objects[index : index + 1]) > 0).any()):

@@ -33,7 +33,7 @@ STRATEGIES = {
     "classify_to_localize": (False, True),
     "mutual": (True, True),
 }
-"""Strategy -> (classification ranked by q_regressed, localisation ranked by q_amplified); the rows of the paper's Table 1."""
+"""Strategy -> (classification by q_regressed, localisation by q_amplified); the rows of the paper's Table 1."""
 
 
 class BackendStatus(NamedTuple):
@@ -78,9 +78,9 @@ def mutual_match(
 
     Anchors whose regressed boxes localise an object well become its positives for classification; anchors that classify
     it well become its positives for localisation. Sizes: B images, A anchors, C classes, N objects in all. Boxes are
-    (x1, y1, x2, y2) in any one unit (pixels, or fractions of the image), the same for all arguments. Floating inputs may
-    be float16, bfloat16, float32 or float64; all are rounded to float32 first. Any strides are read in place. Nothing is
-    differentiated: inputs may require grad, and none flows.
+    (x1, y1, x2, y2) in any one unit (pixels, or fractions of the image), the same for all arguments. Floating inputs
+    may be float16, bfloat16, float32 or float64; all are rounded to float32 first. Any strides are read in place.
+    Nothing is differentiated: inputs may require grad, and none flows.
 
     Args:
         anchors: (A, 4) floating, the anchor boxes.
@@ -100,8 +100,8 @@ def mutual_match(
         iou_ignored: those with at least this IoU count as positive or ignored (Np + Ni), in (0, iou_positive].
         crowd_overlap: background whose overlap with a crowd region is at least this share of the anchor's area becomes
             ignored, in (0, 1].
-        check: raise on values that are otherwise passed over: boxes that are not finite or inverted, NaN scores, unknown
-            labels, objects that no anchor overlaps, wrong offsets. Costs a device synchronisation.
+        check: raise on values that are otherwise passed over: boxes that are not finite or inverted, NaN scores,
+            unknown labels, objects that no anchor overlaps, wrong offsets. Costs a device synchronisation.
         backend: None for the best one of the tensors' device, or one of `mg_ops.backends()`.
 
     Returns:
@@ -109,8 +109,8 @@ def mutual_match(
 
     Raises:
         TypeError: a wrong type or dtype; the message names the argument.
-        ValueError: a wrong shape, device, length or number, packed offsets (on the CPU) that do not start at 0, decrease or
-            exceed N, or with `check=True` a bad value.
+        ValueError: a wrong shape, device, length or number, packed offsets (on the CPU) that do not start at 0,
+            decrease or exceed N, or with `check=True` a bad value.
         RuntimeError: the backend asked for cannot be used; the message says why.
 
     Example:

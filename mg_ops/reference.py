@@ -3,8 +3,8 @@
 Read it beside the paper (Zhang et al., "Localize to Classify and Classify to Localize: Mutual Guidance in Object
 Detection", ACCV 2020, sections 3.1 and 3.2). It runs on any device, and it is the oracle that every other backend must
 equal bit for bit, so its arithmetic is spelled out: float32, one rounding an operation, and its own `exp`, `log2` and
-`sigmoid` made of multiplies, adds and bit operations (the same as in `csrc/det_math.h`). It favours clarity over memory:
-each image makes tensors of size anchors x objects.
+`sigmoid` made of multiplies, adds and bit operations (the same as in `csrc/det_math.h`). It favours clarity over
+memory: each image makes tensors of size anchors x objects.
 
 Sizes: B images, A anchors, C classes, G objects of one image, N objects in all.
 """
@@ -89,6 +89,7 @@ def positive_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def area(boxes: Tensor) -> Tensor:
+    """(..., 4) boxes -> (...,) areas; meaningless where a box is inverted."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return (x2 - x1) * (y2 - y1)
 
@@ -199,7 +200,7 @@ def match_image(
     iou_ignored: float,
     crowd_overlap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One image: (A, 4), (A, 4), (A, C), (G, 4), (G,), (G,) -> cls_match (A,), loc_match (A,), num_pos (G,), num_total (G,)."""
+    """One image: (A, 4), (A, 4), (A, C), (G, 4), (G,), (G,) -> cls_match, loc_match (A,), num_pos, num_total (G,)."""
     num_anchors, num_classes = cls_scores.shape
     num_objects = len(gt_boxes)
     cls_match = torch.full((num_anchors,), BACKGROUND, device=anchors.device)
@@ -278,11 +279,9 @@ def mutual_match(
     device = anchors.device
     # Wide inputs are rounded once, here, so that every backend computes from the same float32 numbers.
     anchors, gt_boxes = anchors.float(), gt_boxes.float()
-    sigma, iou_positive, iou_ignored, crowd_overlap, box_coder_clip = (
-        torch.tensor(
-            [sigma, iou_positive, iou_ignored, crowd_overlap, box_coder_clip], dtype=torch.float32, device="cpu"
-        ).tolist()
-    )
+    sigma, iou_positive, iou_ignored, crowd_overlap, box_coder_clip = torch.tensor(
+        [sigma, iou_positive, iou_ignored, crowd_overlap, box_coder_clip], dtype=torch.float32, device="cpu"
+    ).tolist()
     if gt_crowd is None:
         gt_crowd = torch.zeros(num_gt, dtype=torch.bool, device=device)
 

@@ -20,7 +20,7 @@ class Targets(NamedTuple):
     class_targets: Tensor
     """(B, A) int64: the label of each classification positive, `BACKGROUND` (-1) or `IGNORED` (-2)."""
     loc_labels: Tensor
-    """(B, A) int64: the label of each localisation positive's object, as given (for class-specific box heads); else -1."""
+    """(B, A) int64: the label of each localisation positive's object, as given (for class-specific box heads), or -1."""
     box_targets: Tensor
     """(B, A, 4) float32: the box (x1, y1, x2, y2) of each localisation positive's object; with a box coder the deltas
     from its anchor. 0 where there is none."""
@@ -42,8 +42,8 @@ def encode_targets(
         match: what `mutual_match` returned for these objects.
         anchors: (A, 4) floating, (x1, y1, x2, y2).
         gt_boxes, gt_labels, gt_offsets: the objects, as given to `mutual_match`.
-        num_classes: C. A positive whose object's label is outside [0, C) is then `IGNORED`, so that no loss indexes out of
-            bounds; without it labels are copied as they are.
+        num_classes: C. A positive whose object's label is outside [0, C) is then `IGNORED`, so that no loss indexes out
+            of bounds; without it labels are copied as they are.
         box_coder: encodes the boxes as regression deltas of their anchors; without it they are the boxes themselves.
 
     Returns:
@@ -76,7 +76,8 @@ def encode_targets(
     num_gt = boxes.shape[0]
     if match.num_pos.shape != (num_gt,):
         raise ValueError(
-            f"match: made for {match.num_pos.shape[0]} objects, but gt_boxes has {num_gt}; pass the objects it was made with"
+            f"match: made for {match.num_pos.shape[0]} objects, but gt_boxes has {num_gt}; "
+            "pass the objects it was made with"
         )
     if box_coder is not None and not isinstance(box_coder, BoxCoder):
         raise TypeError(f"box_coder: expected mg_ops.BoxCoder or None, got {type(box_coder).__name__}")

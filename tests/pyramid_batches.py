@@ -1,7 +1,7 @@
 """Random batches as detectors have them: pyramids of anchors, crowded objects, predictions from raw to trained.
 
-The fused kernels leave out what their bounds say cannot matter, and look again where they were too hopeful. Here, unlike in
-random_batches.py, boxes have the sizes for which that happens.
+The fused kernels leave out what their bounds say cannot matter, and look again where they were too hopeful. Here,
+unlike in random_batches.py, boxes have the sizes for which that happens.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def pyramid_batch(seed: int) -> dict[str, Any]:
         count, num_clusters = choose([1, 2, 5, 10, 30, 80, 200]), choose([0, 1, 3])
         center = torch.rand(count, 2, generator=generator) * image_size
         if num_clusters:
-            center = center[:num_clusters].repeat(count // num_clusters + 1, 1)[:count] + normal(count, 2) * choose([0.5, 3, 10])
+            center = center[:num_clusters].repeat(count // num_clusters + 1, 1)[:count] + normal(count, 2) * choose(
+                [0.5, 3, 10]
+            )
         size = torch.exp(normal(count, 2) * choose([0.1, 0.5, 1.0]) + math.log(choose([8, 16, 30, 60])))
         gt_boxes.append(torch.cat([center - size / 2, center + size / 2], -1))
         gt_labels.append(torch.randint(0, num_classes, (count,), generator=generator))

@@ -1,4 +1,4 @@
-"""What the kernels leave out by bounds would not have mattered: culled equals brute force, on anchors as detectors have them."""
+"""What the kernels leave out by bounds would not have mattered: culled equals brute force, on pyramids of anchors."""
 
 from __future__ import annotations
 

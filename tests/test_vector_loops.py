@@ -21,9 +21,11 @@ INSTRUCTION_SETS = {
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_loops_marked_as_vector_loops_are_vectorised(instruction_set: str, tmp_path: Path) -> None:
     compiler = shutil.which("g++")
-    if compiler is None or "Free Software Foundation" not in subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True
-    ).stdout:
+    if (
+        compiler is None
+        or "Free Software Foundation"
+        not in subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    ):
         pytest.skip("only g++ reports what it vectorised in this form")
     target = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
     if instruction_set != "baseline" and not target.startswith("x86_64"):
@@ -51,6 +53,8 @@ def test_loops_marked_as_vector_loops_are_vectorised(instruction_set: str, tmp_p
         text=True,
         check=True,
     ).stderr
-    vectorised = {int(line) for line in re.findall(r"mutual_match_kernel\.cpp:(\d+):\d+: optimized: loop vectorized", report)}
+    vectorised = {
+        int(line) for line in re.findall(r"mutual_match_kernel\.cpp:(\d+):\d+: optimized: loop vectorized", report)
+    }
     missing = sorted(marked - vectorised)
     assert not missing, f"not vectorised for {instruction_set}: lines {missing}\n{report}"

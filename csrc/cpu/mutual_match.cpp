@@ -1,4 +1,5 @@
-// mg_ops::mutual_match on the CPU: reads the tensors' layout, allocates the outputs, and spreads the images over threads.
+// mg_ops::mutual_match on the CPU: reads the tensors' layout, allocates the outputs, and spreads the images over
+// threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -44,14 +45,10 @@ const MatchKernels& kernels() {
 
 FloatType float_type(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return FloatType::kFloat16;
-    case ScalarType::BFloat16:
-      return FloatType::kBFloat16;
-    case ScalarType::Double:
-      return FloatType::kFloat64;
-    default:
-      return FloatType::kFloat32;
+    case ScalarType::Half: return FloatType::kFloat16;
+    case ScalarType::BFloat16: return FloatType::kBFloat16;
+    case ScalarType::Double: return FloatType::kFloat64;
+    default: return FloatType::kFloat32;
   }
 }
 
@@ -67,8 +64,9 @@ IntArray int_array(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.scalar_type() == ScalarType::Long, tensor.stride(0)};
 }
 
-// Brings the pages of fresh memory in with one system call; touched one by one, their page faults would cost as much as the
-// whole matching. Only advice: where the kernel (before Linux 5.14) does not know it, nothing changes.
+// Brings the pages of fresh memory in with one system call: touched one by one, their page faults can cost as much as
+// the whole matching. Memory that the allocator hands out again has its pages; the first one tells. Only advice: where
+// the kernel (before Linux 5.14) does not know it, nothing changes.
 void populate_pages(void* begin, size_t bytes) {
 #if defined(__linux__)
 #if !defined(MADV_POPULATE_WRITE)
@@ -77,7 +75,12 @@ void populate_pages(void* begin, size_t bytes) {
   static const uintptr_t page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page_size - 1) & ~(page_size - 1);
   const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) & ~(page_size - 1);
-  if (first < last) static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE));
+  unsigned char resident = 0;
+  if (first >= last || (mincore(reinterpret_cast<void*>(first), page_size, &resident) == 0 && (resident & 1) != 0))
+    return;
+  static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE));
+#else
+  static_cast<void>(begin), static_cast<void>(bytes);
 #endif
 }
 
@@ -209,7 +212,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cpu(
   const bool enough_memory = sizes.batch_size >= num_threads
                                  ? match_images(problem, anchor_tiles.get(), num_tiles, num_threads)
                                  : match_split_images(problem, anchor_tiles.get(), num_tiles);
-  if (!enough_memory) fail("mutual_match: not enough memory for ", sizes.batch_size, " images of ", sizes.num_anchors, " anchors");
+  if (!enough_memory)
+    fail("mutual_match: not enough memory for ", sizes.batch_size, " images of ", sizes.num_anchors, " anchors");
   return {cls_match, loc_match, num_pos, num_total};
 }
 

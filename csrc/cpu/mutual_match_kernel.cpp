@@ -1,15 +1,15 @@
-// Mutual matching of one image on the CPU: three claims (by the anchors' IoU, the regressed boxes' IoU, the amplified IoU),
-// each one pass over tiles of 64 boxes, then a selection of the best anchors of each object.
+// Mutual matching of one image on the CPU: three claims (by the anchors' IoU, the regressed boxes' IoU, the amplified
+// IoU), each one pass over tiles of 64 boxes, then a selection of the best anchors of each object.
 //
-// What is never made: a tensor of anchors x objects, or a copy of the class scores. What is kept of an anchor is its best
-// object and the quality for it, under q_anchor and under one further quality: 16 bytes. The lists of the selection add 16
-// bytes for each positive or ignored anchor.
+// What is never made: a tensor of anchors x objects, or a copy of the class scores. What is kept of an anchor is its
+// best object and the quality for it, under q_anchor and under one further quality: 16 bytes. The lists of the
+// selection add 16 bytes for each positive or ignored anchor.
 //
-// Loops marked "vector loop" are those the time goes to; tests/test_vector_loops.py asks the compiler whether it turned them
-// into vector instructions, for every instruction set.
+// Loops marked "vector loop" are those the time goes to; tests/test_vector_loops.py asks the compiler whether it turned
+// them into vector instructions, for every instruction set.
 //
-// Everything here has internal linkage (`static`, anonymous namespaces, comparators of local type): this file is compiled
-// for several instruction sets, and a symbol shared between them could bring AVX to a processor without it.
+// Everything here has internal linkage (`static`, anonymous namespaces, comparators of local type): this file is
+// compiled for several instruction sets, and a symbol shared between them could bring AVX to a processor without it.
 #include "mutual_match_kernel.h"
 
 #include <algorithm>
@@ -60,7 +60,7 @@ struct ImageWork {
   int64_t* list_begin;
   uint32_t* list_floor;    // anchors of at most this quality are not, or no longer, of interest; from index -1 on
   uint32_t* likely_order;  // most of the slot's positives should be above this quality
-  uint32_t* saved_value;  // anchor_quality and owner under the slot's forced pair
+  uint32_t* saved_value;   // anchor_quality and owner under the slot's forced pair
   int32_t* saved_owner;
 
   // Crowd regions of the image.
@@ -77,8 +77,8 @@ struct ImageWork {
 namespace MG_OPS_CPU_TARGET {
 namespace {
 
-// Positives are looked for among pairs of at least this share of the IoU they should have; a slot that finds too few of them
-// there is looked at again, without bounds.
+// Positives are looked for among pairs of at least this share of the IoU they should have; a slot that finds too few of
+// them there is looked at again, without bounds.
 constexpr float kExpectedShare = 0.8f;
 // Qualities below are bounded with a margin, so that no rounding can turn a bound into a lie: 1% of an IoU is 0.0145 in
 // log2, and exponents err by less than 1e-4 for every float.
@@ -135,14 +135,10 @@ MG_OPS_INLINE float to_float(Float16 x) {
 template <class F>
 MG_OPS_INLINE auto with_type(const FloatArray& array, F f) {
   switch (array.type) {
-    case FloatType::kFloat16:
-      return f(static_cast<const Float16*>(array.data));
-    case FloatType::kBFloat16:
-      return f(static_cast<const BFloat16*>(array.data));
-    case FloatType::kFloat64:
-      return f(static_cast<const double*>(array.data));
-    default:
-      return f(static_cast<const float*>(array.data));
+    case FloatType::kFloat16: return f(static_cast<const Float16*>(array.data));
+    case FloatType::kBFloat16: return f(static_cast<const BFloat16*>(array.data));
+    case FloatType::kFloat64: return f(static_cast<const double*>(array.data));
+    default: return f(static_cast<const float*>(array.data));
   }
 }
 
@@ -166,7 +162,7 @@ static void load_columns(const FloatArray& array, int64_t image, int64_t first, 
     const auto* row = data + image * array.stride[0] + first * array.stride[1];
     const int64_t row_step = array.stride[1], step = array.stride[2];
     if (row_step == 4 && step == 1 && count == kTileSize) {  // the common layout, with strides the compiler knows
-      for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+      for (int64_t i = 0; i < kTileSize; ++i) {              // vector loop
         c0[i] = to_float(row[4 * i]);
         c1[i] = to_float(row[4 * i + 1]);
         c2[i] = to_float(row[4 * i + 2]);
@@ -297,7 +293,8 @@ MG_OPS_INLINE uint32_t largest_order(const uint32_t* quality) {
 
 // Calls visit_block(begin) for every block of slots with one whose box overlaps the bounds, then visit(slot) for those.
 template <class VisitBlock, class Visit>
-MG_OPS_INLINE void for_overlapping_blocks(const ImageWork& work, const Box& bounds, VisitBlock visit_block, Visit visit) {
+MG_OPS_INLINE void for_overlapping_blocks(const ImageWork& work, const Box& bounds, VisitBlock visit_block,
+                                          Visit visit) {
   for (int32_t begin = 0; begin < work.num_slots; begin += kSlotBlock) {
     const float *x1 = work.x1 + begin, *y1 = work.y1 + begin, *x2 = work.x2 + begin, *y2 = work.y2 + begin;
     alignas(16) uint8_t overlaps[kSlotBlock];
@@ -322,8 +319,8 @@ MG_OPS_INLINE void for_overlapping_slots(const ImageWork& work, const Box& bound
   for_overlapping_blocks(work, bounds, [](int32_t) {}, visit);
 }
 
-// An upper bound of the IoU of any box of the tile with the slot's: no intersection is larger than what the bounds share
-// with the object, and for a given intersection the best area is the smallest that can hold it.
+// An upper bound of the IoU of any box of the tile with the slot's: no intersection is larger than what the bounds
+// share with the object, and for a given intersection the best area is the smallest that can hold it.
 MG_OPS_INLINE float largest_possible_iou(const BoxTile& tile, const ImageWork& work, int32_t slot) {
   const float area = work.area[slot];
   const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
@@ -338,7 +335,7 @@ MG_OPS_INLINE float largest_possible_iou(const BoxTile& tile, const ImageWork& w
 // The slots that a tile may have something to do with.
 struct TileSlots {
   static constexpr int32_t kCapacity = 128;
-  bool listed;      // else there are more, and nothing is known of them
+  bool listed;  // else there are more, and nothing is known of them
   int32_t count;
   float least_cut;  // the smallest cut of them
   int32_t slot[kCapacity];
@@ -367,7 +364,8 @@ static void list_slots(const ImageWork& work, const BoxTile& tile, const float* 
   slots.listed = slots.count <= TileSlots::kCapacity;
 }
 
-// Calls visit(slot, position), in ascending order, for the slots that may have a pair of at least needed_iou(slot) here.
+// Calls visit(slot, position), in ascending order, for the slots that may have a pair of at least needed_iou(slot)
+// here.
 template <class NeededIou, class Visit>
 MG_OPS_INLINE void for_slots_reaching(const ImageWork& work, const BoxTile& tile, const TileSlots& slots,
                                       NeededIou needed_iou, Visit visit) {
@@ -395,47 +393,52 @@ MG_OPS_INLINE bool raise_key(uint64_t* shared, uint64_t key) {
 
 // One tile under an IoU quality: the best slot of each of its boxes, and the best box of each slot.
 //
-// A slot has a use for pairs of at least its `cut` only: below it lies neither its best anchor nor one that it needs. All
-// pairs of a tile that reach the least cut of its slots are seen, so that whoever owns such a pair's box is known. What lies
-// below is seen or not, and must not matter. `next_cut(slot, iou)` is the cut that follows from a best IoU found so far.
+// A slot has a use for pairs of at least its `cut` only: below it lies neither its best anchor nor one that it needs.
+// All pairs of a tile that reach the least cut of its slots are seen, so that whoever owns such a pair's box is known.
+// What lies below is seen or not, and must not matter. `next_cut(slot, iou)` is the cut that follows from a best IoU
+// found so far.
 template <class NextCut>
-MG_OPS_INLINE void claim_tile_by_iou(ImageWork& work, const BoxTile& tile, int64_t first, uint32_t* quality, int32_t* owner,
-                                     uint64_t* best, NextCut next_cut) {
+MG_OPS_INLINE void claim_tile_by_iou(ImageWork& work, const BoxTile& tile, int64_t first, uint32_t* quality,
+                                     int32_t* owner, uint64_t* best, NextCut next_cut) {
   alignas(64) int32_t tile_quality[kTileSize] = {};
   alignas(64) int32_t tile_owner[kTileSize];
   for (int64_t i = 0; i < kTileSize; ++i) tile_owner[i] = -1;
   TileSlots slots;
   list_slots(work, tile, work.cut, slots);
-  for_slots_reaching(work, tile, slots, [&](int32_t) { return slots.least_cut; }, [&](int32_t slot, int32_t) {
-    const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
-    const float area = work.area[slot];
-    alignas(64) int32_t order[kTileSize];
-    int32_t largest = 0;
-    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
-      const float iou = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
-      order[i] = static_cast<int32_t>(iou_order(iou));  // at most that of 1.0: signed comparison is exact, and cheap
-      const bool better = order[i] > tile_quality[i];   // slots ascend: a tie stays with the lower one
-      tile_quality[i] = better ? order[i] : tile_quality[i];
-      tile_owner[i] = better ? slot : tile_owner[i];
-      largest = order[i] > largest ? order[i] : largest;
-    }
-    // An equal quality may still win: it may have been found at a higher index before.
-    if (largest > 0 && static_cast<uint32_t>(largest) >= key_order(__atomic_load_n(best + slot, __ATOMIC_RELAXED))) {
-      int64_t i = 0;
-      while (order[i] != largest) ++i;
-      if (raise_key(best + slot, claim_key(static_cast<uint32_t>(largest), static_cast<uint32_t>(first + i)))) {
-        // Threads may overtake each other here: a cut that follows from a lesser pair is only more careful.
-        const float cut = next_cut(slot, bits_float(static_cast<uint32_t>(largest)));
-        __atomic_store(work.cut + slot, &cut, __ATOMIC_RELAXED);
-      }
-    }
-  });
+  for_slots_reaching(
+      work, tile, slots, [&](int32_t) { return slots.least_cut; },
+      [&](int32_t slot, int32_t) {
+        const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
+        const float area = work.area[slot];
+        alignas(64) int32_t order[kTileSize];
+        int32_t largest = 0;
+        for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+          const float iou = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
+          order[i] =
+              static_cast<int32_t>(iou_order(iou));        // at most that of 1.0: signed comparison is exact, and cheap
+          const bool better = order[i] > tile_quality[i];  // slots ascend: a tie stays with the lower one
+          tile_quality[i] = better ? order[i] : tile_quality[i];
+          tile_owner[i] = better ? slot : tile_owner[i];
+          largest = order[i] > largest ? order[i] : largest;
+        }
+        // An equal quality may still win: it may have been found at a higher index before.
+        if (largest > 0 &&
+            static_cast<uint32_t>(largest) >= key_order(__atomic_load_n(best + slot, __ATOMIC_RELAXED))) {
+          int64_t i = 0;
+          while (order[i] != largest) ++i;
+          if (raise_key(best + slot, claim_key(static_cast<uint32_t>(largest), static_cast<uint32_t>(first + i)))) {
+            // Threads may overtake each other here: a cut that follows from a lesser pair is only more careful.
+            const float cut = next_cut(slot, bits_float(static_cast<uint32_t>(largest)));
+            __atomic_store(work.cut + slot, &cut, __ATOMIC_RELAXED);
+          }
+        }
+      });
   std::memcpy(quality + first, tile_quality, sizeof tile_quality);
   std::memcpy(owner + first, tile_owner, sizeof tile_owner);
 }
 
-// A lower bound, with margin, of the q_anchor that a pair needs to reach the amplified quality a pair of this q_anchor has
-// at p = 0: q ** (sigma / (sigma - 1)), the exponent rounded up to the whole `power` (0: no bound).
+// A lower bound, with margin, of the q_anchor that a pair needs to reach the amplified quality a pair of this q_anchor
+// has at p = 0: q ** (sigma / (sigma - 1)), the exponent rounded up to the whole `power` (0: no bound).
 template <int kCount>
 MG_OPS_INLINE void iou_to_compete(const float* iou, int power, float* bound) {
   for (int i = 0; i < kCount; ++i) bound[i] = power == 0 ? 0.0f : kBoundMargin;
@@ -459,8 +462,8 @@ static bool has_slot_to_look_again(const ImageWork& work, const BoxTile& tile) {
   return again;
 }
 
-// Pairs whose amplified quality is asked for, gathered over tiles: their scores arrive together, and the arithmetic runs on
-// whole vectors.
+// Pairs whose amplified quality is asked for, gathered over tiles: their scores arrive together, and the arithmetic
+// runs on whole vectors.
 struct PairBatch {
   static constexpr int kCapacity = 512;
   int size = 0;
@@ -505,7 +508,8 @@ static void compete(ImageWork& work, PairBatch& pairs) {
 }
 
 // One tile under q_amplified. Scores are read only for pairs that can matter:
-//  - an anchor matters if it has a pair of at least the slot's may_be_positive_iou; then every pair that could own it does;
+//  - an anchor matters if it has a pair of at least the slot's may_be_positive_iou; then every pair that could own it
+//  does;
 //  - besides, every pair that could be its slot's best.
 // Anchors that do not matter are left without an owner. `lower_bounds` verifies that they did not.
 // With only_again, tiles without a slot to look at again stay as they are.
@@ -601,7 +605,8 @@ static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_
   });
 }
 
-// Gives each active slot's best anchor quality 1 for it: it then owns the anchor, unless a lower slot's quality is 1 too.
+// Gives each active slot's best anchor quality 1 for it: it then owns the anchor, unless a lower slot's quality is 1
+// too.
 static void force_best(const ImageWork& work, const uint64_t* best, uint32_t forced_order, uint32_t* quality,
                        int32_t* owner) {
   for (int32_t slot = 0; slot < work.num_slots; ++slot) {
@@ -639,7 +644,8 @@ static void collect_owned(ImageWork& work, const uint32_t* quality, const int32_
   for (int32_t slot = 0; slot < work.num_slots; ++slot) least_floor = std::min(least_floor, work.list_floor[slot]);
   for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
     const int64_t first = tile * kTileSize;
-    // Most anchors are below: sort out whole tiles, then vectors. list_floor[-1], of those without an owner, lets none pass.
+    // Most anchors are below: sort out whole tiles, then vectors. list_floor[-1], of those without an owner, lets none
+    // pass.
     if (largest_order(quality + first) <= least_floor) continue;
     alignas(64) uint8_t above[kTileSize];
     for (int64_t i = 0; i < kTileSize; ++i) above[i] = quality[first + i] > work.list_floor[owner[first + i]];
@@ -666,8 +672,8 @@ static void collect_owned(ImageWork& work, const uint32_t* quality, const int32_
   }
 }
 
-// The list_size <= num_kept best of the anchors each slot owns under a quality. Looks first at those above `likely_order`,
-// which should be enough of them, and once more at all where they are not.
+// The list_size <= num_kept best of the anchors each slot owns under a quality. Looks first at those above
+// `likely_order`, which should be enough of them, and once more at all where they are not.
 static void select_owned(ImageWork& work, const uint32_t* quality, const int32_t* owner, const int32_t* num_kept,
                          const uint32_t* likely_order) {
   const int32_t num_slots = work.num_slots;
@@ -871,8 +877,8 @@ static bool begin_image(ImageWork& work, int64_t image) {
   return true;
 }
 
-// What the claim by q_anchor must see of an object whose best q_anchor is at least `best_iou`: all that counts, and all that
-// the claim by q_amplified will look at.
+// What the claim by q_anchor must see of an object whose best q_anchor is at least `best_iou`: all that counts, and all
+// that the claim by q_amplified will look at.
 static float cut_by_anchors(const MatchParams& params, int power, float best_iou) {
   float cut = min_float(best_iou, params.iou_ignored);
   if (params.localization_by_amplified) {
@@ -884,14 +890,15 @@ static float cut_by_anchors(const MatchParams& params, int power, float best_iou
   return cut;
 }
 
-// What the claim by q_regressed must see: IoUs well below those of the anchors, since regressed boxes should do no worse.
+// What the claim by q_regressed must see: IoUs well below those of the anchors, since regressed boxes should do no
+// worse.
 static float cut_by_regressed(const ImageWork& work, int32_t slot, float best_iou) {
   const float best_anchor_iou = bits_float(key_order(work.best_by_anchor[slot]));
   return min_float(best_iou, kExpectedShare * min_float(best_anchor_iou, work.problem->params.iou_ignored));
 }
 
-// Tiles run from the last to the first: detectors list their small anchors, which are most, first. Large objects have found
-// good anchors by then, and need not look at the small ones.
+// Tiles run from the last to the first: detectors list their small anchors, which are most, first. Large objects have
+// found good anchors by then, and need not look at the small ones.
 static void claim_by_anchors(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
   if (work.num_slots == 0) return;
   const DefaultFloatEnvironment environment;
@@ -937,7 +944,8 @@ static void unforce_anchors(ImageWork& work) {
   }
 }
 
-// Counts Np and Np + Ni of each object, writes the labels that follow from q_anchor alone, and prepares the next claims.
+// Counts Np and Np + Ni of each object, writes the labels that follow from q_anchor alone, and prepares the next
+// claims.
 static bool count_positives(ImageWork& work) {
   const DefaultFloatEnvironment environment;
   const MatchProblem& problem = *work.problem;
@@ -1043,10 +1051,11 @@ static void select_by_regressed(ImageWork& work) {
   for (int32_t slot = 0; slot < work.num_slots; ++slot) {
     work.look_again[slot] = 0;
     if (work.best_by_anchor[slot] == 0) continue;
-    const float cut = work.best[slot] == 0 ? 0.0f : cut_by_regressed(work, slot, bits_float(key_order(work.best[slot])));
+    const float cut =
+        work.best[slot] == 0 ? 0.0f : cut_by_regressed(work, slot, bits_float(key_order(work.best[slot])));
     const int32_t size = work.list_size[slot];
-    const bool enough = size == work.num_total[slot] &&
-                        smallest_order(work.keys + work.list_begin[slot], size) >= iou_order(cut);
+    const bool enough =
+        size == work.num_total[slot] && smallest_order(work.keys + work.list_begin[slot], size) >= iou_order(cut);
     if (enough || cut == 0.0f) continue;
     work.look_again[slot] = again = true;
   }
@@ -1098,7 +1107,8 @@ static void claim_by_amplified(ImageWork& work, int64_t tile_begin, int64_t tile
   const int power = compete_power(work.problem->params.sigma);
   float least_positive_iou = 1.0f;
   for (int32_t slot = 0; slot < work.num_slots; ++slot) {
-    if (work.best_by_anchor[slot] != 0) least_positive_iou = min_float(least_positive_iou, work.may_be_positive_iou[slot]);
+    if (work.best_by_anchor[slot] != 0)
+      least_positive_iou = min_float(least_positive_iou, work.may_be_positive_iou[slot]);
   }
   BoxTile own_tile;
   PairBatch pairs;
@@ -1170,9 +1180,17 @@ static void label_localization(ImageWork& work) {
 #define MG_OPS_NAME(name) MG_OPS_STRING(name)
 
 MatchKernels match_kernels() {
-  return {MG_OPS_NAME(MG_OPS_CPU_TARGET), load_anchor_tiles,  create_work,        destroy_work,
-          begin_image,                    claim_by_anchors,   count_positives,    claim_by_regressed,
-          label_classification,           claim_by_amplified, label_localization};
+  return {MG_OPS_NAME(MG_OPS_CPU_TARGET),
+          load_anchor_tiles,
+          create_work,
+          destroy_work,
+          begin_image,
+          claim_by_anchors,
+          count_positives,
+          claim_by_regressed,
+          label_classification,
+          claim_by_amplified,
+          label_localization};
 }
 
 }  // namespace MG_OPS_CPU_TARGET

@@ -31,13 +31,13 @@ struct IntArray {
 // One call: B images, A anchors, C classes, N objects in all.
 struct MatchProblem {
   int64_t batch_size, num_anchors, num_classes;
-  FloatArray anchors;      // (1, A, 4)
-  FloatArray pred_boxes;   // (B, A, 4) boxes, or deltas where `decode`
-  FloatArray cls_scores;   // (B, A, C) logits
-  FloatArray gt_boxes;     // (1, N, 4)
-  IntArray gt_labels;      // (N,)
-  IntArray gt_offsets;     // (B + 1,), checked: 0 <= ascending <= N
-  const bool* gt_crowd;    // (N,) or null
+  FloatArray anchors;     // (1, A, 4)
+  FloatArray pred_boxes;  // (B, A, 4) boxes, or deltas where `decode`
+  FloatArray cls_scores;  // (B, A, C) logits
+  FloatArray gt_boxes;    // (1, N, 4)
+  IntArray gt_labels;     // (N,)
+  IntArray gt_offsets;    // (B + 1,), checked: 0 <= ascending <= N
+  const bool* gt_crowd;   // (N,) or null
   int64_t gt_crowd_stride;
   bool decode;
   BoxCoder coder;
@@ -61,8 +61,8 @@ struct alignas(64) BoxTile {
 
 struct ImageWork;  // scratch of one image at a time
 
-// The steps of an image, in the order they run. Those with a tile range may run in parallel for parts of the range; each
-// must have ended before the next begins. `false` means out of memory.
+// The steps of an image, in the order they run. Those with a tile range may run in parallel for parts of the range;
+// each must have ended before the next begins. `false` means out of memory.
 struct MatchKernels {
   const char* name;
   void (*load_anchor_tiles)(const MatchProblem&, int64_t tile_begin, int64_t tile_end, BoxTile* tiles);
