@@ -11,6 +11,7 @@ Sizes: B images, A anchors, C classes, G objects of one image, N objects in all.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -289,11 +290,11 @@ def mutual_match(
     loc_match = torch.empty((batch_size, num_anchors), dtype=torch.int64, device=device)
     num_pos = torch.zeros(num_gt, dtype=torch.int32, device=device)
     num_total = torch.zeros(num_gt, dtype=torch.int32, device=device)
-    offsets = gt_offsets.tolist()
+    # Within 0 and N and never decreasing, so that images never share an object.
+    offsets = list(accumulate((min(max(offset, 0), num_gt) for offset in gt_offsets.tolist()), max))
     with torch.autocast(device.type, enabled=False):
         for image in range(batch_size):
-            start = min(max(offsets[image], 0), num_gt)
-            end = min(max(offsets[image + 1], start), num_gt)
+            start, end = offsets[image], offsets[image + 1]
             boxes = pred_boxes[image].float()
             if box_coder_weights is not None:
                 boxes = decode(anchors, boxes, box_coder_weights, box_coder_clip)
