@@ -210,10 +210,15 @@ def _overlaps(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
 
 @triton.jit
 def _object_range(gt_offsets, stride_offset, image, num_gt):
-    # Clamped, so that no offsets lead out of bounds.
-    start = tl.load(gt_offsets + image * stride_offset).to(tl.int64)
+    # The largest offset so far, within 0 and N: images share no object, and none leads out of bounds.
+    lane = tl.arange(0, 32)
+    largest = tl.zeros([32], tl.int64)
+    for first in range(0, image + 1, 32):
+        index = first + lane
+        offset = tl.load(gt_offsets + index * stride_offset, mask=index <= image, other=0).to(tl.int64)
+        largest = tl.maximum(largest, offset)
+    start = tl.minimum(tl.max(largest, 0), num_gt)
     end = tl.load(gt_offsets + (image + 1) * stride_offset).to(tl.int64)
-    start = tl.minimum(tl.maximum(start, 0), num_gt)
     end = tl.minimum(tl.maximum(end, start), num_gt)
     return start.to(tl.int32), end.to(tl.int32)
 
@@ -492,10 +497,8 @@ def _settle_kernel(
     # Gives every best pair quality 1, places the lists, and finds the images where an object that no anchor overlaps
     # owns anchors.
     #
-    # Concurrent programs: none shares an image, and with offsets that do not decrease none shares an object. Two
-    # objects may claim one anchor: an atomic maximum of their keys, the lower object wins in either order. With offsets
-    # that decrease, images may share objects: their lists then overlap, but every index in them is below A, and every
-    # place is compared with the size of the lists where they are written and read.
+    # Concurrent programs: none shares an image or an object. Two objects may claim one anchor: an atomic maximum of
+    # their keys, the lower object wins in either order.
     image = tl.program_id(0).to(tl.int64)
     start, end = _object_range(gt_offsets, stride_offsets, image, num_gt)
     row = batch_size * num_anchors.to(tl.int64)
@@ -536,13 +539,13 @@ def _settle_kernel(
 
 
 @triton.jit
-def _append(key, list_entries, list_starts, reserved, listed, start, anchor, list_size):
+def _append(key, list_entries, list_starts, reserved, listed, start, anchor):
     owned = key != 0
     n = start + _key_index(key)
     place = tl.atomic_add(listed + n, 1, mask=owned, sem="relaxed")
     room = tl.load(reserved + n, mask=owned, other=0) + 1
     position = tl.load(list_starts + n, mask=owned, other=0) + place
-    tl.store(list_entries + position, anchor, mask=owned & (place < room) & (position < list_size))
+    tl.store(list_entries + position, anchor, mask=owned & (place < room))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -656,7 +659,7 @@ def _own_kernel(
                 by_cls = tl.where(stolen, _claim_key(order, owner), by_cls)
                 tl.store(tile_keys + row, by_cls, mask=inside)
     list_size = row + gt_row
-    _append(by_cls, list_entries, list_starts, counters, counters + _LISTED * gt_row, start, anchor, list_size)
+    _append(by_cls, list_entries, list_starts, counters, counters + _LISTED * gt_row, start, anchor)
     if REGRESSED or AMPLIFIED:
         by_loc = by_anchor
         if AMPLIFIED:
@@ -669,7 +672,6 @@ def _own_kernel(
             counters + (_LISTED + 1) * gt_row,
             start,
             anchor,
-            list_size,
         )
 
     label = tl.full([BLOCK], _BACKGROUND, tl.int64)
@@ -758,20 +760,17 @@ def _rank_kernel(
     row = batch_size * num_anchors.to(tl.int64)
     gt_row = num_gt.to(tl.int64)
 
-    # The image the object belongs to; none for capacity beyond the last offset.
-    image = tl.full([], -1, tl.int32)
-    for first in range(0, batch_size, 128):
-        candidate = first + tl.arange(0, 128)
-        mask = candidate < batch_size
-        low = tl.load(gt_offsets + candidate * stride_offsets, mask=mask, other=0).to(tl.int64)
-        high = tl.load(gt_offsets + (candidate + 1) * stride_offsets, mask=mask, other=0).to(tl.int64)
-        low = tl.minimum(tl.maximum(low, 0), num_gt)
-        high = tl.minimum(tl.maximum(high, low), num_gt)
-        image = tl.maximum(image, tl.max(tl.where(mask & (low <= n) & (n < high), candidate, -1), 0))
+    # The first offset above n ends its image; none does for capacity beyond the last one.
+    end_of = batch_size + 1
+    for first in range(0, batch_size + 1, 128):
+        index = first + tl.arange(0, 128)
+        offset = tl.load(gt_offsets + index * stride_offsets, mask=index <= batch_size, other=0).to(tl.int64)
+        end_of = tl.minimum(end_of, tl.min(tl.where(offset > n, index, _MAX_INDEX), 0))
+    image = end_of - 1
 
     positives = tl.zeros([], tl.int32)
     total = tl.zeros([], tl.int32)
-    takes_part = (image >= 0) & (tl.load(best + n) != 0)
+    takes_part = (image >= 0) & (image < batch_size) & (tl.load(best + n) != 0)
     if takes_part:
         positives = tl.maximum(tl.load(counters + _COUNT_POS * gt_row + n), 1)
         total = tl.maximum(tl.load(counters + _COUNT_TOTAL * gt_row + n), positives)
@@ -789,7 +788,7 @@ def _rank_kernel(
         list_start = tl.load(list_starts + ranking * gt_row + n)
         length = tl.load(counters + (_LISTED + ranking) * gt_row + n)
         room = tl.load(counters + (_RESERVED + ranking) * gt_row + n) + 1
-        complete = (length <= room) & (length <= longest_list) & (list_start + length <= list_size)
+        complete = (length <= room) & (length <= longest_list)
         listed = tl.where(complete, length, 0)
         length = tl.where(complete, length, num_anchors)
         entries = list_entries + ranking * list_size + list_start
