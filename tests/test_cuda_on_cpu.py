@@ -95,6 +95,14 @@ def test_under_sanitizers() -> None:
     assert "equal to the reference" in result.stdout
 
 
+@pytest.mark.parametrize("cluster_size", [1, 3, 8])
+def test_one_launch_by_clusters(small_blocks: cuda_on_cpu.Emulator, cluster_size: int) -> None:
+    """The variant of one launch an image, with barriers of clusters in it."""
+    first = 5000 + 100 * cluster_size
+    cuda_on_cpu.check_against_reference(small_blocks, range(first, first + fuzz_cases(15)), first, cluster_size)
+    assert small_blocks.last_call.launches == 1
+
+
 @settings(max_examples=fuzz_cases(150))
 @given(arguments=small_batches(), seed=st.integers(0, 2**32))
 def test_small_batches(small_blocks: cuda_on_cpu.Emulator, arguments: dict[str, Any], seed: int) -> None:
@@ -190,14 +198,19 @@ def test_every_float16_is_converted_exactly(small_blocks: cuda_on_cpu.Emulator) 
 # What a GPU must never do
 
 
+@pytest.mark.parametrize("cluster_size", [0, 2], ids=["three launches", "one launch"])
 @pytest.mark.parametrize(
     "offsets", [[-5, 2, 4, 6], [0, 2, 4, 1000], [1, 3, 3, 5], [7, 8, 9, 10], [0, 0, 0, 0], [-9, -8, -7, -6]], ids=str
 )
-def test_offsets_out_of_bounds_are_clamped(small_blocks: cuda_on_cpu.Emulator, offsets: list[int]) -> None:
+def test_offsets_out_of_bounds_are_clamped(
+    small_blocks: cuda_on_cpu.Emulator, offsets: list[int], cluster_size: int
+) -> None:
     arguments = detector_batch(3, 70, 2)
     arguments["gt_boxes"] = torch.cat(arguments["gt_boxes"])
     arguments["gt_labels"] = torch.cat(arguments["gt_labels"])
-    match = small_blocks.mutual_match(**arguments, gt_offsets=torch.tensor(offsets), clamp_offsets=True)
+    match = small_blocks.mutual_match(
+        **arguments, gt_offsets=torch.tensor(offsets), clamp_offsets=True, cluster_size=cluster_size
+    )
     arguments["gt_offsets"] = torch.tensor(offsets).clamp(0, 6)
     first = int(arguments["gt_offsets"][0])  # CPU tensors must start at 0: leave out what no image has
     for name in ("gt_boxes", "gt_labels"):

@@ -393,7 +393,8 @@ MG_OPS_DEVICE void claim_anchors(const MatchProblem& problem, uint32_t image, Im
           if (q > 0.0f) {
             const float log2_q = det_log2(q);
             const float bound = least * log2_q;
-            const bool may_own = contested && bound >= first_log2;
+            // Not where an earlier object has at least what this one can get: on ties the earlier stays.
+            const bool may_own = contested && bound >= first_log2 && exponent_order(bound) > amplified_order;
             if (may_own || bound >= best_log2) {
               const float p = load_probability(problem, image, anchor, shared.label[place]);
               order = exponent_order(amplified_exponent(log2_q, p, sigma));
@@ -768,6 +769,7 @@ MG_OPS_DEVICE void cluster_barrier() {
 // blocks of a cluster, which is for small A.
 __global__ void __launch_bounds__(kThreads, 2)
     one_launch_kernel(const __grid_constant__ MatchProblem problem, const uint32_t cluster_size) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // older chips have no clusters, and are never asked
   MG_OPS_SHARED(OneLaunchShared, shared);
   const uint32_t image = blockIdx.x / cluster_size;
   const uint32_t rank = blockIdx.x % cluster_size;
@@ -803,6 +805,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (uint32_t block = rank; block < blocks; block += cluster_size) {
     rank_anchors(problem, image, objects, block * kThreads, shared.rank);
   }
+#endif
 }
 
 // --- launch -------------------------------------------------------------------------------------------------------------
