@@ -3,9 +3,9 @@
     python benchmarks/gpu_check.py             # build, tests, compute-sanitizer, benchmark: under 8 minutes
     python benchmarks/gpu_check.py --dry-run   # every step as far as a machine without a GPU allows
 
-Needs Python with torch, setuptools, cmake, ninja, pytest, hypothesis and rich, and nvcc; installs nothing else. Writes a log
-of each step, the benchmark's JSON and plot, and summary.json to benchmarks/results/<gpu>/, and prints a verdict last. A step
-that fails does not stop the others; one that is cut off by the time budget counts as failed and says so.
+Needs nvcc and a Python with torch, torchvision, triton, setuptools, cmake, ninja, pytest, hypothesis, matplotlib and rich;
+installs nothing else. Writes a log of each step, the figures and summary.json to benchmarks/results/<gpu>/, and prints a
+verdict last. A step that fails does not stop the others; one that the time budget cuts off counts as failed and says so.
 """
 
 from __future__ import annotations
@@ -52,9 +52,12 @@ class Check:
         output.mkdir(parents=True, exist_ok=True)
 
     def seconds_left(self) -> float:
+        """What the budget has left."""
         return BUDGET_SECONDS - (time.monotonic() - self.started)
 
-    def run(self, name: str, command: list[str | Path], limit: float, telling: str, environment: dict[str, str]) -> Step:
+    def run(
+        self, name: str, command: list[str | Path], limit: float, telling: str, environment: dict[str, str]
+    ) -> Step:
         """Runs a command, its output into <name>.log.
 
         Args:
@@ -87,12 +90,14 @@ class Check:
         return Step(name, passed, time.monotonic() - start, detail if passed else f"{ending}: {detail}")
 
     def report(self, step: Step) -> bool:
+        """Keeps and prints a step's outcome; whether it passed."""
         self.steps.append(step)
         print(f"  {'passed' if step.passed else 'FAILED'} in {step.seconds:.0f} s: {step.detail}", flush=True)
         return step.passed
 
 
 def parse_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: each step by what can stand in for it")
     parser.add_argument("--output", type=Path, help="folder for logs and figures (default benchmarks/results/<gpu>)")
@@ -123,7 +128,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def build(check: Check) -> Step:
-    """Installs into a folder of its own, so that nothing of the machine's Python changes, and takes the library from there."""
+    """Installs into a folder of its own, so that the machine's Python stays as it is; the checkout gets the library."""
     site = ROOT / "build" / "gpu-check" / "site"
     shutil.rmtree(site, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps"]
@@ -157,36 +162,73 @@ def run_tests(check: Check) -> Step:
 def sanitize(check: Check) -> list[Step]:
     """compute-sanitizer, its tools side by side; without a GPU the kernels run on the CPU under AddressSanitizer."""
     if check.dry_run:
-        command: list[str | Path] = [sys.executable, "tests/cuda_on_cpu", "--sanitize", "--threads", "32", "--batches", "2"]
+        command: list[str | Path] = [
+            sys.executable,
+            "tests/cuda_on_cpu",
+            "--sanitize",
+            "--threads",
+            "32",
+            "--batches",
+            "2",
+        ]
         return [check.run("sanitizer", command, 240.0, r"equal to the reference|ERROR|rror:", {})]
     if shutil.which("compute-sanitizer") is None:
         return [Step("sanitizer", False, 0.0, "compute-sanitizer is not on the PATH: it comes with the CUDA toolkit")]
-    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "short_selection"]
+    test = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_gpu.py",
+        "-k",
+        "short_selection",
+    ]
 
     def run_tool(tool: str) -> Step:
         command: list[str | Path] = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99"]
         command += ["--kernel-name", "kernel_substring=mg_ops", *test]
         # torch's cache would hide a write past the end of a tensor from memcheck.
         return check.run(
-            f"sanitizer-{tool}", command, 150.0, r"ERROR SUMMARY|RACECHECK SUMMARY", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            f"sanitizer-{tool}",
+            command,
+            150.0,
+            r"ERROR SUMMARY|RACECHECK SUMMARY",
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
 
     with ThreadPoolExecutor(len(SANITIZER_TOOLS)) as pool:
         return list(pool.map(run_tool, SANITIZER_TOOLS))
 
 
+def compare_launches(check: Check) -> Step:
+    """Three launches against one; without a GPU only the answers, on the CPU."""
+    command: list[str | Path] = [sys.executable, "benchmarks/cluster_size.py"]
+    command += ["--dry-run"] if check.dry_run else ["--output", check.output / "cluster_size.json"]
+    return check.run(
+        "cluster-size", command, 60.0 if not check.dry_run else 240.0, r"launch|reference|clusters|rror", {}
+    )
+
+
 def measure(check: Check) -> Step:
     """The benchmark on all cases and baselines; without a GPU a quick one on the CPU."""
-    command: list[str | Path] = [sys.executable, "benchmarks/match_speed.py", "--output", check.output / "match_speed.json"]
+    command: list[str | Path] = [
+        sys.executable,
+        "benchmarks/match_speed.py",
+        "--output",
+        check.output / "match_speed.json",
+    ]
     if check.dry_run:
         command[-1] = check.output / "quick.json"
         command += ["--quick", "--cases", "voc320", "--no-plot"]
     else:
         command += ["--device", "cuda"]
-    return check.run("benchmark", command, 240.0, r"×|times|faster|failed|rror", {})
+    return check.run("benchmark", command, 240.0, r"times as fast|failed|rror", {})
 
 
 def main() -> int:
+    """Runs the steps; the exit status is 0 if all passed, 2 without a GPU."""
     options = parse_options()
     machine = describe_machine()
     if machine["gpu"] == "none" and not options.dry_run:
@@ -203,10 +245,16 @@ def main() -> int:
         check.report(run_tests(check))
         for step in sanitize(check):
             check.report(step)
+        check.report(compare_launches(check))
         check.report(measure(check))
 
     passed = all(step.passed for step in check.steps)
-    summary = {"machine": machine, "dry_run": options.dry_run, "passed": passed, "steps": [asdict(s) for s in check.steps]}
+    summary = {
+        "machine": machine,
+        "dry_run": options.dry_run,
+        "passed": passed,
+        "steps": [asdict(s) for s in check.steps],
+    }
     (check.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\nVerdict on {machine['gpu']}{' (dry run)' if options.dry_run else ''}:")
     for step in check.steps:

@@ -17,7 +17,7 @@ import cuda_on_cpu  # noqa: E402
 
 
 def count(emulator: cuda_on_cpu.Emulator, name: str, images: int) -> None:
-    """Prints what the kernels must move for a benchmark case, and how many scores they read, after checking the answer."""
+    """Prints what the kernels move for a benchmark case, and how many scores they read; checks the answer first."""
     import mg_ops
     from benchmarks.cases import CASES, CODER, make_batches
 
@@ -43,7 +43,7 @@ def count(emulator: cuda_on_cpu.Emulator, name: str, images: int) -> None:
     print(
         f"{name}: {images} images, {num_anchors:,} anchors, {len(batch.gt_boxes)} objects: {call.launches} launches; "
         f"deltas {16 * pairs:,} B, outputs {16 * pairs:,} B, scratch {call.scratch_bytes:,} B; "
-        f"{overlapping:,} overlapping pairs, {call.scores_read:,} score reads ({32 * call.scores_read:,} B in sectors of 32 B)"
+        f"{overlapping:,} overlapping pairs, {call.scores_read:,} score reads"
     )
 
 
