@@ -3,9 +3,10 @@
     python benchmarks/gpu_check.py             # build, tests, compute-sanitizer, benchmark: under 8 minutes
     python benchmarks/gpu_check.py --dry-run   # every step as far as a machine without a GPU allows
 
-Needs nvcc and a Python with torch, torchvision, triton, setuptools, cmake, ninja, pytest, hypothesis, matplotlib and rich;
-installs nothing else. Writes a log of each step, the figures and summary.json to benchmarks/results/<gpu>/, and prints a
-verdict last. A step that fails does not stop the others; one that the time budget cuts off counts as failed and says so.
+Needs nvcc and a Python with torch, torchvision, triton, setuptools, cmake, ninja, pytest, hypothesis, matplotlib and
+rich; installs nothing else. Writes a log of each step, the figures and summary.json to benchmarks/results/<gpu>/, and
+prints a verdict last. A step that fails does not stop the others; one that the time budget cuts off counts as failed
+and says so.
 """
 
 from __future__ import annotations

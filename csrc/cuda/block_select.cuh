@@ -76,8 +76,8 @@ MG_OPS_DEVICE Word64 block_or(Word64 value, BlockScratch& scratch) {
   return all;
 }
 
-// A threshold that exactly `rank` (1 or more) of the `count` keys reach, if keys differ; equal ones stand or fall together.
-// Every thread must call it, after a barrier behind the writes of the keys.
+// A threshold that exactly `rank` (1 or more) of the `count` keys reach, if keys differ; equal ones stand or fall
+// together. Every thread must call it, after a barrier behind the writes of the keys.
 //
 // Radix selection from the highest bit in which any two keys differ: a histogram of the next digit among the keys that
 // agree with the threshold so far says which digit it has. It ends as soon as a whole bin is wanted.

@@ -42,9 +42,7 @@ FloatInput float_input(const Tensor& tensor) {
       input.type = FloatType::kFloat64;
       number_bytes = 8;
       break;
-    default:
-      input.type = FloatType::kFloat32;
-      number_bytes = 4;
+    default: input.type = FloatType::kFloat32; number_bytes = 4;
   }
   const size_t load_bytes = std::min<size_t>(16, 4 * number_bytes);
   input.whole_rows = tensor.size(tensor.dim() - 1) == 4 && input.column_stride == 1 && input.row_stride % 4 == 0 &&
@@ -95,7 +93,8 @@ void launch_one(const MatchProblem& problem, int num_blocks, cudaStream_t stream
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, one_launch_kernel, problem, static_cast<uint32_t>(num_blocks)), "mutual_match");
+  check_cuda(cudaLaunchKernelEx(&config, one_launch_kernel, problem, static_cast<uint32_t>(num_blocks)),
+             "mutual_match");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cuda(
@@ -140,8 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cuda(
   problem.decode = decode;
   problem.coder = {static_cast<float>(weight_x), static_cast<float>(weight_y), static_cast<float>(weight_w),
                    static_cast<float>(weight_h), static_cast<float>(clip)};
-  problem.params = {classification_by_regressed,      localization_by_amplified,
-                    static_cast<float>(sigma),        static_cast<float>(iou_positive),
+  problem.params = {classification_by_regressed,     localization_by_amplified,
+                    static_cast<float>(sigma),       static_cast<float>(iou_positive),
                     static_cast<float>(iou_ignored), static_cast<float>(crowd_overlap)};
   problem.cls_match = static_cast<int64_t*>(cls_match.mutable_data_ptr());
   problem.loc_match = static_cast<int64_t*>(loc_match.mutable_data_ptr());

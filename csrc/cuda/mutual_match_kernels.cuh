@@ -1,19 +1,19 @@
 // Mutual matching of a batch on a GPU in three launches, for any number of anchors and objects. No torch in here.
 //
 //   prepare_kernel  a block an object: which objects take part, and zeros where the next launches count.
-//   claim_kernel    a thread an anchor, all objects of its image: the only pass over pairs. Finds the best anchor of each
-//                   object and the owner of each anchor under the three qualities, before pairs are forced to 1.
-//   rank_kernel     a thread an anchor: forced pairs, counts, and a list of its anchors for each object; whichever block adds
-//                   the last anchor to an object's lists ranks them and writes the labels.
+//   claim_kernel    a thread an anchor, all objects of its image: the only pass over pairs. Finds the best anchor of
+//                   each object and the owner of each anchor under the three qualities, before pairs are forced to 1.
+//   rank_kernel     a thread an anchor: forced pairs, counts, and a list of its anchors for each object. Whichever
+//                   block adds the last anchor to an object's lists ranks them and writes the labels.
 //
-// Nothing waits for another block. What is equal from run to run: every result is a maximum of integer keys, a count, or
-// a choice by unique keys, so the order in which blocks run does not matter.
+// Nothing waits for another block. What is equal from run to run: every result is a maximum of integer keys, a count,
+// or a choice by unique keys, so the order in which blocks run does not matter.
 //
-// Pairs that do not overlap cost next to nothing: a warp has 32 neighbouring anchors, its lanes test 32 objects against the
-// box around all of them, and only objects that pass are looked at anchor by anchor.
+// Pairs that do not overlap cost next to nothing: a warp has 32 neighbouring anchors, its lanes test 32 objects against
+// the box around all of them, and only objects that pass are looked at anchor by anchor.
 //
-// Three things keep score reads rare. A pair whose boxes do not overlap needs none. An anchor's owner under q_amplified is
-// known without scores unless the runner-up could overtake: q <= q_amplified <= q ** ((sigma - 1) / sigma). And the
+// Three things keep score reads rare. A pair whose boxes do not overlap needs none. An anchor's owner under q_amplified
+// is known without scores unless the runner-up could overtake: q <= q_amplified <= q ** ((sigma - 1) / sigma). And the
 // ranking reads scores only of anchors that could be among the first n_pos.
 #pragma once
 
@@ -55,24 +55,24 @@ struct MatchProblem {
   BoxCoder coder;
   MatchParams params;
 
-  // Results.
-  int64_t *cls_match, *loc_match;  // (B, A); between the launches the claims under the classification and localisation quality
+  // Results. Between the launches the matches hold the claims under the classification and the localisation quality.
+  int64_t *cls_match, *loc_match;  // (B, A)
   int32_t *num_pos, *num_total;    // (N,)
 
   // Scratch; what claim_kernel and rank_kernel add to is zeroed by prepare_kernel.
   Object* objects;           // (N,)
   Word64* best[kQualities];  // (N,) claim_key(quality, anchor) of each object's best anchor; 0: every quality is 0
-  Word64* counts;            // (N,) low half: owned anchors of at least iou_positive; high half: of at least iou_ignored
-  Word64* list_lengths;      // (N,) low half: anchors in the classification list; high half: in the localisation list
+  Word64* counts;        // (N,) low half: owned anchors of at least iou_positive; high half: of at least iou_ignored
+  Word64* list_lengths;  // (N,) low half: anchors in the classification list; high half: in the localisation list
   uint32_t* owned[kQualities];  // (N,) anchors owned before pairs are forced
-  uint32_t* arrived;         // (N,) how many of those, and of the forced pairs, rank_kernel is done with
-  int32_t* image_starts;     // (B + 1,) gt_offsets, clamped: within 0 and N, and never decreasing
-  Word64* anchor_claims;     // (B, A) claim_key(q_anchor, owner); 0: none
-  Word64* lists[2];          // (B * A + N,) claim_key(quality, anchor) of the anchors each object owns, object by object
+  uint32_t* arrived;            // (N,) how many of those, and of the forced pairs, rank_kernel is done with
+  int32_t* image_starts;        // (B + 1,) gt_offsets, clamped: within 0 and N, and never decreasing
+  Word64* anchor_claims;        // (B, A) claim_key(q_anchor, owner); 0: none
+  Word64* lists[2];  // (B * A + N,) claim_key(quality, anchor) of the anchors each object owns, object by object
 };
 
-// Points the scratch arrays of a problem whose sizes are set into one allocation, aligned to 32 bytes. Returns how many bytes
-// that needs; with a null pointer that is all it is for. About 24 B A + 104 N.
+// Points the scratch arrays of a problem whose sizes are set into one allocation, aligned to 32 bytes. Returns how many
+// bytes that needs; with a null pointer that is all it is for. About 24 B A + 104 N.
 inline size_t place_scratch(MatchProblem& problem, char* memory) {
   size_t bytes = 0;
   const auto place = [&](auto& array, int64_t count) {
@@ -118,7 +118,7 @@ struct ImageObjects {
   uint32_t first, count;
 };
 
-// --- prepare ------------------------------------------------------------------------------------------------------------
+// --- prepare ---------------------------------------------------------------------------------------------------------
 
 // Writes image_starts: the largest clamped offset so far. By one warp.
 MG_OPS_DEVICE void write_image_starts(const MatchProblem& problem) {
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_const
   prepare_object(problem, index, __syncthreads_or(counts) != 0);
 }
 
-// --- claim --------------------------------------------------------------------------------------------------------------
+// --- claim -----------------------------------------------------------------------------------------------------------
 
 struct ClaimShared {
   Box box[kThreads];
@@ -271,7 +271,8 @@ MG_OPS_DEVICE float load_probability(const MatchProblem& problem, int64_t image,
   return class_probability(load_float(scores, element));
 }
 
-// Copies the objects of an image from number `first_object` on, as many as fit. Returns how many. Every thread must call it.
+// Copies the objects of an image from number `first_object` on, as many as fit. Returns how many. Every thread must
+// call it.
 MG_OPS_DEVICE int stage_objects(const MatchProblem& problem, uint32_t image_start, uint32_t num_objects,
                                 uint32_t first_object, ClaimShared& shared) {
   __syncthreads();  // all are done with what was staged before
@@ -289,8 +290,8 @@ MG_OPS_DEVICE int stage_objects(const MatchProblem& problem, uint32_t image_star
 }
 
 // The claims of kThreads anchors of an image that has objects. Every thread of a block must call it.
-MG_OPS_DEVICE void claim_anchors(const MatchProblem& problem, uint32_t image, ImageObjects objects, uint32_t first_anchor,
-                                 ClaimShared& shared) {
+MG_OPS_DEVICE void claim_anchors(const MatchProblem& problem, uint32_t image, ImageObjects objects,
+                                 uint32_t first_anchor, ClaimShared& shared) {
   const uint32_t num_anchors = static_cast<uint32_t>(problem.num_anchors);
   const uint32_t image_start = objects.first;
   const uint32_t num_objects = objects.count;
@@ -367,7 +368,8 @@ MG_OPS_DEVICE void claim_anchors(const MatchProblem& problem, uint32_t image, Im
   uint32_t amplified_iou = anchor_order;  // the list keeps q_anchor of the owner, rank_kernel amplifies what it must
   if (by_amplified) {
     const float sigma = problem.params.sigma;
-    // The exponent of p = 1 is this times log2(q). Rounding keeps order, so every exponent lies between that and log2(q).
+    // The exponent of p = 1 is this times log2(q). Rounding keeps order, so every exponent lies between that and
+    // log2(q).
     const float least = amplified_exponent(1.0f, 1.0f, sigma);
     const float first_log2 = anchor_order != 0 ? det_log2(bits_float(anchor_order)) * kLog2Slack : 0.0f;
     const bool contested = second_order != 0 && least * det_log2(bits_float(second_order)) >= first_log2;
@@ -448,12 +450,12 @@ __global__ void __launch_bounds__(kThreads, 4) claim_kernel(const __grid_constan
   }
 }
 
-// --- rank ---------------------------------------------------------------------------------------------------------------
+// --- rank ------------------------------------------------------------------------------------------------------------
 
 struct RankShared {
   Word64 forced[kQualities][kThreads];  // the strongest forced pair of each anchor of the block
   // Of the objects at hand:
-  Word64 list_starts[kThreads];  // where their lists begin, then where this block's part of them does
+  Word64 list_starts[kThreads];   // where their lists begin, then where this block's part of them does
   Word64 list_lengths[kThreads];  // anchors this block adds to their lists
   Word64 counts[kThreads];
   uint32_t arriving[kThreads];
@@ -483,8 +485,8 @@ MG_OPS_DEVICE uint32_t forced_anchor(const MatchProblem& problem, uint32_t objec
   return key_index(best);
 }
 
-// Replaces the claims in `keys`, (q_anchor, anchor), by (q_amplified, anchor), or by 0 for those that cannot be among the
-// first `num_pos`. Every thread must call it; a barrier must follow.
+// Replaces the claims in `keys`, (q_anchor, anchor), by (q_amplified, anchor), or by 0 for those that cannot be among
+// the first `num_pos`. Every thread must call it; a barrier must follow.
 MG_OPS_DEVICE void amplify_keys(const MatchProblem& problem, int64_t image, int32_t label, Word64* keys, uint32_t count,
                                 uint32_t num_pos, BlockScratch& scratch) {
   const float sigma = problem.params.sigma;
@@ -505,10 +507,11 @@ MG_OPS_DEVICE void amplify_keys(const MatchProblem& problem, int64_t image, int3
   }
 }
 
-// Labels the first num_pos anchors of a list with `object`, the next up to num_total as ignored. Every thread must call it.
-MG_OPS_DEVICE void label_list(const MatchProblem& problem, int64_t image, Word64* list, uint32_t count, uint32_t num_pos,
-                              uint32_t num_total, int32_t label, bool amplify, int64_t* match, uint32_t object,
-                              RankShared& shared) {
+// Labels the first num_pos anchors of a list with `object`, the next up to num_total as ignored. Every thread must call
+// it.
+MG_OPS_DEVICE void label_list(const MatchProblem& problem, int64_t image, Word64* list, uint32_t count,
+                              uint32_t num_pos, uint32_t num_total, int32_t label, bool amplify, int64_t* match,
+                              uint32_t object, RankShared& shared) {
   Word64* keys = list;
   if (count <= kStagedKeys) {
     keys = shared.keys;
@@ -553,17 +556,17 @@ MG_OPS_DEVICE void rank_object(const MatchProblem& problem, uint32_t image, uint
   const int32_t label = problem.objects[index].label;
   for (int task = 0; task < 2; ++task) {
     const bool classification = task == 0;
-    label_list(problem, image, image_list(problem, task, image, image_start) + half(list_starts, task), half(lengths, task),
-               num_pos, classification ? num_total : num_pos, label,
+    label_list(problem, image, image_list(problem, task, image, image_start) + half(list_starts, task),
+               half(lengths, task), num_pos, classification ? num_total : num_pos, label,
                !classification && problem.params.localization_by_amplified,
                classification ? problem.cls_match : problem.loc_match, object, shared);
   }
 }
 
-// The labels of kThreads anchors of an image, and of whatever else the objects won that these anchors complete. Every thread
-// of a block must call it.
-MG_OPS_DEVICE void rank_anchors(const MatchProblem& problem, uint32_t image, ImageObjects objects, uint32_t first_anchor,
-                                RankShared& shared) {
+// The labels of kThreads anchors of an image, and of whatever else the objects won that these anchors complete. Every
+// thread of a block must call it.
+MG_OPS_DEVICE void rank_anchors(const MatchProblem& problem, uint32_t image, ImageObjects objects,
+                                uint32_t first_anchor, RankShared& shared) {
   const uint32_t num_anchors = static_cast<uint32_t>(problem.num_anchors);
   const uint32_t image_start = objects.first;
   const uint32_t num_objects = objects.count;
@@ -594,7 +597,8 @@ MG_OPS_DEVICE void rank_anchors(const MatchProblem& problem, uint32_t image, Ima
   }
   __syncthreads();
 
-  // The claims before and after. A forced pair has quality 1, and so has an anchor's own claim at most: the larger key wins.
+  // The claims before and after. A forced pair has quality 1, and so has an anchor's own claim at most: the larger key
+  // wins.
   uint32_t owner_before[kQualities] = {kNobody, kNobody, kNobody};
   uint32_t owner_after[kQualities] = {kNobody, kNobody, kNobody};
   uint32_t order_after[kQualities] = {0, 0, 0};
@@ -683,12 +687,12 @@ MG_OPS_DEVICE void rank_anchors(const MatchProblem& problem, uint32_t image, Ima
     shared.list_starts[threadIdx.x] = part_start;
     __syncthreads();
     if (owner_after[kByRegressed] - first < kThreads) {
-      image_list(problem, 0, image, image_start)[low_half(shared.list_starts[owner_after[kByRegressed] - first]) + cls_place] =
-          claim_key(order_after[kByRegressed], anchor);
+      const uint32_t part = low_half(shared.list_starts[owner_after[kByRegressed] - first]);
+      image_list(problem, 0, image, image_start)[part + cls_place] = claim_key(order_after[kByRegressed], anchor);
     }
     if (owner_after[kByAmplified] - first < kThreads) {
-      image_list(problem, 1, image, image_start)[high_half(shared.list_starts[owner_after[kByAmplified] - first]) + loc_place] =
-          claim_key(order_after[kByAmplified], anchor);
+      const uint32_t part = high_half(shared.list_starts[owner_after[kByAmplified] - first]);
+      image_list(problem, 1, image, image_start)[part + loc_place] = claim_key(order_after[kByAmplified], anchor);
     }
 
     // All this block has for these objects is written. The one that brings an object's last anchor ranks it.
@@ -725,7 +729,7 @@ __global__ void __launch_bounds__(kThreads, 3) rank_kernel(const __grid_constant
   rank_anchors(problem, image, objects, (blockIdx.x % blocks) * kThreads, shared);
 }
 
-// --- all in one launch --------------------------------------------------------------------------------------------------
+// --- all in one launch -----------------------------------------------------------------------------------------------
 
 union OneLaunchShared {
   ClaimShared claim;
@@ -764,9 +768,9 @@ MG_OPS_DEVICE void cluster_barrier() {
 #endif
 }
 
-// The three steps for an image by a cluster of blocks (sm_90 and later), with cluster barriers instead of launches between
-// them. The same work by the same functions, so the same result; it pays where launches cost more than the work of the few
-// blocks of a cluster, which is for small A.
+// The three steps for an image by a cluster of blocks (sm_90 and later), with cluster barriers instead of launches
+// between them. The same work by the same functions, so the same result; it pays where launches cost more than the work
+// of the few blocks of a cluster, which is for small A.
 __global__ void __launch_bounds__(kThreads, 2)
     one_launch_kernel(const __grid_constant__ MatchProblem problem, const uint32_t cluster_size) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // older chips have no clusters, and are never asked
@@ -808,10 +812,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// --- launch -------------------------------------------------------------------------------------------------------------
+// --- launch ----------------------------------------------------------------------------------------------------------
 
-// Calls launch(grid, kernel) for each kernel, in order. The grids depend on the sizes alone, so that a captured graph can be
-// replayed with other objects. A block an object or 256 anchors: more than 2^31 - 1 blocks cannot be launched.
+// Calls launch(grid, kernel) for each kernel, in order. The grids depend on the sizes alone, so that a captured graph
+// can be replayed with other objects. A block an object or 256 anchors: more than 2^31 - 1 blocks cannot be launched.
 template <typename LaunchKernel>
 void launch_mutual_match(const MatchProblem& problem, LaunchKernel launch) {
   const int64_t anchor_blocks = problem.batch_size * ((problem.num_anchors + kThreads - 1) / kThreads);

@@ -40,14 +40,10 @@ MG_OPS_DEVICE float bfloat16_to_float(uint32_t bits) { return bits_float(bits <<
 
 MG_OPS_DEVICE float load_float(const FloatInput& input, int64_t element) {
   switch (input.type) {
-    case FloatType::kFloat16:
-      return float16_to_float(__ldg(static_cast<const uint16_t*>(input.data) + element));
-    case FloatType::kBFloat16:
-      return bfloat16_to_float(__ldg(static_cast<const uint16_t*>(input.data) + element));
-    case FloatType::kFloat32:
-      return __ldg(static_cast<const float*>(input.data) + element);
-    default:
-      return static_cast<float>(__ldg(static_cast<const double*>(input.data) + element));
+    case FloatType::kFloat16: return float16_to_float(__ldg(static_cast<const uint16_t*>(input.data) + element));
+    case FloatType::kBFloat16: return bfloat16_to_float(__ldg(static_cast<const uint16_t*>(input.data) + element));
+    case FloatType::kFloat32: return __ldg(static_cast<const float*>(input.data) + element);
+    default: return static_cast<float>(__ldg(static_cast<const double*>(input.data) + element));
   }
 }
 

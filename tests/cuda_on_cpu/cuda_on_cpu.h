@@ -1,16 +1,16 @@
-// Runs CUDA kernels on the CPU, thread by thread, so that tests can look for races, deadlocks and reads out of bounds on a
-// machine without a GPU. Include it before the kernels: it supplies the CUDA built-ins they use.
+// Runs CUDA kernels on the CPU, thread by thread, so that tests can look for races, deadlocks and reads out of bounds
+// on a machine without a GPU. Include it before the kernels: it supplies the CUDA built-ins they use.
 //
-// The threads of a block are fibers. A scheduler runs one until it waits at a barrier or a warp operation (and now and then
-// in between, at atomics and fences), then picks another at random, from any of a few blocks that are resident at once. A
-// missing barrier therefore shows as a wrong answer for some seed. Blocks start in random order. Shared memory is filled
-// with garbage before each block and allocated at its exact size, for AddressSanitizer.
+// The threads of a block are fibers. A scheduler runs one until it waits at a barrier or a warp operation (and now and
+// then in between, at atomics and fences), then picks another at random, from any of a few blocks that are resident at
+// once. A missing barrier therefore shows as a wrong answer for some seed. Blocks start in random order. Shared memory
+// is filled with garbage before each block and allocated at its exact size, for AddressSanitizer.
 //
-// Reported as errors, with the launch abandoned: a barrier that not all threads of a block reach, a warp operation that not
-// all named lanes reach or that they reach from different operations, and any other state in which nothing can run.
+// Reported as errors, with the launch abandoned: a barrier that not all threads of a block reach, a warp operation that
+// not all named lanes reach or that they reach from different operations, and any other state in which nothing can run.
 #pragma once
 
-#pragma GCC diagnostic ignored "-Wclobbered"        // getcontext returns twice only where someone goes back to it
+#pragma GCC diagnostic ignored "-Wclobbered"  // getcontext returns twice only where someone goes back to it
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -86,14 +86,18 @@ struct Cluster {
 
 struct LaunchOptions {
   uint64_t seed = 0;
-  int resident_clusters = 3;      // how many clusters (or blocks) run side by side
+  int resident_clusters = 3;       // how many clusters (or blocks) run side by side
   double yield_probability = 0.2;  // how often an atomic or a fence lets another thread run
 };
 
 class Launch {
  public:
   Launch(unsigned grid, unsigned threads, unsigned cluster_size, std::function<void()> kernel, LaunchOptions options)
-      : grid_(grid), threads_(threads), cluster_size_(cluster_size), kernel_(std::move(kernel)), options_(options),
+      : grid_(grid),
+        threads_(threads),
+        cluster_size_(cluster_size),
+        kernel_(std::move(kernel)),
+        options_(options),
         random_(options.seed) {}
 
   ~Launch() {
@@ -357,8 +361,8 @@ class Launch {
 #endif
   }
 
-  // A context starts a fiber; after that jumps switch, which unlike contexts cost no system call. AddressSanitizer takes
-  // jumps for returns, and gets contexts throughout.
+  // A context starts a fiber; after that jumps switch, which unlike contexts cost no system call. AddressSanitizer
+  // takes jumps for returns, and gets contexts throughout.
   void resume(Fiber* fiber) {
     fiber_ = fiber;
 #if defined(__SANITIZE_ADDRESS__)
@@ -478,7 +482,8 @@ uint32_t reduce(uint32_t lanes, uint32_t value, Combine combine) {
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define MG_OPS_SHARED(Type, name) \
-  Type& name = *static_cast<Type*>(cuda_on_cpu::launch().shared_memory(0, sizeof(Type), cuda_on_cpu::launch().fiber()->block))
+  Type& name =                    \
+      *static_cast<Type*>(cuda_on_cpu::launch().shared_memory(0, sizeof(Type), cuda_on_cpu::launch().fiber()->block))
 
 #define MG_OPS_EMULATED_CLUSTER_BARRIER() cuda_on_cpu::launch().cluster_barrier()
 
@@ -504,8 +509,8 @@ static inline void __threadfence() { cuda_on_cpu::launch().maybe_yield(); }
 
 template <typename T>
 T __shfl_sync(uint32_t lanes, T value, int source) {
-  return cuda_on_cpu::from_bits<T>(
-      cuda_on_cpu::launch().exchange(cuda_on_cpu::WarpOperation::kShuffle, lanes, cuda_on_cpu::to_bits(value))[source & 31]);
+  return cuda_on_cpu::from_bits<T>(cuda_on_cpu::launch().exchange(cuda_on_cpu::WarpOperation::kShuffle, lanes,
+                                                                  cuda_on_cpu::to_bits(value))[source & 31]);
 }
 template <typename T>
 T __shfl_up_sync(uint32_t lanes, T value, unsigned distance) {
@@ -516,7 +521,8 @@ T __shfl_up_sync(uint32_t lanes, T value, unsigned distance) {
   return source >= 0 ? cuda_on_cpu::from_bits<T>(values[source]) : value;
 }
 static inline uint32_t __ballot_sync(uint32_t lanes, bool predicate) {
-  const uint64_t* values = cuda_on_cpu::launch().exchange(cuda_on_cpu::WarpOperation::kBallot, lanes, predicate ? 1 : 0);
+  const uint64_t* values =
+      cuda_on_cpu::launch().exchange(cuda_on_cpu::WarpOperation::kBallot, lanes, predicate ? 1 : 0);
   uint32_t result = 0;
   for (int lane = 0; lane < 32; ++lane) {
     result |= (lanes >> lane & 1) != 0 && values[lane] != 0 ? 1u << lane : 0u;

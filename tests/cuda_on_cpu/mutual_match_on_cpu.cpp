@@ -26,12 +26,16 @@ struct EmulatedCall {
   int64_t *cls_match, *loc_match;
   int32_t *num_pos, *num_total;
   uint64_t seed;
-  int64_t cluster_size;  // 0: three launches
+  int64_t cluster_size;                          // 0: three launches
   int64_t scores_read, scratch_bytes, launches;  // results
 };
 
 mg_ops::cuda::FloatInput float_input(const StridedArray& array) {
-  return {array.data, array.strides[0], array.strides[1], array.strides[2], static_cast<mg_ops::cuda::FloatType>(array.type),
+  return {array.data,
+          array.strides[0],
+          array.strides[1],
+          array.strides[2],
+          static_cast<mg_ops::cuda::FloatType>(array.type),
           array.whole_rows != 0};
 }
 
@@ -44,8 +48,8 @@ void launch(int64_t grid, int64_t cluster_size, uint64_t seed, std::function<voi
   options.seed = seed;
   options.resident_clusters = 1 + static_cast<int>(seed % 4);
   options.yield_probability = seed % 3 == 0 ? 0.0 : 0.2;
-  cuda_on_cpu::Launch(static_cast<unsigned>(grid), mg_ops::cuda::kThreads, static_cast<unsigned>(cluster_size), std::move(kernel),
-                      options)
+  cuda_on_cpu::Launch(static_cast<unsigned>(grid), mg_ops::cuda::kThreads, static_cast<unsigned>(cluster_size),
+                      std::move(kernel), options)
       .run();
 }
 
@@ -65,8 +69,12 @@ void match(EmulatedCall& call) {
   problem.num_gt = call.num_gt;
   problem.decode = call.decode != 0;
   problem.coder = {call.weight_x, call.weight_y, call.weight_w, call.weight_h, call.clip};
-  problem.params = {call.classification_by_regressed != 0, call.localization_by_amplified != 0, call.sigma,
-                    call.iou_positive, call.iou_ignored, call.crowd_overlap};
+  problem.params = {call.classification_by_regressed != 0,
+                    call.localization_by_amplified != 0,
+                    call.sigma,
+                    call.iou_positive,
+                    call.iou_ignored,
+                    call.crowd_overlap};
   problem.cls_match = call.cls_match;
   problem.loc_match = call.loc_match;
   problem.num_pos = call.num_pos;
@@ -86,7 +94,8 @@ void match(EmulatedCall& call) {
   const int64_t last_score = (call.batch_size - 1) * call.cls_scores.strides[0] +
                              (call.num_anchors - 1) * call.cls_scores.strides[1] +
                              (call.num_classes - 1) * call.cls_scores.strides[2];
-  cuda_on_cpu::watched_loads() = {scores, scores + static_cast<uintptr_t>((last_score + 1) * number_bytes[call.cls_scores.type]), 0};
+  cuda_on_cpu::watched_loads() = {
+      scores, scores + static_cast<uintptr_t>((last_score + 1) * number_bytes[call.cls_scores.type]), 0};
   call.launches = 0;
   if (call.cluster_size > 0) {
     const uint32_t cluster_size = static_cast<uint32_t>(call.cluster_size);
@@ -146,8 +155,8 @@ void mistaken_kernel(int mistake, uint32_t* output) {
 
 }  // namespace
 
-// Runs a kernel that reverses 0, 1, 2 ..., without a mistake (0) or with one: 1 a thread leaves, 2 a divergent barrier, 3 a
-// divergent warp operation, 4 a missing barrier, 5 a read past the end of shared memory.
+// Runs a kernel that reverses 0, 1, 2 ..., without a mistake (0) or with one: 1 a thread leaves, 2 a divergent barrier,
+// 3 a divergent warp operation, 4 a missing barrier, 5 a read past the end of shared memory.
 extern "C" int run_mistake(int mistake, uint64_t seed, uint32_t* output, char* message, int message_bytes) {
   try {
     cuda_on_cpu::LaunchOptions options;
