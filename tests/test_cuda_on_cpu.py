@@ -200,42 +200,28 @@ def test_every_float16_is_converted_exactly(small_blocks: cuda_on_cpu.Emulator) 
 
 @pytest.mark.parametrize("cluster_size", [0, 2], ids=["three launches", "one launch"])
 @pytest.mark.parametrize(
-    "offsets", [[-5, 2, 4, 6], [0, 2, 4, 1000], [1, 3, 3, 5], [7, 8, 9, 10], [0, 0, 0, 0], [-9, -8, -7, -6]], ids=str
+    "offsets",
+    [
+        *([-5, 2, 4, 6], [0, 2, 4, 1000], [1, 3, 3, 5], [7, 8, 9, 10], [0, 0, 0, 0], [-9, -8, -7, -6]),  # clamped
+        *([5, 1, 6, 0], [0, 6, 0, 6], [6, 5, 4, 3], [2**62, -(2**62), 3, 2**62]),  # kept from decreasing
+    ],
+    ids=str,
 )
-def test_offsets_out_of_bounds_are_clamped(
+def test_wrong_offsets_are_read_as_the_reference_does(
     small_blocks: cuda_on_cpu.Emulator, offsets: list[int], cluster_size: int
 ) -> None:
+    """CPU tensors with such offsets raise; on a GPU nothing may be read or written out of bounds."""
     arguments = detector_batch(3, 70, 2)
+    coder = arguments["box_coder"]
     arguments["gt_boxes"] = torch.cat(arguments["gt_boxes"])
     arguments["gt_labels"] = torch.cat(arguments["gt_labels"])
-    match = small_blocks.mutual_match(
-        **arguments, gt_offsets=torch.tensor(offsets), clamp_offsets=True, cluster_size=cluster_size
+    arguments["gt_offsets"] = torch.tensor(offsets)
+    match = small_blocks.mutual_match(**arguments, clamp_offsets=True, cluster_size=cluster_size)
+    names = ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")
+    expected = torch.ops.mg_ops.mutual_match_eager(
+        *(arguments[name] for name in names), None, True, *coder.weights, coder.clip, True, True, 2.0, 0.5, 0.4, 0.5
     )
-    arguments["gt_offsets"] = torch.tensor(offsets).clamp(0, 6)
-    first = int(arguments["gt_offsets"][0])  # CPU tensors must start at 0: leave out what no image has
-    for name in ("gt_boxes", "gt_labels"):
-        arguments[name] = arguments[name][first:]
-    arguments["gt_offsets"] -= first
-    expected = mg_ops.mutual_match(**arguments, backend="eager")
-    nothing = torch.zeros(first, dtype=torch.int32)
-    counts = (torch.cat([nothing, counted]) for counted in expected[2:])
-    cuda_on_cpu.assert_same(match, mg_ops.MutualMatch(*expected[:2], *counts), str(offsets))
-
-
-@pytest.mark.parametrize("offsets", [[5, 1, 6, 0], [0, 6, 0, 6], [6, 5, 4, 3], [2**62, -(2**62), 3, 2**62]], ids=str)
-def test_offsets_that_decrease_stay_in_bounds(small_blocks: cuda_on_cpu.Emulator, offsets: list[int]) -> None:
-    """No object is in two images, so the lists keep their room; labels stay within what an image can have."""
-    arguments = detector_batch(3, 70, 2)
-    arguments["gt_boxes"] = torch.cat(arguments["gt_boxes"])
-    arguments["gt_labels"] = torch.cat(arguments["gt_labels"])
-    results = [
-        small_blocks.mutual_match(**arguments, gt_offsets=torch.tensor(offsets), clamp_offsets=True, seed=seed)
-        for seed in range(3)
-    ]
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    assert int(results[0].cls_match.min()) >= mg_ops.IGNORED and int(results[0].cls_match.max()) < 6
-    assert int(results[0].loc_match.min()) >= mg_ops.BACKGROUND and int(results[0].loc_match.max()) < 6
-    assert bool((results[0].num_pos <= results[0].num_total).all())
+    cuda_on_cpu.assert_same(match, mg_ops.MutualMatch(*expected), str(offsets))
 
 
 def test_launches_and_memory(small_blocks: cuda_on_cpu.Emulator) -> None:

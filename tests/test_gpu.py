@@ -338,8 +338,8 @@ def test_at_most_three_launches(num_objects: int) -> None:
     assert 1 <= len(on_device) <= 3, on_device
 
 
-@pytest.mark.parametrize("offsets", [[-5, 2, 10], [0, 4, 1000], [3, 8, 10], [10, 12, 14]], ids=str)
-def test_offsets_out_of_bounds_are_clamped_and_check_reports_them(offsets: list[int]) -> None:
+@pytest.mark.parametrize("offsets", [[-5, 2, 10], [0, 4, 1000], [3, 8, 10], [10, 12, 14], [6, 2, 9]], ids=str)
+def test_wrong_offsets_are_clamped_and_check_reports_them(offsets: list[int]) -> None:
     arguments = to_gpu({**detector_batch(2, 3000, 5), "gt_offsets": torch.tensor(offsets)})
     match = mg_ops.mutual_match(**arguments, backend="cuda")
     assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), offsets)
