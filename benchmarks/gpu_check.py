@@ -145,7 +145,9 @@ def build(check: Check) -> Step:
     if step.passed and not library.exists():
         return Step(step.name, False, step.seconds, "pip was content, but installed no libmg_ops.so")
     if step.passed:
-        shutil.copy(library, ROOT / "mg_ops" / library.name)
+        # Replaced, not written over: a process that has the old one loaded would crash.
+        fresh = shutil.copy(library, ROOT / "mg_ops" / f"{library.name}.new")
+        Path(fresh).replace(ROOT / "mg_ops" / library.name)
     return step
 
 
