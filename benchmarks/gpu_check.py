@@ -158,8 +158,9 @@ def run_tests(check: Check) -> Step:
     if check.dry_run:
         return check.run("tests", [*command, "--collect-only"], 120.0, r"tests? collected|error", {})
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(6, os.cpu_count() or 1))]
-    return check.run("tests", command, 180.0, r"passed|failed|error", {})
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    # Several processes: few threads each for the reference on the CPU.
+    return check.run("tests", command, 180.0, r"passed|failed|error", {"OMP_NUM_THREADS": "2"})
 
 
 def sanitize(check: Check) -> list[Step]:
