@@ -83,8 +83,12 @@ def measure(name: str) -> dict[str, object]:
         try:
             for batch, wanted in zip(batches, expected, strict=False):
                 if not same(mg_ops.mutual_match(**arguments_of(batch), backend="cuda"), wanted):
-                    raise RuntimeError(f"{name}: cluster size {cluster_size} gives another answer than the reference")
+                    raise AssertionError(f"{name}: cluster size {cluster_size} gives another answer than the reference")
             result[str(cluster_size)] = statistics.quantiles(time_graph(batches), n=4)
+        except RuntimeError as error:
+            if cluster_size <= 8:  # what every GPU with clusters can do
+                raise
+            print(f"{name}: clusters of {cluster_size} blocks are not possible here: {error}")
         finally:
             torch.ops.mg_ops.cuda_set_cluster_size(before)
     return result

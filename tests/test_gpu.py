@@ -198,6 +198,8 @@ def test_one_launch_by_clusters(cluster_size: int) -> None:
     """Off by default; the same integers, in one launch where the GPU has clusters."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no clusters")
+    if cluster_size > 8 and torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("more than 8 blocks a cluster are not promised here")
     arguments = detector_batch(8, 12750, 9)
     expected = mg_ops.mutual_match(**arguments, backend="cpp")
     before = torch.ops.mg_ops.cuda_set_cluster_size(cluster_size)
