@@ -1,0 +1,280 @@
+"""Mutual guidance in torchvision's anchor-based detectors, by replacing how the loss matches and nothing else.
+
+    model = torchvision.models.detection.retinanet_resnet50_fpn_v2(weights=None)
+    mg_ops.adapters.torchvision.use_mutual_guidance(model)
+
+works for `RetinaNet` (`retinanet_resnet50_fpn`, `retinanet_resnet50_fpn_v2`) and `SSD` (`ssd300_vgg16`,
+`ssdlite320_mobilenet_v3_large`). Parameters, state_dict, evaluation and the wrapping by DDP or torch.compile stay as
+they are.
+
+Where `strategy="iou"` gives torchvision's own loss
+    RetinaNet: for an image where an anchor overlaps every object, the best anchor of each object overlaps no other
+    object more, and no two anchors share the best overlap of an object below the positive threshold. Elsewhere the
+    low-quality matches differ: torchvision takes all anchors of an equal best overlap (and *every* anchor for an object
+    that none overlaps) and gives them to the object each overlaps most; here every object gets its own best anchor, the
+    first of equals, and an object that no anchor overlaps gets none.
+    SSD: for an image where an anchor overlaps every object and no two objects share their best anchor. Elsewhere
+    torchvision gives anchor 0 to an object that none overlaps, and a shared anchor to the last object; here they get
+    none, and the first. torchvision's hard negatives also repeat positives where an image has fewer negatives than
+    asked for; here they do not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.detection import _utils as detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.retinanet import RetinaNet
+from torchvision.models.detection.ssd import SSD
+
+from mg_ops.boxes import BoxCoder
+from mg_ops.matching import STRATEGIES, MutualMatch, mutual_match
+from mg_ops.reference import IGNORED
+
+_Model = TypeVar("_Model", bound=nn.Module)
+Target = dict[str, Tensor]
+MatchHook = Callable[[MutualMatch, list[Target]], None]
+
+
+@dataclass(frozen=True)
+class _Matching:
+    """How a model matches; the arguments of `use_mutual_guidance`."""
+
+    strategy: str
+    sigma: float
+    iou_positive: float
+    iou_ignored: float
+    crowd_key: str | None
+    crowd_overlap: float
+    backend: str | None
+    on_match: MatchHook | None
+
+
+def use_mutual_guidance(
+    model: _Model,
+    *,
+    strategy: str = "mutual",
+    sigma: float = 2.0,
+    iou_positive: float | None = None,
+    iou_ignored: float | None = None,
+    crowd_key: str | None = None,
+    crowd_overlap: float = 0.5,
+    backend: str | None = None,
+    on_match: MatchHook | None = None,
+) -> _Model:
+    """Makes a torchvision RetinaNet or SSD match by mutual guidance when it computes its training loss.
+
+    The batch is matched in one `mutual_match` call, by the network's own predictions. The classification loss then
+    takes its positives and ignored anchors from `cls_match`, the box loss its positives from `loc_match`, each averaged
+    over its own positives. RetinaNet's loss functions are torchvision's; SSD's is torchvision's written for two
+    matches: ignored anchors (none with its own thresholds) are no hard negatives. Anchors are matched in the resized
+    images' pixels.
+
+    p, the score of a class: RetinaNet's is sigmoid(logit). SSD's is the softmax probability over the classes and the
+    background, handed over as its logit, log(p) - log(1 - p), which takes B x A x C float32 of memory.
+
+    Args:
+        model: a RetinaNet or SSD, changed in place, before DDP or torch.compile wrap it. Calling again replaces the
+            options.
+        strategy, sigma, crowd_overlap, backend: as of `mutual_match`.
+        iou_positive, iou_ignored: as of `mutual_match`; None for the thresholds the model was made with (RetinaNet 0.5
+            and 0.4; SSD 0.5 for both, so that nothing is ignored; the paper's are 0.5 and 0.4).
+        crowd_key: the entry of a target that flags crowd regions, (G,) integer or bool ("iscrowd" in COCO's); an image
+            without it has none. None, as in torchvision: all boxes are objects.
+        on_match: called in every training step with the `MutualMatch` and the targets (boxes in the resized image), for
+            `mg_ops.summarize`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: the model is no RetinaNet or SSD, or its box coder is not torchvision's `BoxCoder`.
+        ValueError: an unknown strategy; other wrong options raise in the first training step.
+    """
+    if not isinstance(model, (RetinaNet, SSD)):
+        raise TypeError(
+            f"model: expected torchvision's RetinaNet or SSD, got {type(model).__name__}; "
+            "call use_mutual_guidance before wrapping the model"
+        )
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    if not isinstance(model.box_coder, detection.BoxCoder):
+        raise TypeError(f"model.box_coder: expected torchvision's BoxCoder, got {type(model.box_coder).__name__}")
+    remove_mutual_guidance(model)
+    matcher = model.proposal_matcher
+    matching = _Matching(
+        strategy=strategy,
+        sigma=sigma,
+        iou_positive=matcher.high_threshold if iou_positive is None else iou_positive,
+        iou_ignored=matcher.low_threshold if iou_ignored is None else iou_ignored,
+        crowd_key=crowd_key,
+        crowd_overlap=crowd_overlap,
+        backend=backend,
+        on_match=on_match,
+    )
+    # An attribute of the instance hides the method of its class, survives copy.deepcopy and pickle, and is deleted to
+    # undo.
+    if isinstance(model, RetinaNet):
+        model.compute_loss = functools.partial(_retinanet_loss, model, matching)
+    else:
+        model.compute_loss = functools.partial(_ssd_loss, model, matching)
+        model._mutual_guidance_replaced = matcher
+        model.proposal_matcher = _Unmatched()
+    return model
+
+
+def remove_mutual_guidance(model: _Model) -> _Model:
+    """Undoes `use_mutual_guidance` in place (torch.jit.script needs it); does nothing to a model without it.
+
+    Returns:
+        The model itself.
+    """
+    model.__dict__.pop("compute_loss", None)
+    replaced = model.__dict__.pop("_mutual_guidance_replaced", None)
+    if replaced is not None:
+        model.proposal_matcher = replaced
+    return model
+
+
+def softmax_to_logits(cls_logits: Tensor) -> Tensor:
+    """The logits whose sigmoid is the softmax of `cls_logits`: log(p) - log(1 - p), infinite where p rounds to 0 or 1.
+
+    Args:
+        cls_logits: (..., C) floating.
+
+    Returns:
+        (..., C) float32, without gradient.
+    """
+    with torch.no_grad():
+        log_p = functional.log_softmax(cls_logits.float(), dim=-1)
+        return log_p - torch.log(-torch.expm1(log_p))
+
+
+class _Unmatched:
+    """Stands in for SSD's matcher, whose result `_ssd_loss` does not read."""
+
+    def __call__(self, match_quality_matrix: Tensor) -> Tensor:
+        return match_quality_matrix.new_empty(0, dtype=torch.int64)
+
+
+def _retinanet_loss(
+    model: RetinaNet, matching: _Matching, targets: list[Target], head_outputs: Target, anchors: list[Tensor]
+) -> Target:
+    """`RetinaNet.compute_loss` with a match for each of the two losses."""
+    match = _match(model, matching, targets, head_outputs["bbox_regression"], head_outputs["cls_logits"], anchors)
+    head = model.head
+    return {
+        "classification": head.classification_head.compute_loss(targets, head_outputs, list(match.cls_match)),
+        "bbox_regression": head.regression_head.compute_loss(targets, head_outputs, anchors, list(match.loc_match)),
+    }
+
+
+def _ssd_loss(
+    model: SSD,
+    matching: _Matching,
+    targets: list[Target],
+    head_outputs: Target,
+    anchors: list[Tensor],
+    matched_idxs: list[Tensor],
+) -> Target:
+    """`SSD.compute_loss` with a match for each of the two losses, in shapes known beforehand."""
+    deltas, cls_logits = head_outputs["bbox_regression"], head_outputs["cls_logits"].float()
+    match = _match(model, matching, targets, deltas, softmax_to_logits(cls_logits), anchors)
+
+    # One row more than there are objects: what anchors without an object read, label 0, the background.
+    boxes = torch.cat([target["boxes"].float() for target in targets] + [deltas.new_zeros(1, 4, dtype=torch.float32)])
+    labels = torch.cat([target["labels"] for target in targets] + [targets[0]["labels"].new_zeros(1)])
+    starts = [0]
+    for target in targets:
+        starts.append(starts[-1] + target["boxes"].shape[0])
+    num_gt = starts.pop()
+    start = torch.tensor(starts, device=deltas.device).unsqueeze(1)  # (B, 1)
+
+    loc_positive = match.loc_match >= 0
+    loc_objects = torch.where(loc_positive, start + match.loc_match, num_gt)
+    box_targets = _box_coder(model).encode(torch.stack(anchors), boxes[loc_objects])
+    box_targets = torch.where(loc_positive.unsqueeze(-1), box_targets, 0.0)
+    box_error = functional.smooth_l1_loss(deltas.float(), box_targets, reduction="none").sum(-1)
+    box_loss = torch.where(loc_positive, box_error, 0.0).sum() / loc_positive.sum().clamp(min=1)
+
+    cls_positive = match.cls_match >= 0
+    class_targets = labels[torch.where(cls_positive, start + match.cls_match, num_gt)]  # (B, A)
+    class_error = functional.cross_entropy(cls_logits.flatten(0, 1), class_targets.flatten(), reduction="none")
+    class_error = class_error.view_as(class_targets)
+
+    # Hard negatives: of each image's background the worst classified, neg_to_pos_ratio for every positive.
+    foreground = class_targets > 0
+    candidates = ~foreground & (match.cls_match != IGNORED)
+    ranking = torch.where(candidates, class_error.detach(), float("-inf")).argsort(dim=1, descending=True)
+    hardest = ranking.argsort(dim=1) < model.neg_to_pos_ratio * foreground.sum(1, keepdim=True)
+    counted = foreground | (candidates & hardest)
+    class_loss = torch.where(counted, class_error, 0.0).sum() / cls_positive.sum().clamp(min=1)
+    return {"bbox_regression": box_loss, "classification": class_loss}
+
+
+def _match(
+    model: RetinaNet | SSD,
+    matching: _Matching,
+    targets: list[Target],
+    deltas: Tensor,
+    cls_scores: Tensor,
+    anchors: list[Tensor],
+) -> MutualMatch:
+    """Matches a batch: in one call where its images have the same anchors, else image by image."""
+    boxes = [target["boxes"] for target in targets]
+    labels = [target["labels"] for target in targets]
+    crowd = None
+    key = matching.crowd_key
+    if key is not None:
+        crowd = [
+            target[key].bool() if key in target else torch.zeros_like(target["labels"], dtype=torch.bool)
+            for target in targets
+        ]
+
+    def match_images(images: slice) -> MutualMatch:
+        return mutual_match(
+            anchors[images][0],
+            deltas[images],
+            cls_scores[images],
+            boxes[images],
+            labels[images],
+            gt_crowd=None if crowd is None else crowd[images],
+            box_coder=_box_coder(model),
+            strategy=matching.strategy,
+            sigma=matching.sigma,
+            iou_positive=matching.iou_positive,
+            iou_ignored=matching.iou_ignored,
+            crowd_overlap=matching.crowd_overlap,
+            backend=matching.backend,
+        )
+
+    if _anchors_are_shared(model, anchors):
+        match = match_images(slice(None))
+    else:
+        matches = [match_images(slice(image, image + 1)) for image in range(len(targets))]
+        match = MutualMatch(*(torch.cat(parts) for parts in zip(*matches, strict=True)))
+    if matching.on_match is not None:
+        matching.on_match(match, targets)
+    return match
+
+
+def _anchors_are_shared(model: RetinaNet | SSD, anchors: list[Tensor]) -> bool:
+    """Whether all images have the same anchors.
+
+    torchvision's own generators lay them on the padded batch, the same for every image; those of others are compared,
+    which waits for the device.
+    """
+    if type(model.anchor_generator).forward in (AnchorGenerator.forward, DefaultBoxGenerator.forward):
+        return True
+    return all(torch.equal(anchors[0], others) for others in anchors[1:])
+
+
+def _box_coder(model: RetinaNet | SSD) -> BoxCoder:
+    return BoxCoder(weights=tuple(model.box_coder.weights), clip=model.box_coder.bbox_xform_clip)

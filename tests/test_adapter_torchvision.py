@@ -1,0 +1,370 @@
+"""torchvision's RetinaNet and SSD train by mutual guidance after one line, and with strategy="iou" as torchvision
+does."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mg_ops
+
+pytest.importorskip("torchvision")
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.retinanet import RetinaNet
+from torchvision.models.detection.ssd import SSD
+
+from mg_ops.adapters.torchvision import remove_mutual_guidance, softmax_to_logits, use_mutual_guidance
+
+Targets = list[dict[str, torch.Tensor]]
+SIZE = 64
+
+
+class TwoLevels(nn.Module):
+    """A backbone of two convolutions: strides 8 and 16."""
+
+    def __init__(self, out_channels: int | list[int]) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.first = nn.Conv2d(3, 8, 3, stride=8, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        first = self.first(images).relu()
+        return {"0": first, "1": self.second(first)}
+
+
+def small_retinanet() -> RetinaNet:
+    torch.manual_seed(0)
+    ratios = ((0.5, 1.0, 2.0),) * 2
+    return RetinaNet(
+        TwoLevels(8),
+        num_classes=4,
+        anchor_generator=AnchorGenerator(((12, 16), (24, 40)), ratios),
+        min_size=SIZE,
+        max_size=SIZE,
+    )
+
+
+def small_ssd() -> SSD:
+    torch.manual_seed(0)
+    generator = DefaultBoxGenerator([[2], [2]], scales=[0.2, 0.45, 0.8])
+    return SSD(TwoLevels([8, 8]), generator, (SIZE, SIZE), num_classes=4)
+
+
+def small_batch() -> tuple[list[torch.Tensor], Targets]:
+    """Two images of two and one objects, none of whose best anchors is another's, and one image without objects."""
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, SIZE, SIZE, generator=generator) for _ in range(3)]
+    boxes = [[[3.0, 4.0, 20.0, 22.0], [30.0, 33.0, 61.0, 60.0]], [[10.0, 20.0, 40.0, 40.0]], []]
+    labels = [[1, 3], [2], []]
+    targets = [
+        {"boxes": torch.tensor(box).reshape(-1, 4), "labels": torch.tensor(label, dtype=torch.int64)}
+        for box, label in zip(boxes, labels, strict=True)
+    ]
+    return images, targets
+
+
+MODELS = {"retinanet": small_retinanet, "ssd": small_ssd}
+
+
+@pytest.fixture(params=MODELS)
+def make_model(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
+    return MODELS[request.param]
+
+
+def with_opinions(model: nn.Module) -> nn.Module:
+    """The model with a head whose boxes are far from the anchors and whose scores are far from each other."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+    return model
+
+
+def losses_and_gradients(
+    model: nn.Module, images: list[torch.Tensor], targets: Targets
+) -> tuple[dict[str, float], Any]:
+    model.train()
+    model.zero_grad()
+    losses = model(images, copy.deepcopy(targets))
+    sum(losses.values()).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
+
+
+def test_iou_strategy_has_torchvisions_losses_and_gradients(make_model: Callable[[], nn.Module]) -> None:
+    images, targets = small_batch()
+    expected, expected_gradients = losses_and_gradients(make_model(), images, targets)
+    assert expected["classification"] > 0 and expected["bbox_regression"] > 0
+    losses, gradients = losses_and_gradients(use_mutual_guidance(make_model(), strategy="iou"), images, targets)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_each_loss_takes_its_own_match(make_model: Callable[[], nn.Module]) -> None:
+    """The strategies that change one match change one loss."""
+    images, targets = small_batch()
+    losses = {
+        strategy: losses_and_gradients(
+            use_mutual_guidance(with_opinions(make_model()), strategy=strategy, sigma=1.01), images, targets
+        )[0]
+        for strategy in ("iou", "localize_to_classify", "classify_to_localize", "mutual")
+    }
+    iou, mutual = losses["iou"], losses["mutual"]
+    assert losses["localize_to_classify"]["bbox_regression"] == iou["bbox_regression"]
+    assert losses["classify_to_localize"]["classification"] == iou["classification"]
+    assert losses["localize_to_classify"]["classification"] == mutual["classification"] != iou["classification"]
+    assert losses["classify_to_localize"]["bbox_regression"] == mutual["bbox_regression"] != iou["bbox_regression"]
+
+
+def test_the_batch_is_matched_as_mutual_match_says(make_model: Callable[[], nn.Module]) -> None:
+    """The hook sees the match of the network's own predictions, decoded and scored as the model does."""
+    images, targets = small_batch()
+    model = with_opinions(make_model())
+    seen: list[tuple[mg_ops.MutualMatch, Targets]] = []
+    use_mutual_guidance(model, sigma=3.0, iou_positive=0.6, iou_ignored=0.3, on_match=lambda *match: seen.append(match))
+    outputs: dict[str, torch.Tensor] = {}
+    anchors: list[torch.Tensor] = []
+    model.head.register_forward_hook(lambda module, inputs, output: outputs.update(output))
+    model.anchor_generator.register_forward_hook(lambda module, inputs, output: anchors.extend(output))
+    model.train()
+    model(images, targets)
+    (match, seen_targets) = seen[0]
+    assert len(seen) == 1 and len(anchors) == 3
+    boxes = torch.stack(
+        [model.box_coder.decode_single(deltas, anchors[0]) for deltas in outputs["bbox_regression"].detach()]
+    )
+    logits = outputs["cls_logits"].detach()
+    scores = logits if isinstance(model, RetinaNet) else torch.logit(logits.softmax(-1))
+    expected = mg_ops.mutual_match(
+        anchors[0],
+        boxes,
+        scores,
+        [target["boxes"] for target in seen_targets],
+        [target["labels"] for target in seen_targets],
+        sigma=3.0,
+        iou_positive=0.6,
+        iou_ignored=0.3,
+    )
+    for actual, wanted in zip(match, expected, strict=True):
+        assert actual.tolist() == wanted.tolist()
+
+
+def test_other_anchors_for_each_image_are_matched_image_by_image(make_model: Callable[[], nn.Module]) -> None:
+    """Without torchvision's own generator the anchors are compared; different ones change no result of their image."""
+    images, targets = small_batch()
+
+    class Shifted(nn.Module):
+        """Moves the anchors of every image but the first one."""
+
+        def __init__(self, generator: nn.Module) -> None:
+            super().__init__()
+            self.generator = generator
+
+        def forward(self, image_list: Any, features: Any) -> list[torch.Tensor]:
+            return [anchors + 3.0 * min(image, 1) for image, anchors in enumerate(self.generator(image_list, features))]
+
+    def matches(pick: list[int], shifted: bool) -> mg_ops.MutualMatch:
+        model = make_model()
+        found: list[mg_ops.MutualMatch] = []
+        use_mutual_guidance(model, on_match=lambda match, _: found.append(match))
+        if shifted:
+            model.anchor_generator = Shifted(model.anchor_generator)
+        model.train()
+        model([images[image] for image in pick], [dict(targets[image]) for image in pick])
+        return found[0]
+
+    both = matches([1, 0], shifted=True)
+    assert both.cls_match[:1].tolist() == matches([1], shifted=False).cls_match.tolist()
+    assert both.cls_match[1].tolist() != matches([0], shifted=False).cls_match[0].tolist()
+    assert both.num_pos.shape == (3,)
+
+
+@pytest.mark.parametrize("strategy", ["iou", "mutual"])
+def test_a_batch_without_objects_trains(make_model: Callable[[], nn.Module], strategy: str) -> None:
+    images, _ = small_batch()
+    empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in images]
+    expected, _ = losses_and_gradients(make_model(), images, empty)
+    losses, _ = losses_and_gradients(use_mutual_guidance(make_model(), strategy=strategy), images, empty)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses["bbox_regression"] == 0.0
+
+
+def test_training_lowers_the_loss(make_model: Callable[[], nn.Module]) -> None:
+    images, targets = small_batch()
+    model = use_mutual_guidance(make_model())
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    history = []
+    for _ in range(10):
+        losses = model.train()(images, copy.deepcopy(targets))
+        loss = sum(losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(float(loss.detach()))
+    assert history[-1] < 0.8 * history[0]
+
+
+def test_bfloat16_autocast_trains(make_model: Callable[[], nn.Module]) -> None:
+    images, targets = small_batch()
+    model = use_mutual_guidance(make_model())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model.train()(images, targets)
+    sum(losses.values()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_loss_is_the_eager_one(name: str) -> None:
+    """RetinaNet's loss functions index by data, so the graph breaks there; SSD's loss is one graph."""
+    images, targets = small_batch()
+    expected, expected_gradients = losses_and_gradients(use_mutual_guidance(MODELS[name]()), images, targets)
+    model = use_mutual_guidance(MODELS[name]())
+    torch._dynamo.reset()
+    model.compute_loss = torch.compile(model.compute_loss, backend="aot_eager", fullgraph=name == "ssd")
+    losses, gradients = losses_and_gradients(model, images, targets)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for key, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_model_is_the_eager_one(make_model: Callable[[], nn.Module]) -> None:
+    images, targets = small_batch()
+    expected, _ = losses_and_gradients(use_mutual_guidance(make_model()), images, targets)
+    torch._dynamo.reset()
+    compiled = torch.compile(use_mutual_guidance(make_model()), backend="aot_eager")
+    losses = compiled.train()(images, targets)
+    assert {name: float(loss.detach()) for name, loss in losses.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def train_one_rank(rank: int, name: str, rendezvous: str) -> None:
+    """One of two processes: an image each; the averaged gradients are those of the two images alone."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    images, targets = small_batch()
+    alone = [
+        losses_and_gradients(
+            use_mutual_guidance(MODELS[name]()), images[image : image + 1], targets[image : image + 1]
+        )[1]
+        for image in range(2)
+    ]
+    model = nn.parallel.DistributedDataParallel(use_mutual_guidance(MODELS[name]()))
+    losses = model.train()(images[rank : rank + 1], targets[rank : rank + 1])
+    sum(losses.values()).backward()
+    for key, parameter in model.module.named_parameters():
+        torch.testing.assert_close(parameter.grad, (alone[0][key] + alone[1][key]) / 2, rtol=1e-4, atol=1e-6)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_average_their_gradients(name: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_one_rank, args=(name, str(tmp_path / "rendezvous")), nprocs=2)
+
+
+def test_crowd_regions_are_ignored_where_asked(make_model: Callable[[], nn.Module]) -> None:
+    images, targets = small_batch()
+    targets[0]["iscrowd"] = torch.tensor([0, 1])
+    matches: dict[str | None, mg_ops.MutualMatch] = {}
+    for key in (None, "iscrowd"):
+
+        def keep(match: mg_ops.MutualMatch, _: Targets, key: str | None = key) -> None:
+            matches[key] = match
+
+        use_mutual_guidance(make_model(), crowd_key=key, on_match=keep).train()(images, copy.deepcopy(targets))
+    assert matches[None].num_pos[1] > 0 and (matches[None].cls_match[0] == 1).any()
+    assert matches["iscrowd"].num_pos[1] == 0 and not (matches["iscrowd"].cls_match[0] == 1).any()
+    assert (matches["iscrowd"].cls_match[0] == mg_ops.IGNORED).sum() > (
+        matches[None].cls_match[0] == mg_ops.IGNORED
+    ).sum()
+
+
+def test_ignored_anchors_are_no_hard_negatives() -> None:
+    """A crowd region over the whole image ignores all background: only positives are left to learn."""
+    images, targets = small_batch()
+    whole = torch.tensor([[-200.0, -200.0, 300.0, 300.0]])
+    target = {
+        "boxes": torch.cat([targets[1]["boxes"], whole]),
+        "labels": torch.tensor([2, 1]),
+        "iscrowd": torch.tensor([False, True]),
+    }
+    model = use_mutual_guidance(small_ssd(), crowd_key="iscrowd").train()
+    found: dict[str, Any] = {}
+    model.head.register_forward_hook(lambda module, inputs, output: found.update(output))
+    use_mutual_guidance(model, crowd_key="iscrowd", on_match=lambda match, _: found.update(match=match))
+    losses = model(images[1:2], [target])
+    positive = found["match"].cls_match[0] == 0
+    assert not (found["match"].cls_match == mg_ops.BACKGROUND).any() and positive.any()
+    logits = found["cls_logits"][0][positive].detach()
+    expected = nn.functional.cross_entropy(logits, torch.full((len(logits),), 2))
+    assert float(losses["classification"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_softmax_to_logits_gives_the_softmax_back() -> None:
+    logits = torch.tensor([[0.0, 0.0], [1.0, -2.0], [30.0, -30.0], [300.0, -300.0]])
+    probabilities = softmax_to_logits(logits).sigmoid()
+    torch.testing.assert_close(probabilities, logits.softmax(-1))
+    assert softmax_to_logits(logits)[3].tolist() == [float("inf"), -600.0]
+    anchor, boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0]]), [torch.tensor([[0.0, 0.0, 8.0, 6.0]])]
+    match = mg_ops.mutual_match(anchor, anchor[None], softmax_to_logits(logits[3:])[None], boxes, [torch.tensor([0])])
+    assert match.loc_match.tolist() == [[0]]
+
+
+def test_evaluation_parameters_and_copies_stay_as_they_are(make_model: Callable[[], nn.Module]) -> None:
+    images, targets = small_batch()
+    plain, guided = make_model().eval(), use_mutual_guidance(make_model()).eval()
+    assert plain.state_dict().keys() == guided.state_dict().keys()
+    with torch.no_grad():
+        for expected, actual in zip(plain(images), guided(images), strict=True):
+            assert all(torch.equal(expected[key], actual[key]) for key in expected)
+    buffer = io.BytesIO()
+    torch.save(guided, buffer)
+    buffer.seek(0)
+    losses, _ = losses_and_gradients(guided, images, targets)
+    loaded = torch.load(buffer, weights_only=False)
+    for other in (copy.deepcopy(guided), loaded):
+        other.load_state_dict(guided.state_dict())
+        assert losses_and_gradients(other, images, targets)[0] == losses
+        for parameter in other.parameters():
+            parameter.data.zero_()  # a copy computes its loss with its own parameters
+        assert losses_and_gradients(other, images, targets)[0] != losses
+
+
+def test_removing_gives_torchvisions_loss_back(make_model: Callable[[], nn.Module]) -> None:
+    images, targets = small_batch()
+    expected, _ = losses_and_gradients(make_model(), images, targets)
+    model = use_mutual_guidance(use_mutual_guidance(make_model()), sigma=3.0)
+    assert losses_and_gradients(remove_mutual_guidance(model), images, targets)[0] == expected
+    assert remove_mutual_guidance(model) is model
+    torch.jit.script(model)
+
+
+def test_wrong_models_and_options_say_so() -> None:
+    with pytest.raises(TypeError, match="expected torchvision's RetinaNet or SSD, got Linear"):
+        use_mutual_guidance(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="strategy: expected one of 'iou'"):
+        use_mutual_guidance(small_retinanet(), strategy="best")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large"]
+)
+def test_torchvisions_own_models_take_a_training_step(name: str) -> None:
+    sizes = {"min_size": 96, "max_size": 96} if "retinanet" in name else {}
+    model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=4, **sizes)
+    images, targets = small_batch()
+    losses, gradients = losses_and_gradients(use_mutual_guidance(model), images[:2], targets[:2])
+    assert all(value > 0 for value in losses.values())
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
