@@ -1,6 +1,7 @@
 """Mutual Guidance (Zhang et al., ACCV 2020) as one fused operator: `mg_ops.mutual_match`."""
 
 from mg_ops.boxes import BoxCoder, box_iou
+from mg_ops.diagnostics import MatchSummary, summarize
 from mg_ops.matching import MutualMatch, backends, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
 from mg_ops.targets import Targets, encode_targets
@@ -9,11 +10,13 @@ __all__ = [
     "BACKGROUND",
     "IGNORED",
     "BoxCoder",
+    "MatchSummary",
     "MutualMatch",
     "Targets",
     "backends",
     "box_iou",
     "encode_targets",
     "mutual_match",
+    "summarize",
 ]
 __version__ = "0.1.0"
