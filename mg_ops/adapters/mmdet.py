@@ -1,0 +1,138 @@
+"""Mutual guidance as an mmdetection assigner, with its `assign(pred_instances, gt_instances, gt_instances_ignore)`
+contract.
+
+    from mmdet.registry import TASK_UTILS
+    TASK_UTILS.register_module(module=mg_ops.adapters.mmdet.MutualAssigner)
+    # in the config: assigner=dict(type="MutualAssigner")
+
+The head must hand over its predictions: `pred_instances` with `priors`, `bboxes` and `scores`, as the heads of
+`TaskAlignedAssigner` do (TOOD); a head that gives priors alone (RetinaNet's) cannot be guided. Importable without
+mmdetection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mg_ops.adapters.labels import to_mmdet
+from mg_ops.matching import mutual_match
+
+try:
+    from mmdet.models.task_modules.assigners import AssignResult
+except ImportError:
+
+    class AssignResult:  # type: ignore[no-redef]
+        """The attributes of mmdetection's `AssignResult`, which is used where it can be imported.
+
+        Args:
+            num_gts: number of objects.
+            gt_inds: (A,) int64, 1-based objects, 0 background, -1 ignored.
+            max_overlaps: (A,) float32, IoU of each anchor with its object.
+            labels: (A,) int64, the label of each anchor's object, -1 where there is none.
+        """
+
+        def __init__(self, num_gts: int, gt_inds: Tensor, max_overlaps: Tensor, labels: Tensor) -> None:
+            self.num_gts = num_gts
+            self.gt_inds = gt_inds
+            self.max_overlaps = max_overlaps
+            self.labels = labels
+            self._extra_properties: dict[str, Any] = {}
+
+        @property
+        def num_preds(self) -> int:
+            """Number of anchors."""
+            return len(self.gt_inds)
+
+        def set_extra_property(self, key: str, value: Any) -> None:
+            """Attaches a value under a name."""
+            self._extra_properties[key] = value
+
+        def get_extra_property(self, key: str) -> Any:
+            """The value attached under a name, or None."""
+            return self._extra_properties.get(key)
+
+
+class MutualAssigner:
+    """Assigns the anchors of one image by mutual guidance.
+
+    Args:
+        scores_are_logits: whether `pred_instances.scores` are logits (RTMDet) or probabilities (TOOD).
+        **options: strategy, sigma, iou_positive, iou_ignored, crowd_overlap and backend of `mg_ops.mutual_match`.
+    """
+
+    def __init__(self, scores_are_logits: bool = False, **options: Any) -> None:
+        self.scores_are_logits = scores_are_logits
+        self.options = options
+
+    def assign(
+        self, pred_instances: Any, gt_instances: Any, gt_instances_ignore: Any = None, **kwargs: Any
+    ) -> AssignResult:
+        """Assigns the anchors of an image to its objects.
+
+        Args:
+            pred_instances: `priors` (A, 4) anchors, `bboxes` (A, 4) regressed boxes, both (x1, y1, x2, y2), and
+                `scores` (A, C).
+            gt_instances: `bboxes` (G, 4) and `labels` (G,).
+            gt_instances_ignore: `bboxes` (K, 4), crowd regions: background that they cover is ignored.
+            **kwargs: what else heads pass (alpha and beta of TOOD); not used.
+
+        Returns:
+            `AssignResult` for classification: `gt_inds` (A,) 1-based objects, 0 background, -1 ignored; `labels`, -1
+            where there is no object; `max_overlaps`, the IoU of the anchor with its object, 0 where there is none. The
+            match of localisation, in the same convention, is `result.get_extra_property("loc_gt_inds")`.
+
+        Raises:
+            ValueError: pred_instances lacks priors, bboxes or scores, or as `mg_ops.mutual_match`.
+            TypeError: as `mg_ops.mutual_match`.
+        """
+        missing = [name for name in ("priors", "bboxes", "scores") if not hasattr(pred_instances, name)]
+        if missing:
+            raise ValueError(
+                f"pred_instances: expected priors, bboxes and scores, got no {', '.join(missing)}; "
+                "mutual guidance needs a head that hands its predictions to its assigner"
+            )
+        anchors = _as_tensor(pred_instances.priors)
+        scores = pred_instances.scores if self.scores_are_logits else torch.logit(pred_instances.scores.float())
+        boxes, labels = _as_tensor(gt_instances.bboxes), gt_instances.labels
+        num_gt = boxes.shape[0]
+        crowd = None
+        all_boxes, all_labels = boxes, labels
+        if gt_instances_ignore is not None and len(gt_instances_ignore.bboxes) > 0:
+            regions = _as_tensor(gt_instances_ignore.bboxes)
+            all_boxes = torch.cat([boxes, regions])
+            all_labels = torch.cat([labels, labels.new_zeros(len(regions))])
+            crowd = [torch.arange(len(all_boxes), device=boxes.device) >= num_gt]
+        match = mutual_match(
+            anchors,
+            _as_tensor(pred_instances.bboxes).unsqueeze(0),
+            scores.unsqueeze(0),
+            [all_boxes],
+            [all_labels],
+            gt_crowd=crowd,
+            **self.options,
+        )
+        cls_match, loc_match = match.cls_match[0], match.loc_match[0]
+        # One object more than there are, for what has none: label -1, an empty box.
+        objects = torch.where(cls_match >= 0, cls_match, num_gt)
+        assigned = torch.cat([labels.long(), labels.new_full((1,), -1, dtype=torch.int64)])[objects]
+        target = torch.cat([boxes.float(), boxes.new_zeros(1, 4, dtype=torch.float32)])[objects]
+        result = AssignResult(num_gt, to_mmdet(cls_match), _overlaps(anchors.float(), target), assigned)
+        result.set_extra_property("loc_gt_inds", to_mmdet(loc_match))
+        return result
+
+
+def _as_tensor(boxes: Any) -> Tensor:
+    """Boxes as a tensor; mmdetection may wrap them in `HorizontalBoxes`."""
+    tensor: Tensor = boxes if isinstance(boxes, Tensor) else boxes.tensor
+    return tensor
+
+
+def _overlaps(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
+    """IoU of each box with the box of the same row, 0 where they do not overlap."""
+    size = (torch.minimum(boxes_1[:, 2:], boxes_2[:, 2:]) - torch.maximum(boxes_1[:, :2], boxes_2[:, :2])).clamp(min=0)
+    intersection = size.prod(1)
+    union = (boxes_1[:, 2:] - boxes_1[:, :2]).prod(1) + (boxes_2[:, 2:] - boxes_2[:, :2]).prod(1) - intersection
+    return torch.where(intersection > 0, intersection / union, 0.0)
