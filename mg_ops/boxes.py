@@ -66,13 +66,15 @@ class BoxCoder:
             (..., 4) float32 deltas. Differentiable.
         """
         anchors, boxes = _check_boxes("anchors", anchors, ("...", 4)), _check_boxes("boxes", boxes, ("...", 4))
-        weights = torch.tensor(self.weights, dtype=torch.float32, device=boxes.device)
         anchor_size = anchors[..., 2:] - anchors[..., :2]
         anchor_center = anchors[..., :2] + 0.5 * anchor_size
         size = boxes[..., 2:] - boxes[..., :2]
         center = boxes[..., :2] + 0.5 * size
         shift = (center - anchor_center) / anchor_size
-        return torch.cat([shift, torch.log(size / anchor_size)], dim=-1) * weights
+        deltas = torch.cat([shift, torch.log(size / anchor_size)], dim=-1)
+        # Weights as numbers, not as a tensor: copying one to a GPU cannot be captured in a CUDA graph.
+        columns = zip(deltas.unbind(-1), self.weights, strict=True)
+        return torch.stack([column * weight for column, weight in columns], dim=-1)
 
     def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
         """The boxes that deltas make of anchors; the exact arithmetic `mutual_match` decodes with.
