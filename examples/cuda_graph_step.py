@@ -1,9 +1,10 @@
-"""A whole training step as one CUDA graph: forward, matching, losses, backward and optimizer, without a host synchronisation.
+"""A whole training step as one CUDA graph: forward, matching, losses, backward and optimizer.
 
     python examples/cuda_graph_step.py --steps 200
 
-Images have different numbers of objects: they are packed into buffers of a fixed capacity, and `gt_offsets` says how many
-count. Before each replay new images and objects are copied into the same buffers. The detector is that of `plain_loop.py`.
+Images have different numbers of objects: they are packed into buffers of a fixed capacity, and `gt_offsets` says how
+many count. Before each replay new images and objects are copied into the same buffers. The detector is that of
+`plain_loop.py`.
 """
 
 from __future__ import annotations

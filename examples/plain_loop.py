@@ -1,8 +1,8 @@
-"""Mutual guidance in a plain PyTorch training loop: a toy detector learns to find coloured rectangles, in seconds on a CPU.
+"""Mutual guidance in a plain PyTorch training loop: a toy detector learns to find coloured rectangles.
 
     python examples/plain_loop.py --steps 200
 
-The four lines that matter are in `training_loss`: match, targets, and the two masks that say which anchors each loss sees.
+What matters is in `training_loss`: match, targets, and the two masks that say which anchors each loss sees.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def main() -> None:
             numbers = mg_ops.summarize(match, gt_boxes).as_dict()
             print(
                 f"step {step}: loss {loss.item():.3f}, {numbers['objects/all']:.0f} objects, "
-                f"{numbers['cls_positives_per_object/all']:.1f} positives each, disagreement {numbers['disagreement']:.2f}"
+                f"{numbers['cls_positives_per_object/all']:.1f} positives each, "
+                f"disagreement {numbers['disagreement']:.2f}"
             )
 
 

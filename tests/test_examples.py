@@ -1,0 +1,71 @@
+"""Every example runs from the command line as its docstring says, here with few steps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def losses(output: str) -> list[float]:
+    """What follows the word loss on each line."""
+    return [float(line.split("loss ")[1].split()[0].rstrip(",")) for line in output.splitlines() if "loss " in line]
+
+
+def test_the_plain_loop_learns() -> None:
+    finished = run("examples/plain_loop.py", "--steps", "60", "--device", "cpu")
+    assert finished.returncode == 0, finished.stderr
+    found = losses(finished.stdout)
+    assert len(found) == 4 and found[-1] < found[0] / 2
+
+
+@pytest.mark.slow
+def test_torchvisions_retinanet_trains_on_a_small_set() -> None:
+    pytest.importorskip("torchvision")
+    pytest.importorskip("pycocotools")
+    finished = run("examples/torchvision_retinanet.py", "--steps", "2", "--size", "64", "--device", "cpu")
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert len(steps) == 2 and all("classification" in line and "0 without a positive" in line for line in steps)
+
+
+@pytest.mark.slow
+def test_torchrun_keeps_two_processes_equal() -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "examples/torchrun_ddp.py"]
+    finished = run(*command, "--steps", "5")
+    assert finished.returncode == 0, finished.stderr
+    assert "2 processes, equal parameters" in finished.stdout
+
+
+def test_torchrun_ddp_says_how_to_start_it() -> None:
+    finished = run("examples/torchrun_ddp.py")
+    assert finished.returncode != 0 and "start it by: torchrun" in finished.stderr
+
+
+@pytest.mark.gpu
+def test_a_step_as_a_cuda_graph_learns() -> None:
+    finished = run("examples/cuda_graph_step.py", "--steps", "60")
+    assert finished.returncode == 0, finished.stderr
+    found = losses(finished.stdout)
+    assert len(found) == 4 and found[-1] < found[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_cuda_graph_says_that_it_needs_a_gpu() -> None:
+    finished = run("examples/cuda_graph_step.py")
+    assert finished.returncode != 0 and "no GPU here" in finished.stderr and "Traceback" not in finished.stderr
