@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 import mg_ops
 from mg_ops.adapters import detectron2, labels
 
+ROOT = Path(__file__).parent.parent
 MATCHES = st.lists(st.integers(-2, 6), max_size=12).map(lambda values: torch.tensor(values, dtype=torch.int64))
 HAND_MADE = torch.tensor([[3, -1, -2], [0, 1, -1]])
 
@@ -77,3 +82,13 @@ def test_detectron2_matches_are_the_mutual_match() -> None:
     assert result.classification.match_labels.tolist() == [[1, 1, -1, 0], [0, 0, 0, 0]]
     assert result.localization.match_labels.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
     assert result.match.num_pos.tolist() == [2]
+
+
+def test_importing_mg_ops_imports_no_adapter() -> None:
+    code = (
+        "import sys, mg_ops; loaded = set(sys.modules); import mg_ops.adapters, mg_ops.adapters.labels; "
+        "print(*sorted(name for name in loaded if name.startswith(('mg_ops.adapters', 'torchvision', 'mmdet'))), "
+        "*sorted(name for name in set(sys.modules) - loaded if not name.startswith('mg_ops')))"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert finished.stdout.split() == []
