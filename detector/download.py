@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import http.client
-import sys
 import shutil
+import sys
 import tarfile
 import time
 import urllib.error
