@@ -84,6 +84,19 @@ void populate_pages(void* begin, size_t bytes) {
 #endif
 }
 
+// Large outputs are written whole, so they may as well come in huge pages, a five-hundredth of the page faults.
+void advise_huge_pages(const Tensor& output) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t last = (begin + static_cast<uintptr_t>(output.numel()) * sizeof(int64_t)) & ~(kHugePage - 1);
+  if (first < last) static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
+#else
+  static_cast<void>(output);
+#endif
+}
+
 // The rows of an image's results, about to be written.
 void populate_rows(const MatchProblem& problem, int64_t image) {
   const size_t bytes = static_cast<size_t>(problem.num_anchors) * sizeof(int64_t);
@@ -177,6 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cpu(
   }
   if (sizes.batch_size == 0 || sizes.num_anchors == 0) return {cls_match, loc_match, num_pos, num_total};
 
+  advise_huge_pages(cls_match);
+  advise_huge_pages(loc_match);
   const MatchProblem problem = {
       sizes.batch_size,
       sizes.num_anchors,
