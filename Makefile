@@ -98,7 +98,7 @@ test-asan: $(VENV)/.installed  ## the C++ backend's tests under AddressSanitizer
 	  $(PY) -m pytest -p no:cacheprovider --capture=sys $(ASAN_TESTS) $(PYTEST_ARGS)
 
 wheel: dist/.built  ## dist/mg_ops-*-py3-none-*.whl, audited
-dist/.built: $(LIBRARY) $(wildcard mg_ops/*.py) pyproject.toml MANIFEST.in
+dist/.built: $(LIBRARY) $(wildcard mg_ops/*.py mg_ops/*/*.py) pyproject.toml MANIFEST.in
 	rm -rf dist build/lib.* build/bdist.*
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	$(VENV)/bin/torch-abi-audit --check torch $(LIBRARY)

@@ -140,7 +140,7 @@ def built_wheel() -> Path:
     wheels = sorted((ROOT / "dist").glob("mg_ops-*.whl"))
     if not wheels:
         pytest.skip("no wheel in dist: run `make wheel`")
-    newest_source = max(path.stat().st_mtime for path in (ROOT / "mg_ops").glob("*.py"))
+    newest_source = max(path.stat().st_mtime for path in (ROOT / "mg_ops").rglob("*.py"))
     if wheels[-1].stat().st_mtime < newest_source:
         pytest.skip("the wheel in dist is older than the sources: run `make wheel`")
     return wheels[-1]
@@ -154,7 +154,7 @@ def test_wheel_is_for_any_python_3_of_this_platform() -> None:
 def test_wheel_holds_the_package_and_nothing_else() -> None:
     names = zipfile.ZipFile(built_wheel()).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"mg_ops"}
-    modules = {path.name for path in (ROOT / "mg_ops").glob("*.py")}
+    modules = {str(path.relative_to(ROOT / "mg_ops")) for path in (ROOT / "mg_ops").rglob("*.py")}
     assert {name.removeprefix("mg_ops/") for name in names if name.startswith("mg_ops/")} == modules | {
         "libmg_ops.so",
         "py.typed",
