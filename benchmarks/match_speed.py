@@ -1074,7 +1074,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; (a) also tries fewer"
     )
-    parser.add_argument("--repeats", type=int, default=4, help="rounds in which every method has its turn")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds in which every method has its turn")
     parser.add_argument("--seed", type=int, default=0, help="of objects and predictions")
     parser.add_argument(
         "--quick", action="store_true", help="small batches, 2 rounds, no torch.compile: a check, no figures"
