@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-BASE_SIZE = 24
-"""Side in pixels of the smallest anchor at the finest level (stride 8); it doubles with each level."""
+BASE_SIZE = 24.0
+"""Side in pixels of the smallest anchor at the finest level (stride 8) in the published setting, at 320 pixels."""
 
 ANCHORS_PER_CELL = 6
 """Two areas, s^2 and (s * sqrt 2)^2, times three shapes, 1:1, 2:1 and 1:2."""
@@ -28,19 +28,26 @@ def level_cells(image_size: int) -> list[int]:
     return cells
 
 
-def make_anchors(image_size: int) -> Tensor:
+def make_anchors(image_size: int, base_size: float = BASE_SIZE) -> Tensor:
     """The anchors of a square image, level by level, row by row, cell by cell; clipped to the image.
 
     Args:
         image_size: side of the image in pixels.
+        base_size: side in pixels of the smallest anchor at the finest level; it doubles with each level.
 
     Returns:
         (A, 4) float32 boxes (x1, y1, x2, y2) in pixels. 12,750 of them at 320.
+
+    Raises:
+        ValueError: image_size is not a multiple of 32 from 64 on, or base_size not between 0 and image_size.
     """
+    cells_of_levels = level_cells(image_size)
+    if not 0 < base_size <= image_size:
+        raise ValueError(f"anchor size: expected a side above 0 and within the image's {image_size}, got {base_size}")
     levels = []
-    for level, cells in enumerate(level_cells(image_size)):
+    for level, cells in enumerate(cells_of_levels):
         shapes = []
-        for side in (BASE_SIZE * 2**level, BASE_SIZE * 2**level * math.sqrt(2)):
+        for side in (base_size * 2**level, base_size * 2**level * math.sqrt(2)):
             for ratio in (1.0, 2.0, 0.5):
                 shapes.append((side * math.sqrt(ratio), side / math.sqrt(ratio)))
         half = torch.tensor(shapes, dtype=torch.float64) / 2  # (6, 2)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from detector.anchors import BASE_SIZE
 from detector.backbone import make_backbone
 from detector.fssd import FSSD
 from detector.retinanet import RetinaNet
@@ -17,7 +18,9 @@ from detector.rfbnet import RFBNet
 MODELS = ("fssd", "retinanet", "rfbnet")
 
 
-def make_detector(model: str, backbone: str, image_size: int, num_classes: int) -> FSSD | RetinaNet | RFBNet:
+def make_detector(
+    model: str, backbone: str, image_size: int, num_classes: int, anchor_size: float = BASE_SIZE
+) -> FSSD | RetinaNet | RFBNet:
     """A detector with random weights, in channels-last memory.
 
     Args:
@@ -25,13 +28,14 @@ def make_detector(model: str, backbone: str, image_size: int, num_classes: int) 
         backbone: one of `detector.backbone.BACKBONES`.
         image_size: side of its input in pixels, a multiple of 32.
         num_classes: C.
+        anchor_size: side in pixels of the smallest anchor.
     """
     if model == "fssd":
-        detector: FSSD | RetinaNet | RFBNet = FSSD(make_backbone(backbone), image_size, num_classes)
+        detector: FSSD | RetinaNet | RFBNet = FSSD(make_backbone(backbone), image_size, num_classes, anchor_size)
     elif model == "retinanet":
-        detector = RetinaNet(make_backbone(backbone), image_size, num_classes)
+        detector = RetinaNet(make_backbone(backbone), image_size, num_classes, anchor_size)
     elif model == "rfbnet":
-        detector = RFBNet(make_backbone(backbone), image_size, num_classes)
+        detector = RFBNet(make_backbone(backbone), image_size, num_classes, anchor_size)
     else:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
     return detector.to(memory_format=torch.channels_last)
@@ -76,7 +80,11 @@ def load_detector(path: Path, device: torch.device | str) -> tuple[FSSD | Retina
     content = read_checkpoint(path, device)
     arguments = content["arguments"]
     detector = make_detector(
-        arguments["model"], arguments["backbone"], arguments["image_size"], len(content["class_names"])
+        arguments["model"],
+        arguments["backbone"],
+        arguments["image_size"],
+        len(content["class_names"]),
+        arguments.get("anchor_size", BASE_SIZE),  # a flag that older checkpoints do not have
     )
     detector.load_state_dict(content["ema"] or content["model"])
     return detector.to(device).eval(), content

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from detector.anchors import level_cells, make_anchors
+from detector.anchors import BASE_SIZE, level_cells, make_anchors
 from detector.backbone import VGG16, ResNet18
 from detector.heads import Head, conv_bn_relu
 
@@ -41,17 +41,20 @@ class FSSD(nn.Module):
         backbone: gives the feature maps, the first at stride 8.
         image_size: S.
         num_classes: C.
+        anchor_size: side in pixels of the smallest anchor.
     """
 
     anchors: Tensor
 
-    def __init__(self, backbone: ResNet18 | VGG16, image_size: int, num_classes: int) -> None:
+    def __init__(
+        self, backbone: ResNet18 | VGG16, image_size: int, num_classes: int, anchor_size: float = BASE_SIZE
+    ) -> None:
         super().__init__()
         num_levels = len(level_cells(image_size))
         self.backbone = backbone
         self.pyramid = FusionPyramid(backbone.channels, num_levels)
         self.head = Head([256] * num_levels, num_classes)
-        self.register_buffer("anchors", make_anchors(image_size), persistent=False)
+        self.register_buffer("anchors", make_anchors(image_size, anchor_size), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.head(self.pyramid(self.backbone(images)))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from detector.anchors import level_cells, make_anchors
+from detector.anchors import BASE_SIZE, level_cells, make_anchors
 from detector.backbone import VGG16
 from detector.heads import Head, conv_bn_relu
 
@@ -80,11 +80,12 @@ class RFBNet(nn.Module):
         backbone: VGG-16, with feature maps at strides 8 and 16.
         image_size: S.
         num_classes: C.
+        anchor_size: side in pixels of the smallest anchor.
     """
 
     anchors: Tensor
 
-    def __init__(self, backbone: VGG16, image_size: int, num_classes: int) -> None:
+    def __init__(self, backbone: VGG16, image_size: int, num_classes: int, anchor_size: float = BASE_SIZE) -> None:
         super().__init__()
         if not isinstance(backbone, VGG16):
             raise ValueError(
@@ -103,7 +104,7 @@ class RFBNet(nn.Module):
         num_levels = len(level_cells(image_size))
         self.blocks = nn.ModuleList(blocks[:num_levels])
         self.head = Head(level_channels[:num_levels], num_classes)
-        self.register_buffer("anchors", make_anchors(image_size), persistent=False)
+        self.register_buffer("anchors", make_anchors(image_size, anchor_size), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         stride_8, stride_16 = self.backbone(images)

@@ -30,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mg_ops
+from detector.anchors import BASE_SIZE
 from detector.augment import TrainingTransform
 from detector.backbone import BACKBONES, load_backbone_weights
 from detector.checkpoint import MODELS, make_detector, read_checkpoint, save_atomically
@@ -77,6 +78,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--backbone-weights", default="imagenet", help="imagenet (torchvision's), none, or a state dict's file"
     )
     model.add_argument("--image-size", type=int, default=320, help="side of the input in pixels, a multiple of 32")
+    model.add_argument(
+        "--anchor-size",
+        type=float,
+        default=BASE_SIZE,
+        help="side of the smallest anchor in pixels of the input; smaller for small objects or small inputs",
+    )
 
     matching = parser.add_argument_group("matching and losses")
     matching.add_argument(
@@ -279,7 +286,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     # ---- Model, averaged weights, optimiser
     torch.manual_seed(args.seed)
-    model = make_detector(args.model, args.backbone, args.image_size, len(train_data.class_names))
+    model = make_detector(args.model, args.backbone, args.image_size, len(train_data.class_names), args.anchor_size)
     if resumed is None:
         load_backbone_weights(model.backbone, args.backbone, args.backbone_weights)
     else:

@@ -49,3 +49,15 @@ def test_every_anchor_lies_in_the_image_and_has_an_area() -> None:
 def test_a_size_the_pyramid_cannot_halve_is_refused(image_size: int) -> None:
     with pytest.raises(ValueError, match="multiple of 32"):
         make_anchors(image_size)
+
+
+def test_a_smaller_base_shrinks_every_anchor_about_its_centre() -> None:
+    assert make_anchors(320, 12.0).shape == (12_750, 4)
+    first = 6 * (20 * 40 + 10)  # the cell centred on (84, 164)
+    assert make_anchors(320, 12.0)[first].tolist() == [78, 158, 90, 170]
+
+
+@pytest.mark.parametrize("base_size", [0.0, -1.0, 400.0, float("nan")])
+def test_a_base_that_is_no_side_within_the_image_is_refused(base_size: float) -> None:
+    with pytest.raises(ValueError, match="within the image"):
+        make_anchors(320, base_size)
