@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -109,14 +110,21 @@ using Work = std::unique_ptr<ImageWork, void (*)(ImageWork*)>;
 // Enough images for all threads: each thread takes one image after another. False: out of memory.
 bool match_images(const MatchProblem& problem, const BoxTile* anchor_tiles, int64_t num_tiles, int64_t num_threads) {
   const MatchKernels& run = kernels();
+  // Those with most objects first: what is left when the first thread runs out of images is then small.
+  std::vector<int64_t> order(static_cast<size_t>(problem.batch_size));
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return problem.gt_offsets[a + 1] - problem.gt_offsets[a] > problem.gt_offsets[b + 1] - problem.gt_offsets[b];
+  });
   std::atomic<int64_t> next_image{0};
   std::atomic<bool> enough_memory{true};
   torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
     const Work work(run.create_work(problem, anchor_tiles), run.destroy_work);
     if (work == nullptr) enough_memory = false;
     while (enough_memory) {
-      const int64_t image = next_image++;
-      if (image >= problem.batch_size) break;
+      const int64_t place = next_image++;
+      if (place >= problem.batch_size) break;
+      const int64_t image = order[static_cast<size_t>(place)];
       populate_rows(problem, image);
       if (!run.begin_image(*work, image)) enough_memory = false;
       if (!enough_memory) break;

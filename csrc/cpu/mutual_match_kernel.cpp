@@ -232,6 +232,13 @@ static void load_anchor_tile(const MatchProblem& problem, int64_t tile_index, Bo
   const int64_t count = tile_count(problem, tile_index);
   load_columns(problem.anchors, 0, tile_index * kTileSize, count, tile.x1, tile.y1, tile.x2, tile.y2);
   finish_tile(tile, count);
+  const Box& bounds = tile.bounds;
+  tile.magnitude = max_float(max_float(-bounds.x1, bounds.x2), max_float(-bounds.y1, bounds.y2));
+  tile.max_width = tile.max_height = 0.0f;
+  for (int64_t i = 0; i < kTileSize; ++i) {
+    tile.max_width = max_float(tile.max_width, tile.x2[i] - tile.x1[i]);
+    tile.max_height = max_float(tile.max_height, tile.y2[i] - tile.y1[i]);
+  }
 }
 
 MG_OPS_INLINE const BoxTile& anchor_tile(const ImageWork& work, int64_t tile_index, BoxTile& own_tile) {
@@ -321,7 +328,7 @@ MG_OPS_INLINE void for_overlapping_slots(const ImageWork& work, const Box& bound
 
 // An upper bound of the IoU of any box of the tile with the slot's: no intersection is larger than what the bounds
 // share with the object, and for a given intersection the best area is the smallest that can hold it.
-MG_OPS_INLINE float largest_possible_iou(const BoxTile& tile, const ImageWork& work, int32_t slot) {
+MG_OPS_INLINE float largest_possible_iou(const TileBounds& tile, const ImageWork& work, int32_t slot) {
   const float area = work.area[slot];
   const Box object = {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
   const float shared = min_float(intersection_area(tile.bounds, object), area);
@@ -1020,6 +1027,9 @@ static bool count_positives(ImageWork& work) {
   return true;
 }
 
+// Predictions are asked for so many tiles ahead of their use.
+constexpr int64_t kTilesAhead = 4;
+
 // Asks for the predictions of a tile ahead of time: tiles run backwards, which the processor does not foresee.
 static void prefetch_predictions(const ImageWork& work, int64_t tile) {
   const FloatArray& pred_boxes = work.problem->pred_boxes;
@@ -1031,12 +1041,96 @@ static void prefetch_predictions(const ImageWork& work, int64_t tile) {
   });
 }
 
+// Bounds of the regressed boxes of a tile without decoding them: from the bounds of their anchors and the largest
+// deltas. Looser than those of the decoded boxes, but a fraction of the work, and enough to leave out the many tiles
+// that no object needs. False: no bounds, the boxes must be decoded.
+static bool bound_regressed_tile(const ImageWork& work, int64_t tile_index, TileBounds& bounds) {
+  const MatchProblem& problem = *work.problem;
+  const FloatArray& deltas = problem.pred_boxes;
+  if (!problem.decode || work.anchor_tiles == nullptr || deltas.type != FloatType::kFloat32) return false;
+  if (deltas.stride[1] != 4 || deltas.stride[2] != 1 || tile_count(problem, tile_index) != kTileSize) return false;
+  const float* rows = static_cast<const float*>(deltas.data) + work.image * deltas.stride[0] +
+                      tile_index * kTileSize * deltas.stride[1];
+  // Four rows side by side. Magnitudes are compared as integers: a NaN is then the largest, and bounds nothing.
+  constexpr int kLanes = 16;
+  uint32_t largest[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) largest[lane] = 0;
+  for (int64_t i = 0; i < 4 * kTileSize; i += kLanes) {  // vector loop
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint32_t magnitude = float_bits(rows[i + lane]) & 0x7fffffffu;
+      largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
+    }
+  }
+  for (int lane = 0; lane < kLanes / 2; ++lane) largest[lane] = std::max(largest[lane], largest[lane + kLanes / 2]);
+  for (int lane = 0; lane < kLanes / 4; ++lane) largest[lane] = std::max(largest[lane], largest[lane + kLanes / 4]);
+  const BoxCoder& coder = problem.coder;
+  const float shift_x = 1.001f * (bits_float(largest[0]) / coder.weight_x);
+  const float shift_y = 1.001f * (bits_float(largest[1]) / coder.weight_y);
+  const float grow_w = bits_float(largest[2]) / coder.weight_w, grow_h = bits_float(largest[3]) / coder.weight_h;
+  if (!(grow_w <= 1.0f && grow_h <= 1.0f)) return false;
+  // exp(x) <= 1 + x + x^2 and exp(-x) >= 1 - x for 0 <= x <= 1: plus a margin far above any rounding.
+  const float larger_w = 1.001f + grow_w * (1.0f + grow_w), larger_h = 1.001f + grow_h * (1.0f + grow_h);
+  const float smaller = max_float(0.999f - grow_w, 0.0f) * max_float(0.999f - grow_h, 0.0f);
+  const BoxTile& anchors = work.anchor_tiles[tile_index];
+  const Box& box = anchors.bounds;
+  const float margin_x = anchors.max_width * (shift_x + 0.5f * (larger_w - 1.0f)) + 1e-4f * anchors.magnitude;
+  const float margin_y = anchors.max_height * (shift_y + 0.5f * (larger_h - 1.0f)) + 1e-4f * anchors.magnitude;
+  bounds.bounds = {box.x1 - margin_x, box.y1 - margin_y, box.x2 + margin_x, box.y2 + margin_y};
+  bounds.min_area = anchors.min_area * smaller;
+  bounds.max_area = anchors.max_area * (larger_w * larger_h);
+  // Where something is too large for float, or a shift is NaN, nothing is known.
+  const float extent = (bounds.bounds.x2 - bounds.bounds.x1) + (bounds.bounds.y2 - bounds.bounds.y1);
+  return extent <= kMaxFloat && bounds.max_area <= kMaxFloat;
+}
+
+// The least cut of all slots. Cuts only rise, so an old one is careful.
+static float least_cut(const ImageWork& work) {
+  float least = 2.0f;
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    float cut;
+    __atomic_load(work.cut + slot, &cut, __ATOMIC_RELAXED);
+    least = min_float(least, cut);
+  }
+  return least;
+}
+
+// Whether a box within these bounds may have an IoU of at least `cut` with some slot: `largest_possible_iou` for every
+// slot, without its division.
+static bool some_slot_reaches(const ImageWork& work, const TileBounds& tile, float cut) {
+  for (int32_t begin = 0; begin < work.num_slots; begin += kSlotBlock) {
+    const float *x1 = work.x1 + begin, *y1 = work.y1 + begin, *x2 = work.x2 + begin, *y2 = work.y2 + begin;
+    const float* area = work.area + begin;
+    alignas(16) uint8_t reaches[kSlotBlock];
+    for (int32_t i = 0; i < kSlotBlock; ++i) {  // vector loop
+      const float shared = min_float(intersection_area(tile.bounds, {x1[i], y1[i], x2[i], y2[i]}), area[i]);
+      const float best_area = min_float(max_float(shared, tile.min_area), tile.max_area);
+      const float intersection = min_float(shared, best_area);
+      const float largest_union = (best_area + area[i]) - intersection;
+      reaches[i] = (1.0001f * intersection >= cut * largest_union) | !(largest_union <= kMaxFloat);
+    }
+    uint64_t words[kSlotBlock / 8];
+    std::memcpy(words, reaches, sizeof words);
+    if ((words[0] | words[1]) != 0) return true;
+  }
+  return false;
+}
+
 static void claim_by_regressed(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
   if (work.num_slots == 0 || !work.problem->params.classification_by_regressed) return;
   const DefaultFloatEnvironment environment;
   BoxTile tile;
+  const bool few_slots = work.num_slots <= TileSlots::kCapacity;  // of many, one reaches almost every tile
+  float cut = 0.0f;
   for (int64_t i = tile_end - 1; i >= tile_begin; --i) {
-    if (i - 2 >= tile_begin) prefetch_predictions(work, i - 2);
+    if (i - kTilesAhead >= tile_begin) prefetch_predictions(work, i - kTilesAhead);
+    if (i % kTilesAhead == 0) cut = least_cut(work);
+    TileBounds bounds;
+    if (few_slots && bound_regressed_tile(work, i, bounds) && !some_slot_reaches(work, bounds, cut)) {
+      const int64_t first = i * kTileSize;
+      std::fill_n(work.quality + first, kTileSize, 0u);
+      std::fill_n(work.owner + first, kTileSize, -1);
+      continue;
+    }
     load_regressed_tile(work, i, tile);
     claim_tile_by_iou(work, tile, i * kTileSize, work.quality, work.owner, work.best,
                       [&](int32_t slot, float best_iou) { return cut_by_regressed(work, slot, best_iou); });

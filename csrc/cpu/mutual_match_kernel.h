@@ -53,10 +53,14 @@ struct MatchProblem {
 // large for it, costs one comparison.
 constexpr int64_t kTileSize = 64;
 
-struct alignas(64) BoxTile {
-  float x1[kTileSize], y1[kTileSize], x2[kTileSize], y2[kTileSize], area[kTileSize];
+struct TileBounds {
   Box bounds;
   float min_area, max_area;
+};
+
+struct alignas(64) BoxTile : TileBounds {
+  float max_width, max_height, magnitude;  // of anchors only: the largest sides, and a bound of all coordinates
+  alignas(64) float x1[kTileSize], y1[kTileSize], x2[kTileSize], y2[kTileSize], area[kTileSize];
 };
 
 struct ImageWork;  // scratch of one image at a time
