@@ -51,7 +51,10 @@ from benchmarks.cases import CASES, CODER, SWEEP, Batch, Case, make_batches  # n
 from benchmarks.objects import ImageObjects, read_objects  # noqa: E402
 
 LOOP = "loop"
-"""The baseline all ratios are to: (a), the per-image loop."""
+"""The baseline all ratios are to: (a), the loop over images and objects."""
+TUNED_LOOP = "tuned-loop"
+"""(a2): the same loop, tuned by hand."""
+LOOPS = (LOOP, TUNED_LOOP)
 CASE_GROUPS = {
     "voc320": ["voc320"],
     "coco320": ["coco320"],
@@ -152,9 +155,23 @@ def match(batch: Batch, backend: str | None, strategy: str = "mutual", lists: bo
     )
 
 
-def match_loop(batch: Batch, objects_at_once: int | None = 1) -> baselines.Match:
+def match_loop(batch: Batch) -> baselines.Match:
     """Baseline (a) on a batch."""
     return baselines.match_per_image(
+        batch.anchors,
+        batch.deltas,
+        batch.logits,
+        batch.boxes_list,
+        batch.labels_list,
+        batch.crowd_list,
+        CODER.weights,
+        CODER.clip,
+    )
+
+
+def match_tuned_loop(batch: Batch, objects_at_once: int | None = 1) -> baselines.Match:
+    """Baseline (a2) on a batch."""
+    return baselines.match_per_image_tuned(
         batch.anchors,
         batch.deltas,
         batch.logits,
@@ -200,6 +217,8 @@ class Methods:
                 captured=False,
             )
         add(LOOP, "(a) loop over images and objects", match_loop, "mutual")
+        if not sweep:
+            add(TUNED_LOOP, "(a2) the loop, tuned by hand", match_tuned_loop, "mutual")
         batched = lambda b, run: run(  # noqa: E731
             b.anchors, b.deltas, b.logits, b.padded_boxes, b.padded_labels, b.padded_crowd, *coder
         )
@@ -241,7 +260,7 @@ class Methods:
 def count_pairs(batch: Batch, method: Method) -> tuple[int, int]:
     """(pairs worked on in all, pairs alive at once) of a method that handles every pair."""
     num_anchors, padded = len(batch.anchors), batch.padded_boxes.shape[1]
-    if method.per_image or method.name == LOOP:
+    if method.per_image or method.name in LOOPS:
         return num_anchors * sum(batch.counts), num_anchors * max(batch.counts)
     return num_anchors * padded * len(batch.counts), num_anchors * padded * len(batch.counts)
 
@@ -267,7 +286,7 @@ def reason_to_skip(method: Method, batch: Batch, results: dict[str, Result], lon
     if method.name == "compiled":  # a trial would compile for its own sizes
         eager = results["batched"]
         return f"(b) is: {eager.skipped}" if eager.skipped else None
-    if method.name == LOOP or (method.subject and method.name != "eager") or pairs < 5_000_000:
+    if method.name in LOOPS or (method.subject and method.name != "eager") or pairs < 5_000_000:
         return None
     part = batch.head(1, 30)
     with thread_count(method.threads):
@@ -373,29 +392,28 @@ def time_call(call: Callable[[], object], device: str) -> tuple[float, object]:
 
 
 def choose_loop(method: Method, batch: Batch, threads: int) -> None:
-    """The thread count, and one object or all at a time, that make (a) fastest on a few images; sets them in method."""
+    """Sets what makes a loop fastest on a few images: the thread count, and for (a2) one object or all at a time."""
     device = batch.anchors.device.type
     part = batch.head(8 if len(batch.anchors) < 50_000 else 2, 150)
     if sum(part.counts) * len(batch.anchors) > 20_000_000:
         part = batch.head(1, 150)
-    whole = max(batch.counts, default=0) * len(batch.anchors) <= 8_000_000
+    ways = {"object by object": method.call}
+    if method.name == TUNED_LOOP and max(batch.counts, default=0) * len(batch.anchors) <= 8_000_000:
+        ways["an image's objects at once"] = lambda batch: match_tuned_loop(batch, None)
     counts = [1 << power for power in range(10) if 1 << power < threads] + [threads] if device == "cpu" else [threads]
-    best, chosen = math.inf, (1, 1)
-    for at_once in (1, None) if whole else (1,):
+    best = math.inf
+    for way, call in ways.items():
         for count in counts:
             with thread_count(count):
-                run = lambda at_once=at_once: match_loop(part, at_once)  # noqa: E731
-                seconds, _ = time_call(run, device)
+                seconds, _ = time_call(partial(call, part), device)
                 for _ in range(4 if seconds < 0.1 else 1 if seconds < 1.0 else 0):
-                    seconds = min(seconds, time_call(run, device)[0])
+                    seconds = min(seconds, time_call(partial(call, part), device)[0])
             if seconds < best:
-                best, chosen = seconds, (count, at_once)
-    method.threads = chosen[0]
-    method.call = lambda batch: match_loop(batch, chosen[1])
-    way = "object by object" if chosen[1] == 1 else "an image's objects at once"
-    tried = f"the fastest of {counts} threads" if len(counts) > 1 else ""
-    tried += ", the fastest of object by object and an image's at once" if whole else ""
-    method.note = f"{way}; {tried.lstrip(', ')}" if tried else way
+                best, method.threads, method.call, method.note = seconds, count, call, way
+    tried = [f"{counts} threads"] if len(counts) > 1 else []
+    tried += [" and ".join(ways)] if len(ways) > 1 else []
+    if tried:
+        method.note += f"; the fastest of {', of '.join(tried)}"
 
 
 def time_methods(
@@ -430,7 +448,7 @@ def time_methods(
                     del answer
                     result.seconds.append(seconds)
                     spent += seconds
-            if sum(result.seconds) > (8.0 if method.subject or method.name == LOOP else 2.5):
+            if sum(result.seconds) > (8.0 if method.subject or method.name in LOOPS else 2.5):
                 finished.add(method.name)
             tick(method.label)
 
@@ -684,7 +702,7 @@ def run_case(
             if result.skipped:
                 say(method.label, steps - 1)
                 continue
-            if method.name == LOOP:
+            if method.name in LOOPS:
                 choose_loop(method, batch, options.threads)
             result.threads, result.note = method.threads, method.note
             try:
@@ -931,9 +949,14 @@ def verdict_lines(cases: dict[str, dict]) -> list[str]:
         extra = format_memory(subject, case["sizes"]["B"] * case["sizes"]["A"])
         threads = f"{loop['threads']} thread{'' if loop['threads'] == 1 else 's'}"
         memory = f"extra memory {extra} x B x A"
+        tuned = case["methods"].get(TUNED_LOOP, {}).get("median_seconds")
+        against_tuned = ""
+        if tuned:
+            ratio = tuned / subject["median_seconds"]
+            against_tuned = f", {ratio:.3g} times as fast as (a2) ({format_seconds(tuned)})"
         lines.append(
             f"{name}: {subject['label']} {time_text}, {subject['loop_over_this']:.3g} times as fast as the loop (a) "
-            f"({format_seconds(loop['median_seconds'])}, {threads}); {memory}"
+            f"({format_seconds(loop['median_seconds'])}, {threads}){against_tuned}; {memory}"
         )
     return lines
 
