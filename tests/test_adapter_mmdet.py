@@ -48,6 +48,26 @@ def test_background_is_0_ignored_minus_1_and_objects_count_from_1() -> None:
     check_contract(mmdet.MutualAssigner().assign(*image(), alpha=1, beta=6))
 
 
+def test_each_task_can_be_asked_for() -> None:
+    """As DDOD's head does, by keywords and with the sizes of its levels."""
+    predictions, objects, regions = image()
+    assigner = mmdet.MutualAssigner(task="localization")
+    result = assigner.assign(
+        pred_instances=predictions, num_level_priors=[5], gt_instances=objects, gt_instances_ignore=regions
+    )
+    assert result.gt_inds.tolist() == [2, 2, 0, 1, 0] == result.get_extra_property("loc_gt_inds").tolist()
+    assert result.labels.tolist() == [4, 4, -1, 7, -1]
+    with pytest.raises(ValueError, match="task: expected 'classification' or 'localization', got 'both'"):
+        mmdet.MutualAssigner(task="both")
+
+
+def test_toods_call_and_weights_are_understood() -> None:
+    """TOOD's head passes alpha and beta by position, and reads a weight of each positive."""
+    result = mmdet.MutualAssigner().assign(*image(), 1, 6)
+    check_contract(result)
+    assert result.assign_metrics.tolist() == [1.0, 1.0, 0.0, 1.0, 0.0]
+
+
 def test_without_regions_to_ignore_nothing_is_ignored_for_them() -> None:
     predictions, objects, regions = image()
     nothing = SimpleNamespace(bboxes=regions.bboxes[:0])

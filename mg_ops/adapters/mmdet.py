@@ -5,14 +5,14 @@ contract.
     TASK_UTILS.register_module(module=mg_ops.adapters.mmdet.MutualAssigner)
     # in the config: assigner=dict(type="MutualAssigner")
 
-The head must hand over its predictions: `pred_instances` with `priors`, `bboxes` and `scores`, as the heads of
-`TaskAlignedAssigner` do (TOOD); a head that gives priors alone (RetinaNet's) cannot be guided. Importable without
-mmdetection.
+The head must hand over its predictions: `pred_instances` with `priors`, `bboxes` and `scores`. DDOD's head does, and
+asks an assigner for each task, so that both matches are used; TOOD's does, and asks one for both. A head that gives
+priors alone (RetinaNet's) cannot be guided. Importable without mmdetection.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,16 +59,28 @@ class MutualAssigner:
     """Assigns the anchors of one image by mutual guidance.
 
     Args:
-        scores_are_logits: whether `pred_instances.scores` are logits (RTMDet) or probabilities (TOOD).
+        scores_are_logits: whether `pred_instances.scores` are logits (DDOD) or probabilities (TOOD).
+        task: which match `gt_inds`, `labels` and `max_overlaps` say, for heads that ask an assigner for each.
         **options: strategy, sigma, iou_positive, iou_ignored, crowd_overlap and backend of `mg_ops.mutual_match`.
+
+    Raises:
+        ValueError: task is neither "classification" nor "localization".
     """
 
-    def __init__(self, scores_are_logits: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        scores_are_logits: bool = False,
+        task: Literal["classification", "localization"] = "classification",
+        **options: Any,
+    ) -> None:
+        if task not in ("classification", "localization"):
+            raise ValueError(f"task: expected 'classification' or 'localization', got {task!r}")
         self.scores_are_logits = scores_are_logits
+        self.task = task
         self.options = options
 
     def assign(
-        self, pred_instances: Any, gt_instances: Any, gt_instances_ignore: Any = None, **kwargs: Any
+        self, pred_instances: Any, gt_instances: Any, gt_instances_ignore: Any = None, *args: Any, **kwargs: Any
     ) -> AssignResult:
         """Assigns the anchors of an image to its objects.
 
@@ -77,12 +89,14 @@ class MutualAssigner:
                 `scores` (A, C).
             gt_instances: `bboxes` (G, 4) and `labels` (G,).
             gt_instances_ignore: `bboxes` (K, 4), crowd regions: background that they cover is ignored.
-            **kwargs: what else heads pass (alpha and beta of TOOD); not used.
+            *args: what else heads pass (alpha and beta of TOOD); not used.
+            **kwargs: likewise (num_level_priors of DDOD).
 
         Returns:
-            `AssignResult` for classification: `gt_inds` (A,) 1-based objects, 0 background, -1 ignored; `labels`, -1
-            where there is no object; `max_overlaps`, the IoU of the anchor with its object, 0 where there is none. The
-            match of localisation, in the same convention, is `result.get_extra_property("loc_gt_inds")`.
+            `AssignResult` for the task: `gt_inds` (A,) 1-based objects, 0 background, -1 ignored; `labels`, -1 where
+            there is no object; `max_overlaps`, the IoU of the anchor with its object, 0 where there is none;
+            `assign_metrics` (A,), the weight TOOD reads, 1 for every positive. The match of localisation, in the same
+            convention, is `result.get_extra_property("loc_gt_inds")`, whatever the task.
 
         Raises:
             ValueError: pred_instances lacks priors, bboxes or scores, or as `mg_ops.mutual_match`.
@@ -116,10 +130,12 @@ class MutualAssigner:
         )
         cls_match, loc_match = match.cls_match[0], match.loc_match[0]
         # One object more than there are, for what has none: label -1, an empty box.
-        objects = torch.where(cls_match >= 0, cls_match, num_gt)
+        task_match = cls_match if self.task == "classification" else loc_match
+        objects = torch.where(task_match >= 0, task_match, num_gt)
         assigned = torch.cat([labels.long(), labels.new_full((1,), -1, dtype=torch.int64)])[objects]
         target = torch.cat([boxes.float(), boxes.new_zeros(1, 4, dtype=torch.float32)])[objects]
-        result = AssignResult(num_gt, to_mmdet(cls_match), _overlaps(anchors.float(), target), assigned)
+        result = AssignResult(num_gt, to_mmdet(task_match), _overlaps(anchors.float(), target), assigned)
+        result.assign_metrics = (task_match >= 0).float()
         result.set_extra_property("loc_gt_inds", to_mmdet(loc_match))
         return result
 
