@@ -34,7 +34,7 @@ export MG_OPS_REQUIRE_LIBRARY := 1
 export PIP_NO_INPUT := 1
 SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),g++) -print-file-name=$(library)))
 
-.PHONY: help venv build bench gpu-check test test-python test-asan test-wheel test-headers wheel lint format clean FORCE
+.PHONY: help venv build bench gpu-check test test-python test-asan test-wheel test-headers wheel docs lint format clean FORCE
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -112,6 +112,13 @@ build/wheel-venv/.installed: Makefile
 test-wheel: wheel build/wheel-venv/.installed  ## the wheel in a clean environment, under another torch
 	build/wheel-venv/bin/python -m pip --disable-pip-version-check install --quiet --force-reinstall --no-deps dist/*.whl
 	build/wheel-venv/bin/python -I tests/try_installed_wheel.py
+
+docs: $(VENV)/.docs  ## the documentation site in build/site, without a warning and with every link checked
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	$(PY) docs/check_site.py build/site
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --group docs
+	@touch $@
 
 lint: $(VENV)/.installed  ## ruff, mypy --strict and clang-format, without changing anything
 	$(VENV)/bin/ruff check .

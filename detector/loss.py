@@ -97,9 +97,12 @@ def detection_loss(
         box_deltas: (B, A, 4) floating.
         anchors: (A, 4) float32.
         match: what `mg_ops.mutual_match` returned for these predictions and objects.
-        gt_boxes, gt_labels, gt_offsets: the objects, packed: (N, 4), (N,), (B + 1,).
+        gt_boxes: (N, 4), the boxes of all images, packed.
+        gt_labels: (N,), their labels.
+        gt_offsets: (B + 1,), where the objects of each image begin and end.
         box_coder: encodes the boxes to regress to.
-        focal_alpha, focal_gamma: of the focal loss.
+        focal_alpha: weight of positives in the focal loss.
+        focal_gamma: exponent of the focal loss.
     """
     targets = encode_targets(
         match, anchors, gt_boxes, gt_labels, gt_offsets, num_classes=cls_logits.shape[-1], box_coder=box_coder

@@ -27,7 +27,7 @@ class BoxCoder:
         TypeError: if weights is not a sequence of numbers, or clip not a number.
         ValueError: if weights are not four finite non-zero numbers, also when rounded to float32, or clip is NaN.
 
-    Example:
+    Examples:
         >>> coder = BoxCoder()
         >>> anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
         >>> coder.encode(anchors, torch.tensor([[5.0, 0.0, 15.0, 10.0]]))

@@ -79,8 +79,10 @@ def summarize(
 
     Args:
         match: what `mutual_match` returned for these objects.
-        gt_boxes, gt_offsets, gt_crowd: the objects, as given to `mutual_match`.
+        gt_boxes: the boxes, as given to `mutual_match`.
         gt_labels: the labels, as given to `mutual_match`, for the counts by class; needs `num_classes`.
+        gt_offsets: the offsets of packed objects, as given to `mutual_match`.
+        gt_crowd: the crowd regions, as given to `mutual_match`.
         num_classes: C. Objects with other labels are in no class.
         size_limits: an object is small if the square root of its area is below the first, large if not below the
             second, in the boxes' unit: COCO's sizes for boxes in the pixels of its images.
@@ -92,7 +94,7 @@ def summarize(
         TypeError, ValueError: as `mutual_match`; or the match was made for another number of objects, or only one of
             gt_labels and num_classes is given.
 
-    Example:
+    Examples:
         >>> if step % 100 == 0:
         ...     for name, value in mg_ops.summarize(match, gt_boxes).as_dict().items():
         ...         writer.add_scalar(f"match/{name}", value, step)

@@ -47,7 +47,7 @@ class BackendStatus(NamedTuple):
 def backends() -> dict[str, BackendStatus]:
     """The backends of `mutual_match` by name: which are usable here, and why the others are not.
 
-    Example:
+    Examples:
         >>> mg_ops.backends()["eager"].usable
         True
     """
@@ -113,7 +113,7 @@ def mutual_match(
             decrease or exceed N, or with `check=True` a bad value.
         RuntimeError: the backend asked for cannot be used; the message says why.
 
-    Example:
+    Examples:
         >>> anchors = torch.tensor([[0., 0., 10., 10.], [5., 0., 15., 10.], [40., 40., 50., 50.]])
         >>> logits = torch.zeros(1, 3, 2)
         >>> match = mg_ops.mutual_match(anchors, anchors[None], logits, [torch.tensor([[1., 0., 11., 10.]])],

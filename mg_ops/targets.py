@@ -41,7 +41,9 @@ def encode_targets(
     Args:
         match: what `mutual_match` returned for these objects.
         anchors: (A, 4) floating, (x1, y1, x2, y2).
-        gt_boxes, gt_labels, gt_offsets: the objects, as given to `mutual_match`.
+        gt_boxes: the boxes, as given to `mutual_match`.
+        gt_labels: the labels, as given to `mutual_match`.
+        gt_offsets: the offsets of packed objects, as given to `mutual_match`.
         num_classes: C. A positive whose object's label is outside [0, C) is then `IGNORED`, so that no loss indexes out
             of bounds; without it labels are copied as they are.
         box_coder: encodes the boxes as regression deltas of their anchors; without it they are the boxes themselves.
@@ -52,7 +54,7 @@ def encode_targets(
     Raises:
         TypeError, ValueError: as `mutual_match`, or the match was made for another number of objects.
 
-    Example:
+    Examples:
         >>> targets = mg_ops.encode_targets(match, anchors, gt_boxes, gt_labels, box_coder=coder)
         >>> error = torch.nn.functional.smooth_l1_loss(deltas, targets.box_targets, reduction="none")
         >>> positive = (match.loc_match >= 0).unsqueeze(-1)

@@ -7,16 +7,17 @@ works for `RetinaNet` (`retinanet_resnet50_fpn`, `retinanet_resnet50_fpn_v2`) an
 `ssdlite320_mobilenet_v3_large`). Parameters, state_dict, evaluation and the wrapping by DDP or torch.compile stay as
 they are.
 
-Where `strategy="iou"` gives torchvision's own loss
-    RetinaNet: for an image where an anchor overlaps every object, the best anchor of each object overlaps no other
-    object more, and no two anchors share the best overlap of an object below the positive threshold. Elsewhere the
-    low-quality matches differ: torchvision takes all anchors of an equal best overlap (and *every* anchor for an object
-    that none overlaps) and gives them to the object each overlaps most; here every object gets its own best anchor, the
-    first of equals, and an object that no anchor overlaps gets none.
-    SSD: for an image where an anchor overlaps every object and no two objects share their best anchor. Elsewhere
-    torchvision gives anchor 0 to an object that none overlaps, and a shared anchor to the last object; here they get
-    none, and the first. torchvision's hard negatives also repeat positives where an image has fewer negatives than
-    asked for; here they do not.
+Where `strategy="iou"` gives torchvision's own loss:
+
+- RetinaNet: for an image where an anchor overlaps every object, the best anchor of each object overlaps no other object
+  more, and no two anchors share the best overlap of an object below the positive threshold. Elsewhere the low-quality
+  matches differ: torchvision takes all anchors of an equal best overlap (and *every* anchor for an object that none
+  overlaps) and gives them to the object each overlaps most; here every object gets its own best anchor, the first of
+  equals, and an object that no anchor overlaps gets none.
+- SSD: for an image where an anchor overlaps every object and no two objects share their best anchor. Elsewhere
+  torchvision gives anchor 0 to an object that none overlaps, and a shared anchor to the last object; here they get
+  none, and the first. torchvision's hard negatives also repeat positives where an image has fewer negatives than asked
+  for; here they do not.
 """
 
 from __future__ import annotations
@@ -83,11 +84,15 @@ def use_mutual_guidance(
     Args:
         model: a RetinaNet or SSD, changed in place, before DDP or torch.compile wrap it. Calling again replaces the
             options.
-        strategy, sigma, crowd_overlap, backend: as of `mutual_match`.
-        iou_positive, iou_ignored: as of `mutual_match`; None for the thresholds the model was made with (RetinaNet 0.5
-            and 0.4; SSD 0.5 for both, so that nothing is ignored; the paper's are 0.5 and 0.4).
+        strategy: as of `mutual_match`.
+        sigma: as of `mutual_match`.
+        iou_positive: as of `mutual_match`; None for the threshold the model was made with (0.5, as in the paper).
+        iou_ignored: as of `mutual_match`; None for the threshold the model was made with (RetinaNet 0.4, as in the
+            paper; SSD 0.5, so that nothing is ignored).
         crowd_key: the entry of a target that flags crowd regions, (G,) integer or bool ("iscrowd" in COCO's); an image
             without it has none. None, as in torchvision: all boxes are objects.
+        crowd_overlap: as of `mutual_match`.
+        backend: as of `mutual_match`.
         on_match: called in every training step with the `MutualMatch` and the targets (boxes in the resized image), for
             `mg_ops.summarize`.
 

@@ -1,0 +1,154 @@
+"""What the pages say can be relied on: their code runs and shows its true results, their links, names and pages exist.
+
+A block fenced as `python` is run, the blocks of a page one after the other; a line that is an expression followed by a
+comment with a value must have that value. A block fenced as `py` is a fragment, which need only be Python. The site
+itself is built and checked by `make docs`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mg_ops
+import mg_ops.adapters
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+BLOCK = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+SHOWN_VALUE = re.compile(r"  # (tensor\(|True|False|None|[-\d\[{('\"])")
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(the line it begins on, code) of each block of a page in a language."""
+    text = page.read_text()
+    found = [(text[: match.start()].count("\n") + 2, match) for match in BLOCK.finditer(text)]
+    return [(line, textwrap.dedent(match[3])) for line, match in found if match[2] == language]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+RUNNABLE = [page for page in PAGES if blocks(page, "python")]
+
+
+def run_block(page: Path, first_line: int, code: str, namespace: dict[str, Any]) -> int:
+    """Runs a block, statement by statement; how many shown values were compared."""
+    num_values = 0
+    lines = code.splitlines()
+    for statement in ast.parse(code).body:
+        where = f"{name_of(page)}:{first_line + statement.lineno - 1}"
+        source = compile(ast.Module([statement], []), where, "exec")
+        if not isinstance(statement, ast.Expr):
+            exec(source, namespace)
+            continue
+        value = eval(compile(ast.Expression(statement.value), where, "eval"), namespace)
+        line = lines[(statement.end_lineno or statement.lineno) - 1]
+        if SHOWN_VALUE.search(line):
+            shown, actual = (" ".join(text.split()) for text in (line.split("  # ", 1)[1], repr(value)))
+            assert shown.startswith(actual), f"{where}: shows {shown}, is {actual}"
+            num_values += 1
+    return num_values
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
+def test_the_code_of_a_page_runs_and_shows_its_true_results(page: Path) -> None:
+    code = blocks(page, "python")
+    if any("torchvision" in text for _, text in code):
+        pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {}
+    num_values = sum(run_block(page, line, text, namespace) for line, text in code)
+    assert num_values > 0, "a page that shows no value promises little: end a line with the value it has"
+
+
+def test_a_wrong_value_would_be_seen() -> None:
+    with pytest.raises(AssertionError, match=r"README\.md:8: shows 3, is 2"):
+        run_block(ROOT / "README.md", 7, "x = 1\nx + 1  # 3\n", {})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "py")], ids=name_of)
+def test_fragments_are_python(page: Path) -> None:
+    for line, code in blocks(page, "py"):
+        compile(code, f"{name_of(page)}:{line}", "exec")
+
+
+def test_every_name_the_pages_mention_exists() -> None:
+    mentioned = {}
+    for page in PAGES:
+        for match in re.finditer(r"(?<![\w/.-])(mg_ops|detector)((?:\.[A-Za-z_]\w*)+)", page.read_text()):
+            if match[2] not in (".md", ".py"):
+                mentioned[match[0]] = page
+    assert "mg_ops.mutual_match" in mentioned and "mg_ops.adapters.torchvision.use_mutual_guidance" in mentioned
+    missing = [f"{name_of(page)}: {name}" for name, page in mentioned.items() if not exists(name)]
+    assert not missing
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module or something in one; one that needs a package that is missing passes."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError as error:
+            if error.name is not None and error.name.split(".")[0] != parts[0]:
+                return True
+            continue
+        for part in parts[count:]:
+            if not hasattr(found, part):
+                return part in getattr(found, "__annotations__", {})
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def documented() -> set[str]:
+    """What the API pages show, `::: name` each."""
+    pages = ROOT.glob("docs/api/*.md")
+    return {name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)}
+
+
+def test_every_public_name_is_on_an_api_page() -> None:
+    expected = {f"mg_ops.{name}" for name in mg_ops.__all__}
+    expected |= {f"mg_ops.adapters.{module.name}" for module in pkgutil.iter_modules(mg_ops.adapters.__path__)}
+    assert expected - documented() == set()
+
+
+def test_every_name_on_an_api_page_exists() -> None:
+    assert [name for name in sorted(documented()) if not exists(name)] == []
+
+
+def nav_pages(entries: Any) -> list[str]:
+    """The pages of a navigation, of all levels."""
+    if isinstance(entries, str):
+        return [entries]
+    children = entries.values() if isinstance(entries, dict) else entries
+    return [page for child in children for page in nav_pages(child)]
+
+
+def test_the_navigation_names_the_pages_there_are() -> None:
+    yaml = pytest.importorskip("yaml")
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    named = nav_pages(settings["nav"])
+    assert len(named) == len(set(named))
+    assert set(named) == {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
+    for path in [*settings["hooks"], *(f"docs/{name}" for name in settings["extra_css"])]:
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/results/NOTES.md"], ids=name_of
+)
+def test_links_to_files_lead_to_files(page: Path) -> None:
+    text = BLOCK.sub("", page.read_text())
+    for link in re.findall(r"\]\((?![a-z]+:|#)([^)\s#]+)", text):
+        assert (page.parent / link).exists(), link
