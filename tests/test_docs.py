@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import pkgutil
 import re
+import runpy
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,19 @@ def test_the_navigation_names_the_pages_there_are() -> None:
     assert set(named) == {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
     for path in [*settings["hooks"], *(f"docs/{name}" for name in settings["extra_css"])]:
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/results/*/match_speed.json")), ids=name_of)
+def test_the_performance_page_shows_every_method_measured(path: Path) -> None:
+    hook = runpy.run_path(str(ROOT / "docs/measured_tables.py"))
+    page = hook["on_page_markdown"](f"# Performance\n\n{hook['MARK']}\n", None, None, None)
+    assert page.startswith("# Performance") and hook["MARK"] not in page
+    measured = json.loads(path.read_text())
+    assert f"### {measured['machine']['device']}" in page
+    for name, case in measured["cases"].items():
+        if not name.startswith("sweep"):
+            rows = page.split(f"#### {name}\n")[1].split("####")[0]
+            assert all(method["label"] in rows for method in case["methods"].values())
 
 
 @pytest.mark.parametrize(
