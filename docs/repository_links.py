@@ -2,7 +2,7 @@
 
 In the repository a page links to `../examples/plain_loop.py`, which any viewer of the repository follows. On the site
 such a file becomes a page of its own under `source/`, with its text highlighted; an image is copied; and a Markdown
-file or a folder that has its page in the navigation leads there.
+file or a folder that has its page in the navigation leads there. Of any other folder there is a list of its files.
 """
 
 from __future__ import annotations
@@ -48,30 +48,40 @@ def site_path(path: str) -> str:
 
 
 def linked_files() -> set[str]:
-    """The files of the repository that pages link to and that have no page yet."""
+    """The files and folders of the repository that pages link to and that have no page yet."""
     linked = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/results/*/match_speed.png")}
     shown = [*PAGES, *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))]
     for markdown in (name for name in shown if name.endswith(".md")):
         for link, _ in LINK.findall((ROOT / markdown).read_text()):
             path = repository_path(link, posixpath.dirname(markdown))
             if site_path(path).startswith("source/"):
-                if not (ROOT / path).is_file():
+                if path.startswith("..") or not (ROOT / path).exists():
                     raise PluginError(f"{markdown}: expected a file of the repository or a page, got the link {link}")
                 linked.add(path)
     return linked
 
 
+def source_page(path: str) -> str:
+    """Markdown that shows a text file, or lists a folder."""
+    if (ROOT / path).is_dir():
+        names = sorted(
+            entry.name + "/" * entry.is_dir()
+            for entry in (ROOT / path).iterdir()
+            if not entry.name.startswith((".", "__")) and entry.suffix != ".so"
+        )
+        return f"# `{path}`\n\nThis folder of the repository holds\n\n" + "".join(f"- `{name}`\n" for name in names)
+    language = LANGUAGES.get(Path(path).suffix, "text")
+    return f"---\nhide: [toc]\n---\n# `{path}`\n\n````{language}\n{(ROOT / path).read_text()}\n````\n"
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the linked files of the repository."""
+    """Adds the linked files and folders of the repository."""
     for path in sorted(linked_files()):
         target = site_path(path)
         if not target.endswith(".md"):
             files.append(File.generated(config, target, abs_src_path=str(ROOT / path)))
-            continue
-        language = LANGUAGES.get(Path(path).suffix, "text")
-        text = (ROOT / path).read_text()
-        page = f"---\nhide: [toc]\n---\n# `{path}`\n\n````{language}\n{text}\n````\n"
-        files.append(File.generated(config, target, content=page))
+        else:
+            files.append(File.generated(config, target, content=source_page(path)))
     return files
 
 
