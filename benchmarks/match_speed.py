@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
 import json
 import math
 import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -48,6 +45,7 @@ sys.path.append(str(ROOT))
 import mg_ops  # noqa: E402
 from benchmarks import baselines  # noqa: E402
 from benchmarks.cases import CASES, CODER, SWEEP, Batch, Case, make_batches  # noqa: E402
+from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
 from benchmarks.objects import ImageObjects, read_objects  # noqa: E402
 
 LOOP = "loop"
@@ -1035,45 +1033,6 @@ def plot_sweep(cases: dict[str, dict], machine: dict, path: Path) -> bool:
     return True
 
 
-def describe_machine(options: argparse.Namespace) -> dict[str, object]:
-    """The machine, as every figure must name it."""
-    cpu, memory = platform.processor() or platform.machine(), None
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        cpu = found[1].strip() if found else cpu
-        found = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        memory = 1024 * int(found[1]) if found else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    commit = "unknown"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        run = lambda *command: subprocess.run(  # noqa: E731
-            ["git", "-C", str(ROOT), *command], check=True, capture_output=True, text=True
-        ).stdout.strip()
-        commit = run("rev-parse", "--short", "HEAD") + ("-dirty" if run("status", "--porcelain", "-uno") else "")
-    machine: dict[str, object] = {
-        "device": f"{cpu}, {cores} cores",
-        "cpu": cpu,
-        "cores": cores,
-        "ram_bytes": memory,
-        "load_average_at_start": os.getloadavg()[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "mg_ops": mg_ops.__version__,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    if options.device != "cpu":
-        properties = torch.cuda.get_device_properties(0)
-        machine["device"] = machine["gpu"] = properties.name
-        machine["gpu_memory_bytes"] = properties.total_memory
-        machine["cuda"] = torch.version.cuda
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-            machine["driver"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
-    return machine
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1162,7 +1121,7 @@ def main() -> int:
         )
         for note in read.notes:
             console.print(f"  {note}")
-    machine = describe_machine(options)
+    machine = describe_machine(options.device)
     console.print(
         f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops {machine['mg_ops']} at {machine['commit']}; "
         f"backends: {', '.join(options.backends)}"
@@ -1190,8 +1149,7 @@ def main() -> int:
             print_case(name, cases[name], console, options.device == "cuda")
     print_sweep(swept_cases(cases), console)
 
-    slug = re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
-    output = options.output or ROOT / "benchmarks" / "results" / slug / (
+    output = options.output or ROOT / "benchmarks" / "results" / machine_folder(machine) / (
         "quick.json" if options.quick else "match_speed.json"
     )
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,14 @@ TABLE_2 = [
 METRICS = ("AP", "AP50", "AP75")
 
 
+def format_mean(values: list[float]) -> str:
+    """Shares in percent as "51.0 ± 1.4": their mean, and their standard deviation if there are several."""
+    if not values:
+        return "-"
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
 def format_table(rows: list[Row], results: dict[tuple[str, str, str], list[dict[str, float]]]) -> str:
     """The rows in Markdown: what was measured (mean and standard deviation over seeds) and the paper's number."""
     lines = ["| model | strategy | seeds | AP (paper) | AP50 (paper) | AP75 (paper) |", "|---|---|---|---|---|---|"]
@@ -73,9 +81,8 @@ def format_table(rows: list[Row], results: dict[tuple[str, str, str], list[dict[
         runs = results.get((row.model, row.backbone, row.strategy), [])
         cells = []
         for metric, published in zip(METRICS, row.paper, strict=True):
-            values = [100 * run[metric] for run in runs if run[metric] is not None]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread} ({published})" if values else f"- ({published})")
+            values = [run[metric] for run in runs if run[metric] is not None]
+            cells.append(f"{format_mean(values)} ({published})")
         lines.append(f"| {row.model} {row.backbone} | {row.strategy} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

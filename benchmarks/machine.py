@@ -1,0 +1,70 @@
+"""The machine a figure was measured on, as every figure must name it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import mg_ops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def describe_commit() -> str:
+    """The checkout's commit, with "-dirty" if a tracked file other than documentation and results differs from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        # A benchmark writes its results before it ends: they do not make the next one's code another.
+        code = [".", ":(exclude)docs", ":(exclude)*.md", ":(exclude,glob)benchmarks/**/results/**"]
+        changed = git("status", "--porcelain", "-uno", "--", *code)
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    return "unknown"
+
+
+def describe_machine(device: str) -> dict[str, object]:
+    """Processor, memory, software, commit and date; the GPU too where device is "cuda"."""
+    cpu, memory = platform.processor() or platform.machine(), None
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = found[1].strip() if found else cpu
+        found = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        memory = 1024 * int(found[1]) if found else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine: dict[str, object] = {
+        "device": f"{cpu}, {cores} cores",
+        "cpu": cpu,
+        "cores": cores,
+        "ram_bytes": memory,
+        "load_average_at_start": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "mg_ops": mg_ops.__version__,
+        "commit": describe_commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        machine["device"] = machine["gpu"] = properties.name
+        machine["gpu_memory_bytes"] = properties.total_memory
+        machine["cuda"] = torch.version.cuda
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+            machine["driver"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+    return machine
+
+
+def machine_folder(machine: dict[str, object]) -> str:
+    """The name of a machine's folder under benchmarks/results."""
+    return re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
