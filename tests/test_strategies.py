@@ -315,7 +315,7 @@ def test_studies_share_runs_and_no_two_rows_of_one_share_a_folder() -> None:
         assert study.baseline is None or study.baseline in {(row.strategy, row.note) for row in study.rows}
     strategies = {row.name for row in STUDIES["bccd-fssd-resnet18"].rows}
     sigmas = {row.name for row in STUDIES["bccd-sigma"].rows}
-    assert {"fssd-resnet18-mutual-lr0.01", "fssd-resnet18-localize_to_classify-lr0.01"} <= strategies & sigmas
+    assert {"fssd-resnet18-mutual-lr0.02", "fssd-resnet18-localize_to_classify-lr0.02"} <= strategies & sigmas
 
 
 def test_without_amplification_mutual_is_localize_to_classify() -> None:

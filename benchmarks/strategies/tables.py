@@ -151,9 +151,12 @@ def render(content: dict[str, Any], study: Study) -> str:
     """A study's part of docs/results.md, in Markdown."""
     weights = " --backbone-weights VGG16_WEIGHTS" if any(row.backbone in PRETRAINED for row in study.rows) else ""
     command = f"python {SCRIPT} --study {content['study']} --data {study.setting.data}{weights}"
-    flags = " ".join(join_flags(dict(study.setting.flags)))
+    flags = " ".join(join_flags({**study.setting.flags, **({} if weights else {"backbone-weights": "none"})}))
     parts = [
-        [f"`{command}`; each run is `detector.train` with `{flags}` and the flags in its row's name."],
+        [
+            f"`{command}`; each run is `detector.train` with `{flags}` and the flags in its row's name; the JSON file "
+            "has whole commands."
+        ],
         format_provenance(content),
         format_scores(content),
         format_differences(content, study.baseline) if study.baseline is not None else [],
