@@ -34,7 +34,7 @@ export MG_OPS_REQUIRE_LIBRARY := 1
 export PIP_NO_INPUT := 1
 SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),g++) -print-file-name=$(library)))
 
-.PHONY: help venv build bench gpu-check test test-python test-asan test-wheel test-headers wheel docs lint format clean FORCE
+.PHONY: help venv build bench bench-step gpu-check test test-python test-asan test-wheel test-headers wheel docs lint format clean FORCE
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +62,9 @@ build/.cmake_args: FORCE
 
 bench: build  ## the matching benchmark; options in BENCH_ARGS, "--help" among them
 	$(PY) benchmarks/match_speed.py $(BENCH_ARGS)
+
+bench-step: build  ## where the time of a training step goes, for each detector and each matching; options in BENCH_ARGS
+	$(PY) benchmarks/training_step.py $(BENCH_ARGS)
 
 gpu-check:  ## check and measure on this machine's GPU: its own Python with torch and nvcc, no network, no .venv
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)

@@ -3,10 +3,10 @@
     python benchmarks/gpu_check.py             # build, tests, compute-sanitizer, benchmark: under 8 minutes
     python benchmarks/gpu_check.py --dry-run   # every step as far as a machine without a GPU allows
 
-Needs nvcc and a Python with torch, torchvision, triton, setuptools, cmake, ninja, pytest, hypothesis, matplotlib and
-rich; installs nothing else. Writes a log of each step, the figures and summary.json to benchmarks/results/<gpu>/, and
-prints a verdict last. A step that fails does not stop the others; one that the time budget cuts off counts as failed
-and says so.
+Needs nvcc and a Python with torch, torchvision, triton, setuptools, cmake, ninja, pytest, hypothesis, matplotlib, tqdm
+and rich; installs nothing else. Writes a log of each step, the figures and summary.json to benchmarks/results/<gpu>/,
+and prints a verdict last. A step that fails does not stop the others; one that the time budget cuts off counts as
+failed and says so.
 """
 
 from __future__ import annotations
@@ -231,6 +231,18 @@ def measure(check: Check) -> Step:
     return check.run("benchmark", command, 240.0, r"times as fast|failed|rror", {})
 
 
+def time_training_steps(check: Check) -> Step:
+    """Training steps of every detector with each matching; without a GPU a tiny one on the CPU."""
+    command: list[str | Path] = [sys.executable, "benchmarks/training_step.py"]
+    command += ["--output", check.output / "training_step.json"]
+    if check.dry_run:
+        command += ["--detectors", "fssd-resnet18", "--image-size", "64", "--batch", "2", "--steps", "1"]
+    else:
+        command += ["--device", "cuda", "--amp", "bf16", "--image-size", "320", "--batch", "32"]
+        command += ["--steps", "20", "--warmup", "5"]
+    return check.run("training-step", command, 120.0, r"images/s with|failed|rror", {})
+
+
 def main() -> int:
     """Runs the steps; the exit status is 0 if all passed, 2 without a GPU."""
     options = parse_options()
@@ -251,6 +263,7 @@ def main() -> int:
             check.report(step)
         check.report(compare_launches(check))
         check.report(measure(check))
+        check.report(time_training_steps(check))
 
     passed = all(step.passed for step in check.steps)
     summary = {
