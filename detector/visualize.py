@@ -1,4 +1,4 @@
-"""The paper's Figures 3, 4 and 5 and training curves, as PNG, PDF or SVG files by the suffix of --out."""
+"""The paper's Figures 3, 4 and 5 and training curves, as PNG, JPEG, PDF or SVG files by the suffix of --out."""
 
 from __future__ import annotations
 
@@ -40,16 +40,35 @@ def plot_amplification(sigmas: list[float]) -> plt.Figure:
         axis.set(title=f"$\\sigma$ = {sigma:g}", xlabel="IoU of the anchor", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("amplified IoU")
-    axes[0, -1].legend(fontsize="small", loc="lower right")
+    axes[0, -1].legend(fontsize="small", loc="lower right", title="score of the class", title_fontsize="small")
     return figure
 
 
-def draw_boxes(axis: Axes, boxes: Tensor, color: str, width: float = 1.2, style: str = "-") -> None:
-    """Outlines boxes (K, 4), (x1, y1, x2, y2) in pixels, on a picture."""
+def draw_boxes(
+    axis: Axes, boxes: Tensor, color: str, width: float = 1.2, style: Any = "-", opacity: float = 0.0
+) -> None:
+    """Outlines boxes (K, 4), (x1, y1, x2, y2) in pixels, on a picture, and tints what is in them by the opacity."""
     for x1, y1, x2, y2 in boxes.tolist():
+        corner, box_width, box_height = (x1, y1), x2 - x1, y2 - y1
+        if opacity:
+            axis.add_patch(Rectangle(corner, box_width, box_height, facecolor=color, alpha=opacity))
         axis.add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, linestyle=style)
+            Rectangle(corner, box_width, box_height, fill=False, edgecolor=color, linewidth=width, linestyle=style)
         )
+
+
+def draw_objects(axis: Axes, boxes: Tensor) -> None:
+    """Outlines annotated objects (G, 4): white dashes on black, seen on any background."""
+    draw_boxes(axis, boxes, "black", width=1.8)
+    draw_boxes(axis, boxes, "white", width=1.2, style=(0, (3, 3)))
+
+
+def object_handle() -> tuple[Line2D, Line2D]:
+    """What `draw_objects` draws, for a legend."""
+    return (
+        Line2D([], [], color="black", linewidth=1.8),
+        Line2D([], [], color="white", linewidth=1.2, linestyle=(0, (3, 3))),
+    )
 
 
 def show_image(axis: Axes, image: Tensor, title: str) -> None:
@@ -101,18 +120,23 @@ def plot_assignment(
         for column, name, chosen, color in panels:
             gained, lost = chosen & ~static, static & ~chosen
             show_image(axes[row, column], image, f"{name}: {int(gained.sum())} gained, {int(lost.sum())} lost")
-            draw_boxes(axes[row, column], anchors[lost], RED)
-            draw_boxes(axes[row, column], anchors[gained], color)
+            draw_boxes(axes[row, column], anchors[lost], RED, width=0.9)
+            draw_boxes(axes[row, column], anchors[gained], color, width=1.4, opacity=0.12)
         for axis in axes[row]:
-            draw_boxes(axis, gt_boxes, "white", width=1.6, style=":")
+            draw_objects(axis, gt_boxes)
     meanings = {
         RED: "positive by IoU, not by Mutual Guidance (first column: every positive by IoU)",
         GREEN: "positive by Localize to Classify only",
         YELLOW: "positive by Classify to Localize only",
     }
-    handles = [Line2D([], [], color=color, label=meaning) for color, meaning in meanings.items()]
-    handles.append(Line2D([], [], color="grey", linestyle=":", label="object"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
+    handles: list[Any] = [Line2D([], [], color=color) for color in meanings]
+    figure.legend(
+        [*handles, object_handle()],
+        [*meanings.values(), "object"],
+        loc="outside lower center",
+        ncols=2,
+        fontsize="small",
+    )
     return figure
 
 
@@ -133,24 +157,43 @@ def plot_detections(
     figure, axes = plt.subplots(
         len(images), len(names), figsize=(4.6 * len(names), 3.7 * len(images)), layout="constrained", squeeze=False
     )
+    present = sorted(
+        {names_of[label] for names_of, of_images in zip(class_names, found, strict=True)
+         for detections in of_images.values() for label in detections.labels.tolist()}
+    )  # fmt: skip
+    palette = mpl.colormaps["tab10" if len(present) <= 10 else "tab20"].colors
+    color_of = {name: mpl.colors.to_hex(palette[place % len(palette)]) for place, name in enumerate(present)}
     for row, annotated in enumerate(images):
         image = decode_image(annotated.path)
         for column, name in enumerate(names):
             axis = axes[row, column]
             detections = found[column][row]
             show_image(axis, image, f"{name}: {len(detections.labels)} detections in {annotated.name}")
-            draw_boxes(axis, annotated.boxes, "white", width=1.4, style=":")
-            palette = mpl.colormaps["tab10" if len(class_names[column]) <= 10 else "tab20"].colors
+            draw_objects(axis, annotated.boxes)
             for box, score, label in zip(
                 detections.boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True
             ):
-                color = mpl.colors.to_hex(palette[label % len(palette)])
-                draw_boxes(axis, box[None], color, width=1.5)
-                caption = f"{class_names[column][label]} {score:.2f}"
-                box_style = {"facecolor": color, "edgecolor": "none", "pad": 0.6}
+                color = color_of[class_names[column][label]]
+                draw_boxes(axis, box[None], color, width=1.6)
+                # Inside the box, so that it stays in the picture.
                 axis.text(
-                    float(box[0]), float(box[1]), caption, fontsize=5.5, color="white", va="bottom", bbox=box_style
+                    float(box[0]),
+                    float(box[1]),
+                    f"{score:.2f}",
+                    fontsize=7,
+                    color="white",
+                    va="top",
+                    bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
+                    clip_on=True,
                 )
+    handles: list[Any] = [Line2D([], [], color=color, linewidth=1.6) for color in color_of.values()]
+    figure.legend(
+        [*handles, object_handle()],
+        [*color_of, "object, as annotated"],
+        loc="outside lower center",
+        ncols=min(len(present) + 1, 6),
+        fontsize="small",
+    )
     return figure
 
 
@@ -225,8 +268,8 @@ def main(argv: list[str] | None = None) -> None:
     curves.add_argument("--runs", nargs="+", type=Path, required=True, help="folders of detector.train")
 
     for figure in (amplification, assignment, detections, curves):
-        figure.add_argument("--out", type=Path, required=True, help="file to write: .png, .pdf or .svg")
-        figure.add_argument("--dpi", type=int, default=150, help="of a .png")
+        figure.add_argument("--out", type=Path, required=True, help="file to write: .png, .jpg, .pdf or .svg")
+        figure.add_argument("--dpi", type=int, default=150, help="of a .png or .jpg")
     args = parser.parse_args(argv)
 
     try:

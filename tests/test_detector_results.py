@@ -107,9 +107,10 @@ def test_figures_are_drawn(figure: str, voc: Path, checkpoint: Path, tmp_path: P
     assert len(colors) > 20  # not an empty sheet
 
 
-def test_figures_are_vector_graphics_where_the_suffix_says_so(tmp_path: Path) -> None:
-    visualize.main(["amplification", "--out", str(tmp_path / "figure.pdf")])
-    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+@pytest.mark.parametrize(("suffix", "start"), [("pdf", b"%PDF"), ("svg", b"<?xml"), ("jpg", b"\xff\xd8\xff")])
+def test_figures_are_of_the_kind_their_suffix_says(suffix: str, start: bytes, tmp_path: Path) -> None:
+    visualize.main(["amplification", "--out", str(tmp_path / f"figure.{suffix}")])
+    assert (tmp_path / f"figure.{suffix}").read_bytes().startswith(start)
 
 
 def test_a_run_without_a_log_is_named(tmp_path: Path) -> None:
