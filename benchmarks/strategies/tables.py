@@ -98,8 +98,8 @@ def format_differences(content: dict[str, Any], baseline: tuple[str, str]) -> li
     if not lines:
         return []
     return [
-        "Paired differences in points, mean over seeds ± its standard error. The runs of one seed start from the same "
-        "weights and see the same images.",
+        "Paired differences in points: mean over seeds ± its standard error (one seed has none). The runs of one seed "
+        "start from the same weights and see the same images.",
         "",
         format_row(["detector", "difference", "seeds", *METRICS]),
         format_row(["---"] * 6),
