@@ -5,9 +5,9 @@
     python benchmarks/training_step.py --data VOCdevkit --format voc       # your images in place of generated ones
 
 A step is what `detector.train` does: images to the device, forward, matching, losses, backward, optimiser. The same
-batches are stepped on by each matching in turn, so that noise hits all alike: the loops over images and the padded batch
-of benchmarks/baselines.py, and every fused backend of mg_ops that runs here. Each matching's labels are compared with
-mg_ops' on the first batch. On a GPU the phases are measured by its events, without a wait inside a step. What one
+batches are stepped on by each matching in turn, so that noise hits all alike: the loops over images and the padded
+batch of benchmarks/baselines.py, and every fused backend of mg_ops that runs here. Each matching's labels are compared
+with mg_ops' on the first batch. On a GPU the phases are measured by its events, without a wait inside a step. What one
 process needs to read, decode and augment a batch is measured apart: in training other processes do it meanwhile.
 """
 
@@ -368,6 +368,12 @@ def measure_detector(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def format_milliseconds(seconds: float) -> str:
+    """With three digits, or all of them before the point."""
+    milliseconds = 1000 * seconds
+    return f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:.3g}"
+
+
 def print_detector(detector: str, content: dict[str, Any], options: argparse.Namespace, console: Console) -> None:
     """A detector's table."""
     table = Table(
@@ -381,12 +387,12 @@ def print_detector(detector: str, content: dict[str, Any], options: argparse.Nam
     for head in (*PHASES, "step", "matching's share", "images/s", "peak memory"):
         table.add_column(head, justify="right")
     for name, row in content["matchings"].items():
-        phases = [f"{1000 * row['phases'][phase]:.3g}" for phase in PHASES]
+        phases = [format_milliseconds(row["phases"][phase]) for phase in PHASES]
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f} MB"
         share = f"{100 * row['phases']['matching'] / row['step_seconds']:.1f}%"
         speed = f"{row['images_per_second']:.3g}"
         style = "bold green" if name.startswith("mg_ops") else ""
-        table.add_row(name, *phases, f"{1000 * row['step_seconds']:.4g}", share, speed, peak, style=style)
+        table.add_row(name, *phases, format_milliseconds(row["step_seconds"]), share, speed, peak, style=style)
     console.print()
     console.print(table)
 
@@ -474,8 +480,9 @@ def main(arguments: list[str] | None = None) -> int:
         loop, fused = rows["(a) loop"], rows[list(rows)[-1]]
         console.print(
             f"  {detector}: {fused['images_per_second']:.3g} images/s with {list(rows)[-1]}, "
-            f"{loop['images_per_second']:.3g} with the loop; matching {1000 * fused['phases']['matching']:.3g} ms "
-            f"against {1000 * loop['phases']['matching']:.3g} ms",
+            f"{loop['images_per_second']:.3g} with the loop; matching "
+            f"{format_milliseconds(fused['phases']['matching'])} ms against "
+            f"{format_milliseconds(loop['phases']['matching'])} ms",
             highlight=False,
         )
     return 0
