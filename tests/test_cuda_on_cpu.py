@@ -218,8 +218,8 @@ def test_wrong_offsets_are_read_as_the_reference_does(
     arguments["gt_offsets"] = torch.tensor(offsets)
     match = small_blocks.mutual_match(**arguments, clamp_offsets=True, cluster_size=cluster_size)
     names = ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")
-    expected = torch.ops.mg_ops.mutual_match_eager(
-        *(arguments[name] for name in names), None, True, *coder.weights, coder.clip, True, True, 2.0, 0.5, 0.4, 0.5
+    expected = mg_ops.reference.mutual_match(
+        *(arguments[name] for name in names), None, coder.weights, coder.clip, True, True, 2.0, 0.5, 0.4, 0.5
     )
     cuda_on_cpu.assert_same(match, mg_ops.MutualMatch(*expected), str(offsets))
 

@@ -65,6 +65,14 @@ IntArray int_array(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.scalar_type() == ScalarType::Long, tensor.stride(0)};
 }
 
+Tensor new_output(const Tensor& anchors, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  try {
+    return torch::stable::new_empty(anchors, shape, dtype);
+  } catch (const std::exception&) {
+    fail("mutual_match: not enough memory for a result of shape ", shape_text(shape.begin(), shape.size()));
+  }
+}
+
 // Brings the pages of fresh memory in with one system call: touched one by one, their page faults can cost as much as
 // the whole matching. Memory that the allocator hands out again has its pages; the first one tells. Only advice: where
 // the kernel (before Linux 5.14) does not know it, nothing changes.
@@ -179,19 +187,20 @@ bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cpu(
-    const Tensor& anchors, const Tensor& pred_boxes, const Tensor& cls_scores, const Tensor& gt_boxes,
-    const Tensor& gt_labels, const Tensor& gt_offsets, const std::optional<Tensor>& gt_crowd, bool decode,
-    double weight_x, double weight_y, double weight_w, double weight_h, double clip, bool classification_by_regressed,
-    bool localization_by_amplified, double sigma, double iou_positive, double iou_ignored, double crowd_overlap) {
+    Tensor anchors, Tensor pred_boxes, Tensor cls_scores, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
+    const std::optional<Tensor>& gt_crowd, bool decode, double weight_x, double weight_y, double weight_w,
+    double weight_h, double clip, bool classification_by_regressed, bool localization_by_amplified, double sigma,
+    double iou_positive, double iou_ignored, double crowd_overlap) {
   const MatchSizes sizes = check_match_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets,
                                                  gt_crowd, decode, weight_x, weight_y, weight_w, weight_h, clip, sigma,
                                                  iou_positive, iou_ignored, crowd_overlap);
+  align({&anchors, &pred_boxes, &cls_scores, &gt_boxes, &gt_labels, &gt_offsets});
   check_offsets(gt_offsets, sizes.num_gt);
 
-  const Tensor cls_match = torch::stable::new_empty(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
-  const Tensor loc_match = torch::stable::new_empty(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
-  const Tensor num_pos = torch::stable::new_empty(anchors, {sizes.num_gt}, ScalarType::Int);
-  const Tensor num_total = torch::stable::new_empty(anchors, {sizes.num_gt}, ScalarType::Int);
+  const Tensor cls_match = new_output(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
+  const Tensor loc_match = new_output(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
+  const Tensor num_pos = new_output(anchors, {sizes.num_gt}, ScalarType::Int);
+  const Tensor num_total = new_output(anchors, {sizes.num_gt}, ScalarType::Int);
   if (sizes.num_gt > 0) {
     std::memset(num_pos.mutable_data_ptr(), 0, static_cast<size_t>(sizes.num_gt) * sizeof(int32_t));
     std::memset(num_total.mutable_data_ptr(), 0, static_cast<size_t>(sizes.num_gt) * sizeof(int32_t));
