@@ -108,6 +108,9 @@ test-asan: asan-checkout  ## the C++ backend's tests under AddressSanitizer and 
 fuzz: asan-checkout  ## FUZZ_CALLS right and wrong calls of everything public under the sanitizers
 	$(SANITIZED) $(PY) tests/wrong_calls.py --calls $(FUZZ_CALLS) --first $(FUZZ_FIRST) --backends cpp cpp cpp eager
 
+soak: build  ## 100,000 calls in a row: the process must not grow
+	$(PY) tests/soak.py
+
 wheel: dist/.built  ## dist/mg_ops-*-py3-none-*.whl, audited
 dist/.built: $(LIBRARY) $(wildcard mg_ops/*.py mg_ops/*/*.py) pyproject.toml MANIFEST.in
 	rm -rf dist build/lib.* build/bdist.*

@@ -79,6 +79,9 @@ inline bool is_readable(const Tensor& tensor) {
 // Raises unless the tensor is of this kind and shape and on the device of `anchors`.
 inline void check_tensor(const char* name, const Tensor& tensor, Kind kind, std::initializer_list<int64_t> shape,
                          const Tensor& anchors) {
+  if (!tensor.defined()) {
+    fail(name, ": expected a tensor, got None");
+  }
   if (!is_of_kind(tensor.scalar_type(), kind)) {
     fail(name, ": expected dtype ", dtype_names(kind), ", got ", torch::headeronly::toString(tensor.scalar_type()));
   }

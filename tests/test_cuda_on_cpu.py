@@ -224,6 +224,12 @@ def test_wrong_offsets_are_read_as_the_reference_does(
     cuda_on_cpu.assert_same(match, mg_ops.MutualMatch(*expected), str(offsets))
 
 
+@pytest.mark.parametrize("cluster_size", [0, 3], ids=["three launches", "one launch"])
+def test_random_wrong_offsets(small_blocks: cuda_on_cpu.Emulator, cluster_size: int) -> None:
+    first = 7000 + 100 * cluster_size
+    cuda_on_cpu.check_wrong_offsets(small_blocks, range(first, first + fuzz_cases(20)), cluster_size)
+
+
 def test_launches_and_memory(small_blocks: cuda_on_cpu.Emulator) -> None:
     """At most three launches, and scratch of 24 bytes an image and anchor and about 104 an object, for any input."""
     for batch_size, num_anchors, num_objects in [(3, 200, 5), (1, 40, 300), (2, 0, 3), (0, 50, 0), (2, 100, 0)]:

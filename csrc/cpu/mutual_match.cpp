@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,6 +17,7 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -113,6 +115,36 @@ void populate_rows(const MatchProblem& problem, int64_t image) {
   populate_pages(problem.loc_match + image * problem.num_anchors, bytes);
 }
 
+// A process forked from one that has used torch's threads has none of them, but does not know: torch would wait for
+// them forever. Data loaders and multiprocessing fork.
+bool in_forked_process = false;
+const int fork_is_noticed = pthread_atfork(nullptr, nullptr, [] { in_forked_process = true; });
+
+// Calls work(begin, end) for parts of this range, on as many threads as torch uses.
+template <typename Function>
+void share_out(int64_t begin, int64_t end, const Function& work) {
+  if (!in_forked_process) {
+    torch::stable::parallel_for(begin, end, 1, work);
+    return;
+  }
+  const int64_t num_parts = std::min<int64_t>(end - begin, torch::stable::get_num_threads());
+  std::vector<std::thread> threads;
+  for (int64_t part = 0; part < num_parts; ++part) {
+    const int64_t first = begin + (end - begin) * part / num_parts;
+    const int64_t stop = begin + (end - begin) * (part + 1) / num_parts;
+    bool started = false;
+    if (part + 1 < num_parts) {
+      try {
+        threads.emplace_back([&work, first, stop] { work(first, stop); });
+        started = true;
+      } catch (const std::exception&) {  // no thread to be had: the work is done here
+      }
+    }
+    if (!started) work(first, stop);
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 using Work = std::unique_ptr<ImageWork, void (*)(ImageWork*)>;
 
 // Enough images for all threads: each thread takes one image after another. False: out of memory.
@@ -126,7 +158,7 @@ bool match_images(const MatchProblem& problem, const BoxTile* anchor_tiles, int6
   });
   std::atomic<int64_t> next_image{0};
   std::atomic<bool> enough_memory{true};
-  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
+  share_out(0, num_threads, [&](int64_t, int64_t) {
     const Work work(run.create_work(problem, anchor_tiles), run.destroy_work);
     if (work == nullptr) enough_memory = false;
     while (enough_memory) {
@@ -158,13 +190,13 @@ bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles
     if (works.back() == nullptr || !run.begin_image(*works.back(), image)) return false;
   }
   const auto for_images = [&](auto step) {
-    torch::stable::parallel_for(0, problem.batch_size, 1, [&](int64_t begin, int64_t end) {
+    share_out(0, problem.batch_size, [&](int64_t begin, int64_t end) {
       for (int64_t image = begin; image < end; ++image) step(*works[static_cast<size_t>(image)]);
     });
   };
   // The tiles of all images are one range, which the threads divide evenly.
   const auto for_tiles = [&](auto step) {
-    torch::stable::parallel_for(0, problem.batch_size * num_tiles, 1, [&](int64_t begin, int64_t end) {
+    share_out(0, problem.batch_size * num_tiles, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t image = begin / num_tiles, first = image * num_tiles;
         const int64_t stop = std::min(end, first + num_tiles);
@@ -236,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cpu(
   std::unique_ptr<BoxTile[]> anchor_tiles;
   if (sizes.batch_size >= kShareAnchorTilesFrom) {
     anchor_tiles.reset(new BoxTile[static_cast<size_t>(num_tiles)]);
-    torch::stable::parallel_for(0, num_tiles, 1, [&](int64_t begin, int64_t end) {
+    share_out(0, num_tiles, [&](int64_t begin, int64_t end) {
       kernels().load_anchor_tiles(problem, begin, end, anchor_tiles.get());
     });
   }
