@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mg_ops.checks import check_count, check_list, check_num_classes, check_objects, check_tensor, describe
 from mg_ops.matching import MutualMatch
-from mg_ops.reference import IGNORED, area, is_object
+from mg_ops.reference import IGNORED, area, autocast_type, is_object
 
 _SIZES = ("all", "small", "medium", "large")
 
@@ -121,7 +121,7 @@ def summarize(
             "pass the objects it was made with"
         )
 
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(autocast_type(device), enabled=False):
         boxes = boxes.float()
         # Packed buffers may hold more objects than count.
         counted = torch.arange(num_gt, device=device) < offsets[-1]

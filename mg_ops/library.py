@@ -41,6 +41,12 @@ def _load_library() -> str:
         minimum = ".".join(map(str, MINIMUM_TORCH))
         return f"torch {minimum} or newer is needed, this is {torch.__version__}: run `pip install --upgrade torch`"
     if not LIBRARY_FILE.exists():
+        folder = LIBRARY_FILE.parents[1]
+        if (folder / "CMakeLists.txt").exists():
+            return (
+                f"this mg_ops is the checkout {folder}, where the library is not built: run Python in another folder "
+                "to use the mg_ops that you have installed, or build it here with `make build`"
+            )
         return (
             f"{LIBRARY_FILE.name} was not built when mg_ops was installed: install a C++ compiler (on Debian "
             "`apt install g++`), then run `pip install --force-reinstall --no-deps --no-cache-dir .` in the checkout"

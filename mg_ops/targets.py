@@ -11,7 +11,7 @@ from torch import Tensor
 from mg_ops.boxes import BoxCoder
 from mg_ops.checks import check_num_classes, check_objects, check_tensor, describe
 from mg_ops.matching import MutualMatch
-from mg_ops.reference import BACKGROUND, IGNORED
+from mg_ops.reference import BACKGROUND, IGNORED, autocast_type
 
 
 class Targets(NamedTuple):
@@ -82,7 +82,7 @@ def encode_targets(
     if box_coder is not None and not isinstance(box_coder, BoxCoder):
         raise TypeError(f"box_coder: expected mg_ops.BoxCoder or None, got {type(box_coder).__name__}")
 
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(autocast_type(device), enabled=False):
         if num_gt == 0:
             nothing = torch.full_like(match.loc_match, BACKGROUND)
             no_boxes = torch.zeros((*nothing.shape, 4), dtype=torch.float32, device=device)

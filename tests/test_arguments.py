@@ -445,6 +445,10 @@ def test_tensors_without_values() -> None:
     match = mg_ops.mutual_match(**arguments)
     assert [tuple(value.shape) for value in match] == [(B, A), (B, A), (3,), (3,)]
     assert all(value.is_meta for value in match)
+    objects = {name: arguments[name] for name in ("gt_boxes", "gt_labels", "gt_offsets")}
+    targets = mg_ops.encode_targets(match, arguments["anchors"], **objects, num_classes=C)
+    assert [tuple(value.shape) for value in targets] == [(B, A), (B, A), (B, A, 4)]
+    assert mg_ops.summarize(match, **objects, num_classes=C).num_objects.is_meta
     assert_raises(ValueError, r"^check: tensors on the meta device have no values", {**arguments, "check": True})
 
 
