@@ -84,9 +84,9 @@ def encode_targets(
 
     with torch.no_grad(), torch.autocast(autocast_type(device), enabled=False):
         if num_gt == 0:
-            nothing = torch.full_like(match.loc_match, BACKGROUND)
+            nothing = torch.full_like(match.loc_match, BACKGROUND, dtype=torch.int64)
             no_boxes = torch.zeros((*nothing.shape, 4), dtype=torch.float32, device=device)
-            return Targets(match.cls_match.clone(), nothing, no_boxes)
+            return Targets(match.cls_match.to(torch.int64, copy=True), nothing, no_boxes)
         start = offsets[:-1].long().unsqueeze(1)  # (B, 1)
         label_of = labels[(start + match.cls_match).clamp(0, num_gt - 1)]
         if num_classes is not None:

@@ -276,7 +276,8 @@ def spoil_tensor(random: np.random.Generator, tensor: Any) -> Any:
     try:
         return how(random, tensor)
     except (RuntimeError, ValueError, TypeError, IndexError):  # one that torch does not let be made
-        return other_strides(random, tensor) if tensor.layout == torch.strided and not tensor.is_meta else tensor
+        plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+        return other_strides(random, tensor) if plain else tensor
 
 
 def spoil_list(random: np.random.Generator, tensors: Any) -> Any:
@@ -474,7 +475,7 @@ def accept_predictions(arguments: Arguments) -> tuple[int, torch.device]:
     batch_size, _, _ = accept(arguments["cls_scores"], FLOATING, (None, num_anchors, None), device)
     accept(arguments["pred_boxes"], FLOATING, (batch_size, num_anchors, 4), device)
     must(num_anchors <= MAX_COUNT)
-    must(batch_size * num_anchors < 2**40)  # more is more than any memory
+    must(device.type == "meta" or batch_size * num_anchors < 2**40)  # more is more than any memory
     return batch_size, device
 
 
@@ -485,6 +486,7 @@ def accept_coder(coder: Any) -> None:
 def accept_values(arguments: Arguments, objects: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
     """What check=True refuses."""
     boxes, labels, offsets, crowd = objects
+    must(arguments["cls_scores"].shape[2] <= 2**16)  # so many that looking at each takes more than any memory
     anchors, predictions, scores = (
         clean(arguments[name], torch.float32) for name in ("anchors", "pred_boxes", "cls_scores")
     )
@@ -625,7 +627,7 @@ def accept_match(match: Any, device: torch.device | None, num_anchors: int | Non
     must(isinstance(match, mg_ops.MutualMatch))
     must(isinstance(match.cls_match, Tensor))
     batch_size, num_anchors = accept(match.cls_match, INTEGER, (None, num_anchors), device)
-    must(batch_size * num_anchors < 2**40)
+    must(match.cls_match.is_meta or batch_size * num_anchors < 2**40)
     accept(match.loc_match, INTEGER, (batch_size, num_anchors), match.cls_match.device)
     return batch_size, match.cls_match.device
 
