@@ -21,6 +21,8 @@ WHEEL_TORCH ?= torch==2.13.0
 BENCH_ARGS ?=
 GPU_CHECK_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_CALLS ?= 50000
+FUZZ_FIRST ?= 0
 
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
@@ -34,7 +36,7 @@ export MG_OPS_REQUIRE_LIBRARY := 1
 export PIP_NO_INPUT := 1
 SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),g++) -print-file-name=$(library)))
 
-.PHONY: help venv build bench bench-step gpu-check test test-python test-asan test-wheel test-headers wheel docs lint format clean FORCE
+.PHONY: help venv build bench bench-step gpu-check test test-python asan-checkout test-asan fuzz soak test-wheel test-headers wheel docs lint format clean FORCE
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,21 +86,30 @@ build/tests/.built: tests/bindings.cpp $(wildcard csrc/*.h) CMakeLists.txt $(VEN
 	else echo "The tests of the plain C++ headers will be skipped: no Python.h (on Debian: apt install python3-dev)"; fi
 	@touch $@
 
-# The tests of the C++ backend in a copy of the checkout whose library has the sanitizers in it. They must be loaded before
-# Python; Python and torch leak at exit, so leaks are not looked for. What they find they write to file descriptor 2, which
-# pytest must leave alone. Fewer random cases than `make test-python` has: each takes several times as long.
-ASAN_TESTS ?= tests/test_every_clause_of_the_definition.py tests/test_cpp_equals_reference.py tests/test_arguments.py
+# The C++ backend in a copy of the checkout whose library has the sanitizers in it. They must be loaded before Python; Python
+# and torch leak at exit, so leaks are not looked for. What they find they write to file descriptor 2, which pytest must leave
+# alone. Fewer random cases than `make test-python` has: each takes several times as long.
+ASAN_TESTS ?= tests/test_every_clause_of_the_definition.py tests/test_cpp_equals_reference.py tests/test_arguments.py \
+  tests/test_wrong_calls.py
 ASAN_CHECKOUT := build/asan/checkout
-test-asan: $(VENV)/.installed  ## the C++ backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+SANITIZED = cd $(ASAN_CHECKOUT) && UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(SANITIZER_LIBRARIES)" \
+  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0:abort_on_error=0:exitcode=99:handle_segv=2:allocator_may_return_null=1
+asan-checkout: $(VENV)/.installed
 	$(CMAKE) -S . -B build/asan -G Ninja -DPython_EXECUTABLE=$(PY) -DMG_OPS_SANITIZE=ON
 	$(CMAKE) --build build/asan --target mg_ops
 	rm -rf $(ASAN_CHECKOUT) && mkdir -p $(ASAN_CHECKOUT)
 	cp -r pyproject.toml mg_ops tests $(ASAN_CHECKOUT) && rm -f $(ASAN_CHECKOUT)/$(LIBRARY)
 	$(CMAKE) --install build/asan --prefix $(ASAN_CHECKOUT)
-	cd $(ASAN_CHECKOUT) && LD_PRELOAD="$(SANITIZER_LIBRARIES)" \
-	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  MG_OPS_FUZZ=$${MG_OPS_FUZZ:-0.1} \
+
+test-asan: asan-checkout  ## the C++ backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(SANITIZED) MG_OPS_FUZZ=$${MG_OPS_FUZZ:-0.1} \
 	  $(PY) -m pytest -p no:cacheprovider --capture=sys $(ASAN_TESTS) $(PYTEST_ARGS)
+
+fuzz: asan-checkout  ## FUZZ_CALLS right and wrong calls of everything public under the sanitizers
+	$(SANITIZED) $(PY) tests/wrong_calls.py --calls $(FUZZ_CALLS) --first $(FUZZ_FIRST) --backends cpp cpp cpp eager
+
+soak: build  ## 100,000 calls in a row: the process must not grow
+	$(PY) tests/soak.py
 
 wheel: dist/.built  ## dist/mg_ops-*-py3-none-*.whl, audited
 dist/.built: $(LIBRARY) $(wildcard mg_ops/*.py mg_ops/*/*.py) pyproject.toml MANIFEST.in

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cmath>
 #include <cstdint>
@@ -63,9 +64,24 @@ inline std::string shape_text(const int64_t* sizes, size_t dim) {
   return text.str();
 }
 
+// Whether the tensor's memory holds all its elements. Frameworks that shard parameters resize it away in between.
+inline bool is_readable(const Tensor& tensor) {
+  int64_t num_bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &num_bytes));
+  int64_t last = tensor.storage_offset();
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) == 0) return true;
+    last += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  return last < num_bytes / static_cast<int64_t>(tensor.element_size());
+}
+
 // Raises unless the tensor is of this kind and shape and on the device of `anchors`.
 inline void check_tensor(const char* name, const Tensor& tensor, Kind kind, std::initializer_list<int64_t> shape,
                          const Tensor& anchors) {
+  if (!tensor.defined()) {
+    fail(name, ": expected a tensor, got None");
+  }
   if (!is_of_kind(tensor.scalar_type(), kind)) {
     fail(name, ": expected dtype ", dtype_names(kind), ", got ", torch::headeronly::toString(tensor.scalar_type()));
   }
@@ -82,6 +98,9 @@ inline void check_tensor(const char* name, const Tensor& tensor, Kind kind, std:
   if (tensor.is_cuda() != anchors.is_cuda() || tensor.is_cpu() != anchors.is_cpu() ||
       tensor.get_device_index() != anchors.get_device_index()) {
     fail(name, ": expected the device of anchors, got another one: move all arguments to one device");
+  }
+  if (!is_readable(tensor)) {
+    fail(name, ": its memory does not hold what its shape and strides say; has its storage been resized or freed?");
   }
 }
 
@@ -140,6 +159,15 @@ inline MatchSizes check_match_arguments(const Tensor& anchors, const Tensor& pre
     fail("iou_ignored: must not exceed iou_positive (", iou_positive, "), got ", iou_ignored);
   }
   return {batch_size, num_anchors, cls_scores.size(2), num_gt};
+}
+
+// Copies what starts between two numbers, as a tensor over another library's buffer can: C++ must not read them there,
+// and a GPU cannot.
+inline void align(std::initializer_list<Tensor*> tensors) {
+  for (Tensor* tensor : tensors) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor->const_data_ptr());
+    if (begin % tensor->element_size() != 0) *tensor = torch::stable::clone(*tensor);
+  }
 }
 
 // Raises unless checked CPU offsets (B + 1,) start at 0, never decrease and stay within the num_gt objects.

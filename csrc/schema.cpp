@@ -24,7 +24,8 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
   //   num_pos     (N,) int32     positives each object asks for; 0 for one that cannot be matched or does not count
   //   num_total   (N,) int32     positives and ignored anchors each object asks for; likewise
   //
-  // Nothing is differentiated. Wrong shapes, dtypes, devices and numbers raise RuntimeError (csrc/check.h).
+  // Nothing is differentiated. Wrong shapes, dtypes, devices and numbers raise RuntimeError (csrc/check.h),
+  // from the operators written in Python TypeError or ValueError.
   m.def(
       "mutual_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
       "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "

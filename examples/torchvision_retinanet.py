@@ -3,7 +3,9 @@
     python examples/torchvision_retinanet.py --steps 20
     python examples/torchvision_retinanet.py --images data/train --annotations data/train.json --size 512 --steps 1000
 
-Without --images it makes a small data set of coloured rectangles first. What matters is `use_mutual_guidance`.
+Without --images it makes a small data set of coloured rectangles first. What matters is `use_mutual_guidance`. Needs
+torchvision and pycocotools: `pip install torchvision pycocotools`. A torchvision built for another torch ends in
+"operator torchvision::nms does not exist": install both at once, from one place.
 """
 
 from __future__ import annotations

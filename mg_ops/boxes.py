@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mg_ops import reference
+from mg_ops.checks import MAX_FLOAT, check_tensor, describe
 
 _MIN_FLOAT = torch.finfo(torch.float32).tiny
-_MAX_FLOAT = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class BoxCoder:
         wanted = f"BoxCoder: weights must be four finite non-zero numbers (in float32), got {self.weights!r}"
         try:
             weights = tuple(float(weight) for weight in self.weights)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise TypeError(wanted) from error
         # Rounding to float32 must leave something to divide by.
-        if len(weights) != 4 or not all(_MIN_FLOAT <= abs(weight) <= _MAX_FLOAT for weight in weights):
+        if len(weights) != 4 or not all(_MIN_FLOAT <= abs(weight) <= MAX_FLOAT for weight in weights):
             raise ValueError(wanted)
         try:
             clip = float(self.clip)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise TypeError(f"BoxCoder: clip must be a number, got {self.clip!r}") from error
         if math.isnan(clip):
             raise ValueError("BoxCoder: clip must be a number, got NaN")
@@ -64,8 +64,18 @@ class BoxCoder:
 
         Returns:
             (..., 4) float32 deltas. Differentiable.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape or device; the message names the argument.
         """
-        anchors, boxes = _check_boxes("anchors", anchors, ("...", 4)), _check_boxes("boxes", boxes, ("...", 4))
+        anchors = check_tensor("anchors", anchors, "floating point", ("...", 4), None).float()
+        boxes = check_tensor("boxes", boxes, "floating point", ("...", 4), anchors.device).float()
+        try:
+            torch.broadcast_shapes(anchors.shape, boxes.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"boxes: expected a shape that broadcasts with anchors {tuple(anchors.shape)}, got {describe(boxes)}"
+            ) from None
         anchor_size = anchors[..., 2:] - anchors[..., :2]
         anchor_center = anchors[..., :2] + 0.5 * anchor_size
         size = boxes[..., 2:] - boxes[..., :2]
@@ -85,11 +95,16 @@ class BoxCoder:
 
         Returns:
             (..., A, 4) float32 boxes in the anchors' unit. Not differentiable: exp is evaluated by bit operations.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape or device; the message names the argument.
         """
-        anchors = _check_boxes("anchors", anchors, ("A", 4))
-        deltas = _check_boxes("deltas", deltas, ("...", anchors.shape[0], 4))
+        anchors = check_tensor("anchors", anchors, "floating point", ("A", 4), None).float()
+        deltas = check_tensor("deltas", deltas, "floating point", ("...", len(anchors), 4), anchors.device).float()
+        # As the kernels have it, in float32: torch takes no number beyond its range.
+        clip = self.clip if abs(self.clip) <= MAX_FLOAT else math.copysign(math.inf, self.clip)
         with torch.no_grad():
-            return reference.decode(anchors, deltas, self.weights, self.clip)
+            return reference.decode(anchors, deltas, self.weights, clip)
 
 
 def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
@@ -101,21 +116,10 @@ def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
 
     Returns:
         (M, G) float32 in [0, 1]. A box with a non-finite coordinate or x2 <= x1 or y2 <= y1 has IoU 0 with everything.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device; the message names the argument.
     """
-    return reference.box_iou(_check_boxes("boxes_1", boxes_1, ("M", 4)), _check_boxes("boxes_2", boxes_2, ("G", 4)))
-
-
-def _check_boxes(name: str, boxes: Tensor, shape: tuple[int | str, ...]) -> Tensor:
-    """The tensor in float32; raises unless it has this shape. A name stands for any size, "..." for any more."""
-    if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
-        kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
-        raise TypeError(f"{name}: expected a floating point tensor, got {kind}")
-    last = shape[1:] if shape[0] == "..." else shape
-    dims_fit = boxes.dim() >= len(last) if shape[0] == "..." else boxes.dim() == len(last)
-    if not dims_fit or any(
-        isinstance(size, int) and size != actual
-        for size, actual in zip(reversed(last), reversed(boxes.shape), strict=False)
-    ):
-        wanted = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(boxes.shape)}")
-    return boxes.float()
+    boxes_1 = check_tensor("boxes_1", boxes_1, "floating point", ("M", 4), None).float()
+    boxes_2 = check_tensor("boxes_2", boxes_2, "floating point", ("G", 4), boxes_1.device, "boxes_1").float()
+    return reference.box_iou(boxes_1, boxes_2)

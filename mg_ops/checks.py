@@ -4,68 +4,178 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mg_ops import reference
-from mg_ops.boxes import BoxCoder
 
-_MAX_FLOAT = torch.finfo(torch.float32).max
+if TYPE_CHECKING:
+    from mg_ops.boxes import BoxCoder
+
+MAX_FLOAT = torch.finfo(torch.float32).max
+MAX_COUNT = 2**31 - 1
+"""Of anchors, objects and classes: kernels number them in 32 bits."""
+
+_DTYPES: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
+    "floating point": (
+        (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        "float16, bfloat16, float32 or float64",
+    ),
+    "integer": ((torch.int64, torch.int32), "int64 or int32"),
+    "bool": ((torch.bool,), "bool"),
+}
+"""What each kind of tensor may hold, and how a message says it."""
 
 
 def describe(value: object) -> str:
     """A value as an error message shows it: a tensor by dtype, shape and device, anything else by its type."""
     if isinstance(value, Tensor):
+        if value.is_nested:  # which may have no shape
+            return f"a nested {value.dtype} tensor on {value.device}"
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     return f"{type(value).__name__}"
 
 
 def check_tensor(
-    name: str, value: object, kind: str, shape: tuple[int | str, ...], device: torch.device | None
+    name: str,
+    value: object,
+    kind: str,
+    shape: tuple[int | str, ...],
+    device: torch.device | None,
+    device_of: str = "anchors",
 ) -> Tensor:
     """Raises unless value is a tensor of this kind ("floating point", "integer" or "bool"), shape and device.
 
-    A string in shape names a size that may be anything.
+    Args:
+        shape: a string names a size that may be anything; "..." at the beginning is any number of them.
+        device_of: the argument whose device it is.
     """
     if not isinstance(value, Tensor):
         article = "an" if kind == "integer" else "a"
         raise TypeError(f"{name}: expected {article} {kind} tensor, got {describe(value)}")
-    dtype = value.dtype
-    fits = {
-        "floating point": dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        "integer": dtype in (torch.int64, torch.int32),
-        "bool": dtype == torch.bool,
-    }[kind]
-    if not fits:
-        allowed = {
-            "floating point": "float16, bfloat16, float32 or float64",
-            "integer": "int64 or int32",
-            "bool": "bool",
-        }[kind]
+    dtypes, allowed = _DTYPES[kind]
+    if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {allowed}, got {describe(value)}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {describe(value)}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
-    if value.dim() != len(shape) or any(
-        isinstance(size, int) and size != actual for size, actual in zip(shape, value.shape, strict=True)
-    ):
-        wanted = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
-        raise ValueError(f"{name}: expected shape ({wanted}), got {describe(value)}")
+    actual = value.shape
+    wanted = shape
+    if shape[0] == "...":
+        wanted = shape[1:]
+        actual = actual[max(0, len(actual) - len(wanted)) :]
+    fits = len(actual) == len(wanted)
+    for size, actual_size in zip(wanted, actual, strict=False):
+        fits = fits and (isinstance(size, str) or size == actual_size)
+    if not fits:
+        text = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"{name}: expected shape ({text}), got {describe(value)}")
     if device is not None and value.device != device:
-        raise ValueError(f"{name}: expected device {device}, like anchors, got {describe(value)}")
+        raise ValueError(f"{name}: expected device {device}, like {device_of}, got {describe(value)}")
+    if not _is_readable(value):
+        raise ValueError(
+            f"{name}: its memory of {value.untyped_storage().nbytes()} bytes does not hold what its shape and strides "
+            f"say (has its storage been resized, or freed by something that shards parameters?), got {describe(value)}"
+        )
     return value
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether the tensor's memory holds all its elements: torch itself would read past its end."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return True
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # its memory is its own affair
+        return True
+    try:
+        num_bytes = tensor.untyped_storage().nbytes()
+    except RuntimeError:  # inside torch.func's transforms
+        return True
+    last = tensor.storage_offset()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 0:
+            return True
+        last += (size - 1) * stride
+    return bool((last + 1) * tensor.element_size() <= num_bytes)
+
+
+def check_bool(name: str, value: object) -> bool:
+    """Raises TypeError unless value is True or False; returns it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+    return value
+
+
+def check_num_classes(value: object) -> None:
+    """Raises unless value is a number of classes."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"num_classes: expected an integer or None, got {describe(value)}")
+    if value < 0:
+        raise ValueError(f"num_classes: expected at least 0, got {value}")
+    if value > MAX_COUNT:
+        raise ValueError(f"num_classes: expected at most {MAX_COUNT}")
 
 
 def check_number(name: str, value: object, low: float, high: float, low_text: str) -> float:
     """Raises unless low < value <= high holds, also after rounding to float32; returns the float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected {low_text}, got an integer that no float holds") from None
     # Below 2^-24 above `low` float32 cannot tell the number from `low`; NaN fails both comparisons.
     in_range = low < number <= high and (low == 0.0 or number >= low * (1 + 2.0**-23)) and number >= 2.0**-126
     if not in_range:
         raise ValueError(f"{name}: expected {low_text}, got {value!r}")
     return number
+
+
+def check_thresholds(
+    sigma: object, iou_positive: object, iou_ignored: object, crowd_overlap: object
+) -> tuple[float, float, float, float]:
+    """Raises unless sigma is above 1 and the thresholds are in (0, 1], ignored not above positive; returns floats."""
+    threshold = "a threshold in (0, 1]"
+    sigma = check_number("sigma", sigma, 1.0, MAX_FLOAT, "a finite number above 1")
+    iou_positive = check_number("iou_positive", iou_positive, 0.0, 1.0, threshold)
+    iou_ignored = check_number("iou_ignored", iou_ignored, 0.0, 1.0, threshold)
+    crowd_overlap = check_number("crowd_overlap", crowd_overlap, 0.0, 1.0, threshold)
+    if iou_ignored > iou_positive:
+        raise ValueError(f"iou_ignored: must not exceed iou_positive ({iou_positive}), got {iou_ignored}")
+    return sigma, iou_positive, iou_ignored, crowd_overlap
+
+
+def check_predictions(anchors: object, pred_boxes: object, cls_scores: object) -> tuple[int, torch.device]:
+    """Raises unless they are (A, 4), (B, A, 4) and (B, A, C), floating, on one device; returns B and the device."""
+    anchors = check_tensor("anchors", anchors, "floating point", ("A", 4), None)
+    device = anchors.device
+    num_anchors = anchors.shape[0]
+    cls_scores = check_tensor("cls_scores", cls_scores, "floating point", ("B", num_anchors, "C"), device)
+    batch_size = cls_scores.shape[0]
+    check_tensor("pred_boxes", pred_boxes, "floating point", (batch_size, num_anchors, 4), device)
+    check_count("anchors", num_anchors)
+    return batch_size, device
+
+
+def check_count(name: str, count: int) -> None:
+    """Raises ValueError if there are more anchors or objects than kernels can number."""
+    if count > MAX_COUNT:
+        raise ValueError(f"{name}: expected at most {MAX_COUNT}, got {count}")
+
+
+def check_packed_objects(
+    gt_boxes: object, gt_labels: object, gt_offsets: object, gt_crowd: object, batch_size: int, device: torch.device
+) -> None:
+    """Raises unless they are (N, 4), (N,), (B + 1,) and (N,) or None, on this device."""
+    gt_boxes = check_tensor("gt_boxes", gt_boxes, "floating point", ("N", 4), device)
+    num_gt = gt_boxes.shape[0]
+    check_tensor("gt_labels", gt_labels, "integer", (num_gt,), device)
+    check_tensor("gt_offsets", gt_offsets, "integer", (batch_size + 1,), device)
+    if gt_crowd is not None:
+        check_tensor("gt_crowd", gt_crowd, "bool", (num_gt,), device)
+    check_count("gt_boxes", num_gt)
 
 
 def check_objects(
@@ -83,24 +193,19 @@ def check_objects(
                 "gt_offsets: packed gt_boxes (N, 4) need gt_offsets (B + 1,); "
                 "without offsets pass gt_boxes as a list of B tensors (G, 4)"
             )
-        check_tensor("gt_boxes", gt_boxes, "floating point", ("N", 4), device)
-        num_gt = gt_boxes.shape[0]
-        check_tensor("gt_labels", gt_labels, "integer", (num_gt,), device)
-        check_tensor("gt_offsets", gt_offsets, "integer", (batch_size + 1,), device)
-        if gt_crowd is not None:
-            check_tensor("gt_crowd", gt_crowd, "bool", (num_gt,), device)
-        assert isinstance(gt_labels, Tensor) and (gt_crowd is None or isinstance(gt_crowd, Tensor))
+        check_packed_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
         if device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_offsets(gt_offsets, num_gt)
+            check_offsets(gt_offsets, gt_boxes.shape[0])
+        assert isinstance(gt_labels, Tensor) and (gt_crowd is None or isinstance(gt_crowd, Tensor))
         return gt_boxes, gt_labels, gt_offsets, gt_crowd
 
     if gt_offsets is not None:
         raise ValueError(
             "gt_offsets: only packed gt_boxes (N, 4) take offsets, got gt_boxes as a list; pass gt_offsets=None"
         )
-    boxes = _check_list("gt_boxes", gt_boxes, batch_size)
-    labels = _check_list("gt_labels", gt_labels, batch_size)
-    crowd = None if gt_crowd is None else _check_list("gt_crowd", gt_crowd, batch_size)
+    boxes = check_list("gt_boxes", gt_boxes, batch_size)
+    labels = check_list("gt_labels", gt_labels, batch_size)
+    crowd = None if gt_crowd is None else check_list("gt_crowd", gt_crowd, batch_size)
     offsets = [0]
     for image in range(batch_size):
         check_tensor(f"gt_boxes[{image}]", boxes[image], "floating point", ("G", 4), device)
@@ -109,6 +214,7 @@ def check_objects(
         if crowd is not None:
             check_tensor(f"gt_crowd[{image}]", crowd[image], "bool", (num_objects,), device)
         offsets.append(offsets[-1] + num_objects)
+    check_count("gt_boxes", offsets[-1])
     if batch_size == 0:
         packed_boxes = torch.empty((0, 4), device=device)
         packed_labels = torch.empty((0,), dtype=torch.int64, device=device)
@@ -125,7 +231,8 @@ def check_objects(
     return packed_boxes, packed_labels, packed_offsets, packed_crowd
 
 
-def _check_list(name: str, value: object, batch_size: int) -> Sequence[Tensor]:
+def check_list(name: str, value: object, batch_size: int) -> Sequence[Tensor]:
+    """Raises unless value is a sequence of one element an image; their tensors are not looked at."""
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise TypeError(
             f"{name}: expected a list of {batch_size} tensors, one an image, like gt_boxes, got {describe(value)}"
@@ -135,7 +242,8 @@ def _check_list(name: str, value: object, batch_size: int) -> Sequence[Tensor]:
     return value
 
 
-def _check_offsets(gt_offsets: Tensor, num_gt: int) -> None:
+def check_offsets(gt_offsets: Tensor, num_gt: int) -> None:
+    """Raises ValueError unless the offsets start at 0, never decrease and stay within the num_gt objects."""
     offsets = gt_offsets.tolist()
     if offsets[0] != 0:
         raise ValueError(f"gt_offsets: must start at 0, got {offsets[0]}")
@@ -144,6 +252,39 @@ def _check_offsets(gt_offsets: Tensor, num_gt: int) -> None:
             raise ValueError(f"gt_offsets: must not decrease, got {start} then {end} for image {image}")
     if offsets[-1] > num_gt:
         raise ValueError(f"gt_offsets: must not exceed the {num_gt} packed objects, got {offsets[-1]}")
+
+
+def check_operator_arguments(
+    anchors: object,
+    pred_boxes: object,
+    cls_scores: object,
+    gt_boxes: object,
+    gt_labels: object,
+    gt_offsets: object,
+    gt_crowd: object,
+    decode: bool,
+    weight_x: float,
+    weight_y: float,
+    weight_w: float,
+    weight_h: float,
+    clip: float,
+    classification_by_regressed: bool,
+    localization_by_amplified: bool,
+    sigma: float,
+    iou_positive: float,
+    iou_ignored: float,
+    crowd_overlap: float,
+) -> None:
+    """The checks of csrc/check.h but for the offsets' values, for the operators that are written in Python."""
+    batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)
+    check_packed_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
+    if decode:
+        for weight in (weight_x, weight_y, weight_w, weight_h):
+            if not (2.0**-150 < abs(weight) <= MAX_FLOAT):
+                raise ValueError(f"box coder weights: expected finite numbers other than 0 (in float32), got {weight}")
+        if clip != clip:
+            raise ValueError("clip: expected a number, got NaN")
+    check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
 
 
 def check_values(
@@ -161,7 +302,9 @@ def check_values(
     Args:
         box_coder: None where pred_boxes are boxes, which must not be inverted; else it must decode them to finite ones.
     """
-    _check_offsets(gt_offsets, gt_boxes.shape[0])
+    if anchors.is_meta:
+        raise ValueError("check: tensors on the meta device have no values to check, pass check=False")
+    check_offsets(gt_offsets, gt_boxes.shape[0])
     offsets = gt_offsets.tolist()
     anchors = anchors.float()
     num_classes = cls_scores.shape[2]

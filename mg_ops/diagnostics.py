@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mg_ops.checks import check_objects, check_tensor, describe
+from mg_ops.checks import check_count, check_list, check_num_classes, check_objects, check_tensor, describe
 from mg_ops.matching import MutualMatch
-from mg_ops.reference import IGNORED, area, is_object
+from mg_ops.reference import IGNORED, area, autocast_type, is_object
 
 _SIZES = ("all", "small", "medium", "large")
 
@@ -103,31 +103,36 @@ def summarize(
         raise TypeError(f"match: expected what mg_ops.mutual_match returned, got {describe(match)}")
     if (gt_labels is None) != (num_classes is None):
         raise ValueError("gt_labels, num_classes: the counts by class need both, got only one")
+    if num_classes is not None:
+        check_num_classes(num_classes)
+    low, high = _check_size_limits(size_limits)
     check_tensor("match.cls_match", match.cls_match, "integer", ("B", "A"), None)
     batch_size, num_anchors = match.cls_match.shape
     device = match.cls_match.device
     check_tensor("match.loc_match", match.loc_match, "integer", (batch_size, num_anchors), device)
     if gt_labels is None:
-        gt_labels = _no_labels(gt_boxes) if isinstance(gt_boxes, Tensor) else [_no_labels(boxes) for boxes in gt_boxes]
+        gt_labels = _no_labels(gt_boxes, batch_size)
     boxes, labels, offsets, crowd = check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
     num_gt = boxes.shape[0]
-    if match.num_pos.shape != (num_gt,):
+    check_tensor("match.num_pos", match.num_pos, "integer", ("N",), device)
+    if len(match.num_pos) != num_gt:
         raise ValueError(
-            f"match: made for {match.num_pos.shape[0]} objects, but gt_boxes has {num_gt}; "
+            f"match: made for {len(match.num_pos)} objects, but gt_boxes has {num_gt}; "
             "pass the objects it was made with"
         )
 
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(autocast_type(device), enabled=False):
         boxes = boxes.float()
         # Packed buffers may hold more objects than count.
         counted = torch.arange(num_gt, device=device) < offsets[-1]
         if crowd is not None:
             counted = counted & ~crowd
         size = area(boxes)
-        low, high = (float(limit) ** 2 for limit in size_limits)
         box = is_object(boxes)
-        groups = torch.stack([torch.ones_like(box), box & (size < low), box & (size >= low), box & (size >= high)])
-        groups[2] &= size < high
+        groups = torch.stack(
+            [torch.ones_like(box), box & (size < low * low), box & (size >= low * low), box & (size >= high * high)]
+        )
+        groups[2] &= size < high * high
         groups = groups & counted  # (4, N)
 
         starts = offsets[:-1].long().unsqueeze(1)
@@ -154,8 +159,28 @@ def summarize(
         )
 
 
-def _no_labels(boxes: Tensor) -> Tensor:
-    return torch.zeros(boxes.shape[:1], dtype=torch.int64, device=boxes.device)
+def _check_size_limits(size_limits: object) -> tuple[float, float]:
+    wanted = f"size_limits: expected two numbers, 0 <= small <= large, got {size_limits!r}"
+    if not isinstance(size_limits, (tuple, list)) or len(size_limits) != 2:
+        raise TypeError(wanted)
+    if not all(isinstance(limit, (int, float)) and not isinstance(limit, bool) for limit in size_limits):
+        raise TypeError(wanted)
+    if not 0 <= size_limits[0] <= size_limits[1]:
+        raise ValueError(wanted)
+    return size_limits[0], size_limits[1]
+
+
+def _no_labels(gt_boxes: Tensor | Sequence[Tensor], batch_size: int) -> Tensor | list[Tensor]:
+    """A label 0 for each object."""
+
+    def zeros(name: str, boxes: Tensor) -> Tensor:
+        check_tensor(name, boxes, "floating point", ("G", 4), None)
+        check_count(name, len(boxes))
+        return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+
+    if isinstance(gt_boxes, Tensor):
+        return zeros("gt_boxes", gt_boxes)
+    return [zeros(f"gt_boxes[{i}]", boxes) for i, boxes in enumerate(check_list("gt_boxes", gt_boxes, batch_size))]
 
 
 def _count_positives(match: Tensor, starts: Tensor, num_gt: int) -> Tensor:

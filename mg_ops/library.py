@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mg_ops import reference
+from mg_ops.checks import check_offsets, check_operator_arguments
 
 _SIGNATURE = (
     "(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
@@ -40,6 +41,12 @@ def _load_library() -> str:
         minimum = ".".join(map(str, MINIMUM_TORCH))
         return f"torch {minimum} or newer is needed, this is {torch.__version__}: run `pip install --upgrade torch`"
     if not LIBRARY_FILE.exists():
+        folder = LIBRARY_FILE.parents[1]
+        if (folder / "CMakeLists.txt").exists():
+            return (
+                f"this mg_ops is the checkout {folder}, where the library is not built: run Python in another folder "
+                "to use the mg_ops that you have installed, or build it here with `make build`"
+            )
         return (
             f"{LIBRARY_FILE.name} was not built when mg_ops was installed: install a C++ compiler (on Debian "
             "`apt install g++`), then run `pip install --force-reinstall --no-deps --no-cache-dir .` in the checkout"
@@ -56,9 +63,10 @@ def _load_library() -> str:
 
 
 def _fake(
-    anchors: Tensor, pred_boxes: Tensor, cls_scores: Tensor, gt_boxes: Tensor, *args: object
+    anchors: Tensor, pred_boxes: Tensor, cls_scores: Tensor, gt_boxes: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of the result, for torch.compile and torch.export."""
+    """Shapes and dtypes of the result, for torch.compile and torch.export; also where some tensors are on "meta"."""
+    check_operator_arguments(anchors, pred_boxes, cls_scores, gt_boxes, *args)
     match_shape = cls_scores.shape[:2]
     num_gt = gt_boxes.shape[0]
     return (
@@ -90,6 +98,29 @@ def _eager(
     iou_ignored: float,
     crowd_overlap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_operator_arguments(
+        anchors,
+        pred_boxes,
+        cls_scores,
+        gt_boxes,
+        gt_labels,
+        gt_offsets,
+        gt_crowd,
+        decode,
+        weight_x,
+        weight_y,
+        weight_w,
+        weight_h,
+        clip,
+        classification_by_regressed,
+        localization_by_amplified,
+        sigma,
+        iou_positive,
+        iou_ignored,
+        crowd_overlap,
+    )
+    if gt_offsets.device.type == "cpu":
+        check_offsets(gt_offsets, len(gt_boxes))
     return reference.mutual_match(
         anchors,
         pred_boxes,
@@ -113,6 +144,10 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Not above: importing Triton takes longer than importing mg_ops.
     from mg_ops import triton_mutual_match
 
+    check_operator_arguments(*arguments)
+    gt_boxes, gt_offsets = arguments[3], arguments[5]
+    if gt_offsets.device.type == "cpu":
+        check_offsets(gt_offsets, len(gt_boxes))
     return triton_mutual_match.mutual_match(*arguments)
 
 

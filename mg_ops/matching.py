@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mg_ops import library
 from mg_ops.boxes import BoxCoder
-from mg_ops.checks import check_number, check_objects, check_tensor, check_values
+from mg_ops.checks import check_bool, check_objects, check_predictions, check_thresholds, check_values
 
 
 class MutualMatch(NamedTuple):
@@ -109,8 +109,8 @@ def mutual_match(
 
     Raises:
         TypeError: a wrong type or dtype; the message names the argument.
-        ValueError: a wrong shape, device, length or number, packed offsets (on the CPU) that do not start at 0,
-            decrease or exceed N, or with `check=True` a bad value.
+        ValueError: a wrong shape, device, length or number, a tensor whose memory has been freed, packed offsets (on
+            the CPU) that do not start at 0, decrease or exceed N, or with `check=True` a bad value.
         RuntimeError: the backend asked for cannot be used; the message says why.
 
     Examples:
@@ -121,22 +121,13 @@ def mutual_match(
         >>> match.cls_match
         tensor([[ 0, -1, -1]])
     """
-    check_tensor("anchors", anchors, "floating point", ("A", 4), None)
-    device = anchors.device
-    num_anchors = anchors.shape[0]
-    check_tensor("cls_scores", cls_scores, "floating point", ("B", num_anchors, "C"), device)
-    batch_size = cls_scores.shape[0]
-    check_tensor("pred_boxes", pred_boxes, "floating point", (batch_size, num_anchors, 4), device)
+    batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)
     if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     if box_coder is not None and not isinstance(box_coder, BoxCoder):
         raise TypeError(f"box_coder: expected mg_ops.BoxCoder or None, got {type(box_coder).__name__}")
-    sigma = check_number("sigma", sigma, 1.0, _MAX_FLOAT, "a finite number above 1")
-    iou_positive = check_number("iou_positive", iou_positive, 0.0, 1.0, "a threshold in (0, 1]")
-    iou_ignored = check_number("iou_ignored", iou_ignored, 0.0, 1.0, "a threshold in (0, 1]")
-    crowd_overlap = check_number("crowd_overlap", crowd_overlap, 0.0, 1.0, "a threshold in (0, 1]")
-    if iou_ignored > iou_positive:
-        raise ValueError(f"iou_ignored: must not exceed iou_positive ({iou_positive}), got {iou_ignored}")
+    numbers = check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
+    check_bool("check", check)
     boxes, labels, offsets, crowd = check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
     operator = _operator(backend, device)
     if check:
@@ -157,15 +148,9 @@ def mutual_match(
         coder.clip,
         classification_by_regressed,
         localization_by_amplified,
-        sigma,
-        iou_positive,
-        iou_ignored,
-        crowd_overlap,
+        *numbers,
     )
     return MutualMatch(cls_match, loc_match, num_pos, num_total)
-
-
-_MAX_FLOAT = torch.finfo(torch.float32).max
 
 
 _DEVICES: dict[str, tuple[str, ...]] = {

@@ -24,6 +24,11 @@ IGNORED = -2
 """In `cls_match`: the anchor takes no part in the classification loss."""
 
 
+def autocast_type(device: torch.device) -> str:
+    """The device type to switch autocast off for: "meta" has none, and torch refuses it."""
+    return "cpu" if device.type == "meta" else device.type
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arithmetic
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mg_ops.boxes import BoxCoder
-from mg_ops.checks import check_objects, check_tensor, describe
+from mg_ops.checks import check_num_classes, check_objects, check_tensor, describe
 from mg_ops.matching import MutualMatch
-from mg_ops.reference import BACKGROUND, IGNORED
+from mg_ops.reference import BACKGROUND, IGNORED, autocast_type
 
 
 class Targets(NamedTuple):
@@ -63,10 +63,7 @@ def encode_targets(
     if not isinstance(match, MutualMatch):
         raise TypeError(f"match: expected what mg_ops.mutual_match returned, got {describe(match)}")
     if num_classes is not None:
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes: expected an integer or None, got {describe(num_classes)}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes: expected at least 0, got {num_classes}")
+        check_num_classes(num_classes)
     check_tensor("anchors", anchors, "floating point", ("A", 4), None)
     device = anchors.device
     num_anchors = anchors.shape[0]
@@ -76,19 +73,20 @@ def encode_targets(
     boxes, labels, offsets, _ = check_objects(gt_boxes, gt_labels, gt_offsets, None, batch_size, device)
     labels = labels.long()
     num_gt = boxes.shape[0]
-    if match.num_pos.shape != (num_gt,):
+    check_tensor("match.num_pos", match.num_pos, "integer", ("N",), device)
+    if len(match.num_pos) != num_gt:
         raise ValueError(
-            f"match: made for {match.num_pos.shape[0]} objects, but gt_boxes has {num_gt}; "
+            f"match: made for {len(match.num_pos)} objects, but gt_boxes has {num_gt}; "
             "pass the objects it was made with"
         )
     if box_coder is not None and not isinstance(box_coder, BoxCoder):
         raise TypeError(f"box_coder: expected mg_ops.BoxCoder or None, got {type(box_coder).__name__}")
 
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(autocast_type(device), enabled=False):
         if num_gt == 0:
-            nothing = torch.full_like(match.loc_match, BACKGROUND)
+            nothing = torch.full_like(match.loc_match, BACKGROUND, dtype=torch.int64)
             no_boxes = torch.zeros((*nothing.shape, 4), dtype=torch.float32, device=device)
-            return Targets(match.cls_match.clone(), nothing, no_boxes)
+            return Targets(match.cls_match.to(torch.int64, copy=True), nothing, no_boxes)
         start = offsets[:-1].long().unsqueeze(1)  # (B, 1)
         label_of = labels[(start + match.cls_match).clamp(0, num_gt - 1)]
         if num_classes is not None:

@@ -218,10 +218,16 @@ def test_wrong_offsets_are_read_as_the_reference_does(
     arguments["gt_offsets"] = torch.tensor(offsets)
     match = small_blocks.mutual_match(**arguments, clamp_offsets=True, cluster_size=cluster_size)
     names = ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")
-    expected = torch.ops.mg_ops.mutual_match_eager(
-        *(arguments[name] for name in names), None, True, *coder.weights, coder.clip, True, True, 2.0, 0.5, 0.4, 0.5
+    expected = mg_ops.reference.mutual_match(
+        *(arguments[name] for name in names), None, coder.weights, coder.clip, True, True, 2.0, 0.5, 0.4, 0.5
     )
     cuda_on_cpu.assert_same(match, mg_ops.MutualMatch(*expected), str(offsets))
+
+
+@pytest.mark.parametrize("cluster_size", [0, 3], ids=["three launches", "one launch"])
+def test_random_wrong_offsets(small_blocks: cuda_on_cpu.Emulator, cluster_size: int) -> None:
+    first = 7000 + 100 * cluster_size
+    cuda_on_cpu.check_wrong_offsets(small_blocks, range(first, first + fuzz_cases(20)), cluster_size)
 
 
 def test_launches_and_memory(small_blocks: cuda_on_cpu.Emulator) -> None:

@@ -75,6 +75,14 @@ def package(tmp_path: Path) -> Path:
     return Path(shutil.copytree(PACKAGE, tmp_path / "mg_ops", ignore=ignored))
 
 
+def test_a_checkout_that_is_not_built_is_told_from_an_installation(package: Path) -> None:
+    """Python prefers the folder it is started in to what is installed."""
+    (package.parent / "CMakeLists.txt").touch()
+    assert_eager_only(
+        import_and_match(package), f"the checkout {package.parent}, where the library is not built: run Python"
+    )
+
+
 @needs_library
 def test_a_library_that_fits_loads_without_a_word() -> None:
     answer = import_and_match(PACKAGE)

@@ -1,4 +1,4 @@
-"""Extra memory stays within 40 bytes x B x A (and a little for each object), however many objects there are."""
+"""Extra memory stays within 40 bytes x B x A (and a little for each object), and no call leaves any behind."""
 
 from __future__ import annotations
 
@@ -73,3 +73,16 @@ def test_extra_memory_is_bounded(batch_size: int, num_objects: int) -> None:
     # One MiB for what the process does besides: pages come in clusters, and Python allocates too.
     bound = 40 * batch_size * num_anchors + 400 * batch_size * num_objects + 2**20
     assert extra <= bound, f"{extra / (batch_size * num_anchors):.1f} bytes an anchor"
+
+
+def test_many_calls_leave_nothing_behind() -> None:
+    """A short run of `make soak`: a leak of 300 bytes a call would show."""
+    if not mg_ops.backends()["cpp"].usable:
+        pytest.skip(mg_ops.backends()["cpp"].detail)
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc here")
+    script = Path(__file__).parent / "soak.py"
+    run = subprocess.run(
+        [sys.executable, str(script), "--calls", "30000", "--threads", "1"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

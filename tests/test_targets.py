@@ -94,3 +94,14 @@ def test_iou_agrees_with_torchvision() -> None:
     ops = pytest.importorskip("torchvision.ops")
     boxes_1, boxes_2 = random_boxes(300, 5), random_boxes(200, 6)
     torch.testing.assert_close(mg_ops.box_iou(boxes_1, boxes_2), ops.box_iou(boxes_1, boxes_2), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_objects", [0, 1])
+def test_targets_are_int64_whatever_the_match_is(num_objects: int) -> None:
+    anchors = torch.tensor([[0.0, 0.0, 1.0, 1.0], [5.0, 5.0, 6.0, 6.0]])
+    objects = [anchors[:num_objects]], [torch.zeros(num_objects, dtype=torch.int32)]
+    match = mg_ops.mutual_match(anchors, anchors[None], torch.zeros(1, 2, 3), *objects)
+    match = match._replace(cls_match=match.cls_match.int(), loc_match=match.loc_match.int())
+    targets = mg_ops.encode_targets(match, anchors, *objects)
+    assert targets.class_targets.dtype == targets.loc_labels.dtype == torch.int64
+    assert targets.class_targets.tolist() == targets.loc_labels.tolist() == [[0 if num_objects else -1, -1]]

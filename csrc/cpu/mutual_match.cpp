@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,6 +17,7 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -65,6 +67,14 @@ IntArray int_array(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.scalar_type() == ScalarType::Long, tensor.stride(0)};
 }
 
+Tensor new_output(const Tensor& anchors, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  try {
+    return torch::stable::new_empty(anchors, shape, dtype);
+  } catch (const std::exception&) {
+    fail("mutual_match: not enough memory for a result of shape ", shape_text(shape.begin(), shape.size()));
+  }
+}
+
 // Brings the pages of fresh memory in with one system call: touched one by one, their page faults can cost as much as
 // the whole matching. Memory that the allocator hands out again has its pages; the first one tells. Only advice: where
 // the kernel (before Linux 5.14) does not know it, nothing changes.
@@ -105,6 +115,36 @@ void populate_rows(const MatchProblem& problem, int64_t image) {
   populate_pages(problem.loc_match + image * problem.num_anchors, bytes);
 }
 
+// A process forked from one that has used torch's threads has none of them, but does not know: torch would wait for
+// them forever. Data loaders and multiprocessing fork.
+bool in_forked_process = false;
+const int fork_is_noticed = pthread_atfork(nullptr, nullptr, [] { in_forked_process = true; });
+
+// Calls work(begin, end) for parts of this range, on as many threads as torch uses.
+template <typename Function>
+void share_out(int64_t begin, int64_t end, const Function& work) {
+  if (!in_forked_process) {
+    torch::stable::parallel_for(begin, end, 1, work);
+    return;
+  }
+  const int64_t num_parts = std::min<int64_t>(end - begin, torch::stable::get_num_threads());
+  std::vector<std::thread> threads;
+  for (int64_t part = 0; part < num_parts; ++part) {
+    const int64_t first = begin + (end - begin) * part / num_parts;
+    const int64_t stop = begin + (end - begin) * (part + 1) / num_parts;
+    bool started = false;
+    if (part + 1 < num_parts) {
+      try {
+        threads.emplace_back([&work, first, stop] { work(first, stop); });
+        started = true;
+      } catch (const std::exception&) {  // no thread to be had: the work is done here
+      }
+    }
+    if (!started) work(first, stop);
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 using Work = std::unique_ptr<ImageWork, void (*)(ImageWork*)>;
 
 // Enough images for all threads: each thread takes one image after another. False: out of memory.
@@ -118,7 +158,7 @@ bool match_images(const MatchProblem& problem, const BoxTile* anchor_tiles, int6
   });
   std::atomic<int64_t> next_image{0};
   std::atomic<bool> enough_memory{true};
-  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
+  share_out(0, num_threads, [&](int64_t, int64_t) {
     const Work work(run.create_work(problem, anchor_tiles), run.destroy_work);
     if (work == nullptr) enough_memory = false;
     while (enough_memory) {
@@ -150,13 +190,13 @@ bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles
     if (works.back() == nullptr || !run.begin_image(*works.back(), image)) return false;
   }
   const auto for_images = [&](auto step) {
-    torch::stable::parallel_for(0, problem.batch_size, 1, [&](int64_t begin, int64_t end) {
+    share_out(0, problem.batch_size, [&](int64_t begin, int64_t end) {
       for (int64_t image = begin; image < end; ++image) step(*works[static_cast<size_t>(image)]);
     });
   };
   // The tiles of all images are one range, which the threads divide evenly.
   const auto for_tiles = [&](auto step) {
-    torch::stable::parallel_for(0, problem.batch_size * num_tiles, 1, [&](int64_t begin, int64_t end) {
+    share_out(0, problem.batch_size * num_tiles, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t image = begin / num_tiles, first = image * num_tiles;
         const int64_t stop = std::min(end, first + num_tiles);
@@ -179,19 +219,20 @@ bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cpu(
-    const Tensor& anchors, const Tensor& pred_boxes, const Tensor& cls_scores, const Tensor& gt_boxes,
-    const Tensor& gt_labels, const Tensor& gt_offsets, const std::optional<Tensor>& gt_crowd, bool decode,
-    double weight_x, double weight_y, double weight_w, double weight_h, double clip, bool classification_by_regressed,
-    bool localization_by_amplified, double sigma, double iou_positive, double iou_ignored, double crowd_overlap) {
+    Tensor anchors, Tensor pred_boxes, Tensor cls_scores, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
+    const std::optional<Tensor>& gt_crowd, bool decode, double weight_x, double weight_y, double weight_w,
+    double weight_h, double clip, bool classification_by_regressed, bool localization_by_amplified, double sigma,
+    double iou_positive, double iou_ignored, double crowd_overlap) {
   const MatchSizes sizes = check_match_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets,
                                                  gt_crowd, decode, weight_x, weight_y, weight_w, weight_h, clip, sigma,
                                                  iou_positive, iou_ignored, crowd_overlap);
+  align({&anchors, &pred_boxes, &cls_scores, &gt_boxes, &gt_labels, &gt_offsets});
   check_offsets(gt_offsets, sizes.num_gt);
 
-  const Tensor cls_match = torch::stable::new_empty(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
-  const Tensor loc_match = torch::stable::new_empty(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
-  const Tensor num_pos = torch::stable::new_empty(anchors, {sizes.num_gt}, ScalarType::Int);
-  const Tensor num_total = torch::stable::new_empty(anchors, {sizes.num_gt}, ScalarType::Int);
+  const Tensor cls_match = new_output(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
+  const Tensor loc_match = new_output(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
+  const Tensor num_pos = new_output(anchors, {sizes.num_gt}, ScalarType::Int);
+  const Tensor num_total = new_output(anchors, {sizes.num_gt}, ScalarType::Int);
   if (sizes.num_gt > 0) {
     std::memset(num_pos.mutable_data_ptr(), 0, static_cast<size_t>(sizes.num_gt) * sizeof(int32_t));
     std::memset(num_total.mutable_data_ptr(), 0, static_cast<size_t>(sizes.num_gt) * sizeof(int32_t));
@@ -227,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cpu(
   std::unique_ptr<BoxTile[]> anchor_tiles;
   if (sizes.batch_size >= kShareAnchorTilesFrom) {
     anchor_tiles.reset(new BoxTile[static_cast<size_t>(num_tiles)]);
-    torch::stable::parallel_for(0, num_tiles, 1, [&](int64_t begin, int64_t end) {
+    share_out(0, num_tiles, [&](int64_t begin, int64_t end) {
       kernels().load_anchor_tiles(problem, begin, end, anchor_tiles.get());
     });
   }

@@ -98,13 +98,14 @@ void launch_one(const MatchProblem& problem, int num_blocks, cudaStream_t stream
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cuda(
-    const Tensor& anchors, const Tensor& pred_boxes, const Tensor& cls_scores, const Tensor& gt_boxes,
-    const Tensor& gt_labels, const Tensor& gt_offsets, const std::optional<Tensor>& gt_crowd, bool decode,
-    double weight_x, double weight_y, double weight_w, double weight_h, double clip, bool classification_by_regressed,
-    bool localization_by_amplified, double sigma, double iou_positive, double iou_ignored, double crowd_overlap) {
+    Tensor anchors, Tensor pred_boxes, Tensor cls_scores, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
+    const std::optional<Tensor>& gt_crowd, bool decode, double weight_x, double weight_y, double weight_w,
+    double weight_h, double clip, bool classification_by_regressed, bool localization_by_amplified, double sigma,
+    double iou_positive, double iou_ignored, double crowd_overlap) {
   const MatchSizes sizes = check_match_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets,
                                                  gt_crowd, decode, weight_x, weight_y, weight_w, weight_h, clip, sigma,
                                                  iou_positive, iou_ignored, crowd_overlap);
+  align({&anchors, &pred_boxes, &cls_scores, &gt_boxes, &gt_labels, &gt_offsets});
   // Blocks are numbered in 31 bits, classes too.
   constexpr int64_t kMaxCount = std::numeric_limits<int32_t>::max();
   if (sizes.num_anchors > 0 && sizes.batch_size > kMaxCount / (sizes.num_anchors / kThreads + 1)) {

@@ -20,6 +20,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -245,6 +246,62 @@ def check_against_reference(emulator: Emulator, batches: range, case_seed: int, 
         match = emulator.mutual_match(**batch.arguments, seed=seed, cluster_size=cluster_size)
         assert_same(match, mg_ops.mutual_match(**batch.arguments, backend="eager"), str(batch))
     return len(CASES) + len(batches)
+
+
+def wrong_offsets(seed: int, batch_size: int, num_gt: int) -> Tensor:
+    """(batch_size + 1,) offsets that are hardly ever right: huge, negative, decreasing, or all of that."""
+    random = np.random.default_rng([seed, 5])
+    dtype = torch.int32 if random.random() < 0.3 else torch.int64
+    limits = torch.iinfo(dtype)
+    extremes = [limits.min, limits.max, -1, 0, 1, num_gt, num_gt + 1, num_gt - 1, 2**31 - 1, -(2**31)]
+    offsets = random.integers(-2, num_gt + 3, batch_size + 1)
+    kind = random.integers(0, 5)
+    if kind == 0:
+        offsets = np.sort(offsets)[::-1].copy()
+    elif kind == 1:
+        offsets = np.array([extremes[random.integers(0, len(extremes))] for _ in offsets], dtype=np.int64)
+    elif kind == 2:
+        offsets = random.integers(limits.min, limits.max, batch_size + 1, dtype=np.int64)
+    elif kind == 3:
+        offsets[random.integers(0, batch_size + 1)] = extremes[random.integers(0, len(extremes))]
+    return torch.from_numpy(offsets).to(dtype)
+
+
+def check_wrong_offsets(emulator: Emulator, batches: range, cluster_size: int = 0) -> int:
+    """Compares the kernels with the reference on random batches with offsets that no CPU backend would take.
+
+    Arguments, result and errors as of `check_against_reference`.
+    """
+    from random_batches import random_batch
+
+    for seed in batches:
+        batch = random_batch(seed)
+        arguments = dict(batch.arguments)
+        objects = [arguments.pop(name, None) for name in ("gt_boxes", "gt_labels", "gt_offsets", "gt_crowd")]
+        batch_size, _, _ = arguments["cls_scores"].shape
+        boxes, labels, _, crowd = check_objects(*objects, batch_size, torch.device("cpu"))
+        offsets = wrong_offsets(seed, batch_size, len(boxes))
+        match = emulator.mutual_match(
+            **arguments,
+            gt_boxes=boxes,
+            gt_labels=labels,
+            gt_offsets=offsets,
+            gt_crowd=crowd,
+            seed=seed,
+            cluster_size=cluster_size,
+            clamp_offsets=True,
+        )
+        coder = arguments["box_coder"] if arguments.get("box_coder") else None
+        expected = mg_ops.reference.mutual_match(
+            *(arguments[name] for name in ("anchors", "pred_boxes", "cls_scores")),
+            *(boxes, labels, offsets, crowd),
+            coder.weights if coder else None,
+            coder.clip if coder else 0.0,
+            *STRATEGIES[arguments["strategy"]],
+            *(arguments[name] for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap")),
+        )
+        assert_same(match, mg_ops.MutualMatch(*expected), f"{batch} with offsets {offsets.tolist()}")
+    return len(batches)
 
 
 def assert_same(match: mg_ops.MutualMatch, expected: mg_ops.MutualMatch, what: str) -> None:

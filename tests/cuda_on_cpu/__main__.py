@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=50, help="how many random batches (default 50)")
     parser.add_argument("--first", type=int, default=0, help="seed of the first (default 0)")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
+    parser.add_argument("--wrong-offsets", action="store_true", help="only the batches with wrong offsets")
     parser.add_argument("--mistake", type=int, default=0, help="run the kernel with this mistake instead (1 to 5)")
     parser.add_argument(
         "--count", metavar="CASE", help="print launches, bytes and score reads of a benchmark case instead"
@@ -72,7 +73,9 @@ def main() -> None:
         count(emulator, options.count, options.images)
         return
     batches = range(options.first, options.first + options.batches)
-    compared = cuda_on_cpu.check_against_reference(emulator, batches, options.first)
+    compared = 0 if options.wrong_offsets else cuda_on_cpu.check_against_reference(emulator, batches, options.first)
+    compared += cuda_on_cpu.check_wrong_offsets(emulator, batches)
+    compared += cuda_on_cpu.check_wrong_offsets(emulator, batches[::4], cluster_size=3)
     print(
         f"{compared} batches equal to the reference, blocks of {options.threads} threads, sanitizers {options.sanitize}"
     )
