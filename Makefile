@@ -21,6 +21,7 @@ WHEEL_TORCH ?= torch==2.13.0
 BENCH_ARGS ?=
 GPU_CHECK_ARGS ?=
 PYTEST_ARGS ?=
+WHEEL_TEST_ARGS ?=
 
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
@@ -34,7 +35,7 @@ export MG_OPS_REQUIRE_LIBRARY := 1
 export PIP_NO_INPUT := 1
 SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),g++) -print-file-name=$(library)))
 
-.PHONY: help venv build bench gpu-check test test-python test-asan test-wheel test-headers wheel lint format clean FORCE
+.PHONY: help venv build bench gpu-check test test-python test-asan test-wheel test-wheels test-headers wheel lint format clean FORCE
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -97,11 +98,23 @@ test-asan: $(VENV)/.installed  ## the C++ backend's tests under AddressSanitizer
 	  MG_OPS_FUZZ=$${MG_OPS_FUZZ:-0.1} \
 	  $(PY) -m pytest -p no:cacheprovider --capture=sys $(ASAN_TESTS) $(PYTEST_ARGS)
 
-wheel: dist/.built  ## dist/mg_ops-*-py3-none-*.whl, audited
-dist/.built: $(LIBRARY) $(wildcard mg_ops/*.py mg_ops/*/*.py) pyproject.toml MANIFEST.in
-	rm -rf dist build/lib.* build/bdist.*
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
-	$(VENV)/bin/torch-abi-audit --check torch $(LIBRARY)
+# From the sdist, so that it is known to hold everything; for all GPU generations (the default in CMakeLists.txt); linked for
+# glibc 2.28, which is what torch's own wheels ask for. auditwheel checks that and names the wheel. torch brings its
+# libraries itself; any other one would be copied into the wheel, and the tests would say so.
+WHEEL_PLATFORM := manylinux_2_28_x86_64
+wheel: dist/.built  ## the release: dist/mg_ops-*-$(WHEEL_PLATFORM).whl, audited, and the sdist
+dist/.built: $(SOURCES) $(wildcard mg_ops/*.py mg_ops/*/*.py) README.md pyproject.toml MANIFEST.in $(VENV)/.installed
+	rm -rf dist build/wheel/build/lib.* build/wheel/build/bdist.* build/wheel/build/*.whl
+	mkdir -p build/wheel && find build/wheel -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	$(PY) -m build --no-isolation --sdist --outdir dist .
+	tar -xf dist/mg_ops-*.tar.gz -C build/wheel --strip-components=1
+	CMAKE_ARGS="$(filter-out -DMG_OPS_CUDA_ARCHITECTURES=%,$(CMAKE_ARGS)) -DMG_OPS_MANYLINUX=ON" \
+	  $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel/build build/wheel
+	PATH="$(VENV)/bin:$$PATH" auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat \
+	  --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/wheel/build/mg_ops-*.whl
+	$(PY) -m zipfile --extract dist/mg_ops-*.whl build/wheel/unpacked
+	$(VENV)/bin/torch-abi-audit --check torch build/wheel/unpacked/$(LIBRARY)
+	@ls -l dist
 	@touch $@
 
 build/wheel-venv/.installed: Makefile
@@ -112,6 +125,10 @@ build/wheel-venv/.installed: Makefile
 test-wheel: wheel build/wheel-venv/.installed  ## the wheel in a clean environment, under another torch
 	build/wheel-venv/bin/python -m pip --disable-pip-version-check install --quiet --force-reinstall --no-deps dist/*.whl
 	build/wheel-venv/bin/python -I tests/try_installed_wheel.py
+
+# Needs a few GB of disk at a time, and an interpreter for each Python version (on PATH or pyenv's).
+test-wheels: wheel  ## the test suite with the wheel under every supported torch and Python; options in WHEEL_TEST_ARGS
+	OMP_NUM_THREADS=1 $(PY) tests/wheel_matrix.py dist/*.whl $(WHEEL_TEST_ARGS)
 
 lint: $(VENV)/.installed  ## ruff, mypy --strict and clang-format, without changing anything
 	$(VENV)/bin/ruff check .
