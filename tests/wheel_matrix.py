@@ -44,7 +44,7 @@ class Environment(NamedTuple):
         if self.torch == "newest":
             return ["torch", "torchvision"]
         if self.torch.count(".") == 2:
-            # The build of 2.13.0 for the CPU; torchvision's build is for CUDA, so it goes without.
+            # There are builds of 2.13.0 without CUDA; torchvision's has it, so this one goes without torchvision.
             return [f"torch=={self.torch}"]
         return [f"torch=={self.torch}.*", "torchvision"]
 
@@ -52,11 +52,11 @@ class Environment(NamedTuple):
 # Every torch once and every Python at least once.
 MATRIX = [
     Environment("2.10", "3.10"),
-    Environment("2.11", "3.11"),
+    Environment("2.11", "3.12"),
     Environment("2.12", "3.12"),
-    Environment("2.13.0", "3.13"),
+    Environment("2.13.0", "3.11"),
     Environment("2.14", "3.12"),
-    Environment("newest", "3.11"),
+    Environment("newest", "3.13"),
 ]
 TEST_PACKAGES = ["pytest", "hypothesis", "numpy", "pillow"]
 
@@ -107,67 +107,98 @@ def count_outcomes(report: Path) -> dict[str, Any]:
     }
 
 
-def run_environment(environment: Environment, wheel: Path, fuzz: str, log: Path) -> dict[str, Any]:
-    """Installs, runs and deletes one environment; what came of it."""
+class Runner(NamedTuple):
+    """Runs commands in the folder of one environment, with all they say in its log."""
+
+    folder: Path
+    log: Path
+    fuzz: str
+
+    @property
+    def python(self) -> Path:
+        """The environment's interpreter."""
+        return self.folder / "venv" / "bin" / "python"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Nothing of the caller's Python or of mg_ops reaches the environment."""
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MG_OPS_"))}
+        return inherited | {"MG_OPS_FUZZ": self.fuzz, "OMP_NUM_THREADS": "1"}
+
+    def __call__(self, *command: str | Path) -> bool:
+        """Whether the command succeeds."""
+        words = [str(word) for word in command]
+        with self.log.open("a") as log_file:
+            print("$", *words, file=log_file, flush=True)
+            finished = subprocess.run(
+                words, cwd=self.folder, env=self.variables, stdout=log_file, stderr=subprocess.STDOUT, check=False
+            )
+        return finished.returncode == 0
+
+
+def install(environment: Environment, wheel: Path, find_links: str | None, run: Runner) -> str:
+    """Makes the environment; the reason why not, or an empty string."""
     interpreter = find_python(environment.python)
     if interpreter is None:
-        return {"not_run": f"no Python {environment.python} on PATH or in pyenv"}
-    with tempfile.TemporaryDirectory(prefix="mg_ops_wheel_") as name, log.open("w") as log_file:
-        folder = Path(name)
-        python = folder / "venv" / "bin" / "python"
-        variables = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MG_OPS_"))}
-        variables |= {"MG_OPS_FUZZ": fuzz, "OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        return f"no Python {environment.python} on PATH or in pyenv"
+    # uv, since pip takes several times as long over the gigabytes of torch and CUDA.
+    uv_install = [sys.executable, "-m", "uv", "pip", "install", "--no-cache", "--python", str(run.python)]
+    uv_install += ["--find-links", find_links] if find_links else []
+    if not run(interpreter, "-m", "venv", run.folder / "venv"):
+        return f"{interpreter} -m venv failed"
+    # torch first, then the wheel with its dependencies, which must find this torch good enough.
+    if not run(*uv_install, *environment.packages, *TEST_PACKAGES) or not run(*uv_install, wheel):
+        return (
+            f"{' '.join(environment.packages)} could not be installed: {run.log.read_text().strip().splitlines()[-1]}"
+        )
+    return ""
 
-        def run(*command: str | Path) -> bool:
-            print("$", *command, file=log_file, flush=True)
-            words = [str(word) for word in command]
-            finished = subprocess.run(
-                words, cwd=folder, env=variables, stdout=log_file, stderr=subprocess.STDOUT, check=False
-            )
-            return finished.returncode == 0
 
-        copy_tests(folder)
-        install = [python, "-m", "pip", "install", "--no-cache-dir", "--progress-bar", "off"]
-        started = time.monotonic()
-        # torch first, then the wheel with its dependencies: if it did not accept this torch, pip would replace it.
-        installed = (
-            run(interpreter, "-m", "venv", folder / "venv")
-            and run(*install, *environment.packages, *TEST_PACKAGES)
-            and run(*install, wheel)
-        )
-        if not installed:
-            last_line = log.read_text().strip().splitlines()[-1]
-            return {"not_run": f"pip could not install {' '.join(environment.packages)}: {last_line}"}
-        print(f"  installed in {time.monotonic() - started:.0f} s", flush=True)
-        question = (
-            "import json, platform, torch, importlib.metadata as metadata\n"
-            "def version(name):\n"
-            "    try: return metadata.version(name)\n"
-            "    except metadata.PackageNotFoundError: return None\n"
-            "names = ('torchvision', 'triton', 'numpy')\n"
-            "print(json.dumps({'python': platform.python_version(), 'torch': torch.__version__,\n"
-            "                  'cuda': torch.version.cuda, **{name: version(name) for name in names}}))"
-        )
-        asked = subprocess.run(
-            [python, "-I", "-c", question], cwd=folder, env=variables, capture_output=True, text=True, check=False
-        )
-        if asked.returncode != 0:
-            return {"not_run": f"torch does not start: {asked.stderr.strip().splitlines()[-1]}"}
-        result: dict[str, Any] = json.loads(asked.stdout)
-        started = time.monotonic()
-        works = run(python, "-I", folder / "tests" / "try_installed_wheel.py")
-        report = folder / "report.xml"
-        pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=20"]
-        passed = run(*pytest, f"--junitxml={report}", "tests")
-        result["seconds"] = round(time.monotonic() - started)
-        if not report.exists():
-            return result | {"not_run": "pytest did not start: see the log"}
-        result |= count_outcomes(report)
-        if not works:
-            result["failed"] += 1
-            result["failures"].insert(0, "tests/try_installed_wheel.py")
-        assert passed == (result["failed"] == int(not works)), f"pytest's exit status and its report disagree: {log}"
-        return result
+def run_tests(run: Runner, slow: bool) -> dict[str, Any]:
+    """What is installed, and what the tests say of it."""
+    copy_tests(run.folder)
+    question = (
+        "import importlib.metadata, json, platform, torch\n"
+        "installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}\n"
+        "versions = {name: installed.get(name) for name in ('mg_ops', 'torchvision', 'triton', 'numpy')}\n"
+        "print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda, 'python': platform.python_version(),\n"
+        "                  'glibc': platform.libc_ver()[1], **versions}))"
+    )
+    command = [str(run.python), "-I", "-c", question]
+    asked = subprocess.run(command, cwd=run.folder, env=run.variables, capture_output=True, text=True, check=False)
+    if asked.returncode != 0:
+        return {"not_run": f"torch does not start: {asked.stderr.strip().splitlines()[-1]}"}
+    result: dict[str, Any] = json.loads(asked.stdout)
+    report = run.folder / "report.xml"
+    started = time.monotonic()
+    works = run(run.python, "-I", run.folder / "tests" / "try_installed_wheel.py")
+    selection = [] if slow else ["-m", "not slow"]
+    pytest = [run.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=20", *selection]
+    passed = run(*pytest, f"--junitxml={report}", "tests")
+    result["seconds"] = round(time.monotonic() - started)
+    if not report.exists():
+        return result | {"not_run": f"pytest did not finish: {run.log.read_text().strip().splitlines()[-1]}"}
+    result |= count_outcomes(report)
+    if passed != (result["failed"] == 0):
+        raise RuntimeError(f"pytest's exit status and its report disagree: {run.log}")
+    if not works:
+        result["failed"] += 1
+        result["failures"].insert(0, "tests/try_installed_wheel.py")
+    return result
+
+
+def run_environment(
+    environment: Environment, wheel: Path, find_links: str | None, fuzz: str, slow: bool, log: Path
+) -> dict[str, Any]:
+    """Installs, tests and deletes one environment; what came of it."""
+    log.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mg_ops_wheel_") as name:
+        run = Runner(Path(name), log, fuzz)
+        error = install(environment, wheel, find_links, run)
+        if error:
+            return {"not_run": error}
+        print("  installed", flush=True)
+        return run_tests(run, slow)
 
 
 def commit() -> str:
@@ -211,14 +242,25 @@ def read_results() -> list[dict[str, Any]]:
     return [known[environment] for environment in MATRIX if environment in known]
 
 
+def record(result: dict[str, Any]) -> None:
+    """Replaces what was known of this environment, and the README's table."""
+    known = read_results() if RESULTS.exists() else []
+    others = [other for other in known if other["environment"] != result["environment"]]
+    RESULTS.write_text(json.dumps([*others, result], indent=1) + "\n")
+    RESULTS.write_text(json.dumps(read_results(), indent=1) + "\n")  # in the order of MATRIX
+    write_table(read_results())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", nargs="?", type=Path, help="the wheel to test")
     parser.add_argument("--only", nargs="+", metavar="TORCH", help=f"some of {', '.join(e.torch for e in MATRIX)}")
     parser.add_argument("--fuzz", default="0.1", help="share of the random cases to run (default: 0.1)")
+    parser.add_argument("--slow", action="store_true", help="run the tests marked slow too")
     parser.add_argument(
-        "--logs", type=Path, default=ROOT / "build" / "wheel_matrix", help="folder for pip's and pytest's output"
+        "--find-links", metavar="FOLDER", help="a folder of further wheels, a torch without CUDA perhaps"
     )
+    parser.add_argument("--logs", type=Path, default=ROOT / "build" / "wheel_matrix", metavar="FOLDER")
     parser.add_argument("--no-record", action="store_true", help="leave docs/wheel_matrix.json and the README alone")
     parser.add_argument("--table", action="store_true", help="only write the README's table again")
     arguments = parser.parse_args()
@@ -231,31 +273,26 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only: expected some of {', '.join(e.torch for e in MATRIX)}, got {' '.join(arguments.only)}")
     arguments.logs.mkdir(parents=True, exist_ok=True)
-    revision, good = commit(), True
+    wheel, revision, good = arguments.wheel.resolve(), commit(), True
     for environment in chosen:
         print(f"torch {environment.torch}, Python {environment.python}", flush=True)
         log = arguments.logs / f"torch-{environment.torch}-python-{environment.python}.log"
-        result = run_environment(environment, arguments.wheel.resolve(), arguments.fuzz, log)
+        result = run_environment(environment, wheel, arguments.find_links, arguments.fuzz, arguments.slow, log)
         result |= {
             "environment": list(environment),
-            "wheel": arguments.wheel.name,
+            "wheel": wheel.name,
             "fuzz": float(arguments.fuzz),
+            "slow": arguments.slow,
             "commit": revision,
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }
-        good &= result.get("failed") == 0
-        print(f"  {result.get('not_run') or {key: result[key] for key in ('passed', 'failed', 'skipped', 'seconds')}}")
-        print(*(f"  FAILED {failure}" for failure in result.get("failures", [])), sep="\n", end="", flush=True)
+        counts = {key: result.get(key) for key in ("passed", "failed", "skipped", "seconds")}
+        print(f"  not run: {result['not_run']}" if "not_run" in result else f"  {counts}", flush=True)
+        for failure in result.get("failures", []):
+            print(f"  FAILED {failure}", flush=True)
+        good = good and result.get("failed") == 0
         if not arguments.no_record:
-            known = (
-                [known for known in read_results() if known["environment"] != list(environment)]
-                if RESULTS.exists()
-                else []
-            )
-            RESULTS.write_text(json.dumps([*known, result], indent=1) + "\n")
-            results = read_results()
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            write_table(results)
+            record(result)
     if not good:
         sys.exit(f"Not every environment passed; the logs are in {arguments.logs}")
 
