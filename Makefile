@@ -130,11 +130,13 @@ test-wheel: wheel build/wheel-venv/.installed  ## the wheel in a clean environme
 test-wheels: wheel  ## the test suite with the wheel under every supported torch and Python; options in WHEEL_TEST_ARGS
 	OMP_NUM_THREADS=1 $(PY) tests/wheel_matrix.py dist/*.whl $(WHEEL_TEST_ARGS)
 
-lint: $(VENV)/.installed  ## ruff, mypy --strict and clang-format, without changing anything
+lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format and the workflows' linters, without changing anything
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy mg_ops
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/zizmor --offline --quiet .github
 
 format: $(VENV)/.installed  ## rewrites what ruff and clang-format can
 	$(VENV)/bin/ruff check --fix .

@@ -267,3 +267,9 @@ def test_the_readme_shows_the_environments_the_wheel_was_last_tested_in() -> Non
     results = wheel_matrix.read_results()
     assert [result["environment"] for result in results] == [list(environment) for environment in wheel_matrix.MATRIX]
     assert wheel_matrix.render_table(results) in wheel_matrix.README.read_text()
+
+
+def test_the_workflow_tests_the_wheel_in_the_same_environments() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    environments = re.findall(r'\{ torch: "?([\w.]+)"?, python: "([\d.]+)" \}', workflow)
+    assert environments == [tuple(environment) for environment in wheel_matrix.MATRIX]

@@ -161,8 +161,8 @@ def run_tests(run: Runner, slow: bool) -> dict[str, Any]:
         "import importlib.metadata, json, platform, torch\n"
         "installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}\n"
         "versions = {name: installed.get(name) for name in ('mg_ops', 'torchvision', 'triton', 'numpy')}\n"
-        "print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda, 'python': platform.python_version(),\n"
-        "                  'glibc': platform.libc_ver()[1], **versions}))"
+        "print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda,\n"
+        "                  'python': platform.python_version(), 'glibc': platform.libc_ver()[1], **versions}))"
     )
     command = [str(run.python), "-I", "-c", question]
     asked = subprocess.run(command, cwd=run.folder, env=run.variables, capture_output=True, text=True, check=False)
