@@ -18,9 +18,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # older than 70: an environment's own, which pip uses with --no-build-isolation
+    raise SystemExit(
+        f"mg_ops: setuptools 77 or newer is needed to build, this is {setuptools.__version__}: run "
+        "`pip install --upgrade setuptools`, or leave out --no-build-isolation"
+    ) from None
 
 ROOT = Path(__file__).parent.resolve()
 # optional: where the tools are missing there is no file to copy, and that is no error.
