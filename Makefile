@@ -114,6 +114,8 @@ dist/.built: $(SOURCES) $(wildcard mg_ops/*.py mg_ops/*/*.py) README.md pyprojec
 	  --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/wheel/build/mg_ops-*.whl
 	$(PY) -m zipfile --extract dist/mg_ops-*.whl build/wheel/unpacked
 	$(VENV)/bin/torch-abi-audit --check torch build/wheel/unpacked/$(LIBRARY)
+	@grep -q nv_fatbin build/wheel/unpacked/$(LIBRARY) && echo "With the CUDA backend:" || \
+	  echo "WITHOUT the CUDA backend, for want of nvcc 12.8 or newer:"
 	@ls -l dist
 	@touch $@
 
