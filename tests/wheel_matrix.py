@@ -216,8 +216,8 @@ def render_table(results: list[dict[str, Any]]) -> str:
     for result in results:
         torch_version = result.get("torch", result["environment"][0])
         python_version = result.get("python", result["environment"][1])
-        if "torch" in result:
-            torch_version += f" (CUDA {result['cuda']})" if result["cuda"] else " (CPU build)"
+        if "torch" in result and "+" not in torch_version:  # most builds say it themselves: +cu130, +cpu
+            torch_version += f" (CUDA {result['cuda']})" if result["cuda"] else " (without CUDA)"
         counts = f"| {result.get('passed')} | {result.get('failed')} | {result.get('skipped')} |"
         if "not_run" in result:
             counts = f"| not run: {result['not_run'].replace('|', '/')} | | |"
