@@ -23,6 +23,7 @@ GPU_CHECK_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_CALLS ?= 50000
 FUZZ_FIRST ?= 0
+WHEEL_TEST_ARGS ?=
 
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
@@ -36,7 +37,7 @@ export MG_OPS_REQUIRE_LIBRARY := 1
 export PIP_NO_INPUT := 1
 SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),g++) -print-file-name=$(library)))
 
-.PHONY: help venv build bench bench-step gpu-check test test-python asan-checkout test-asan fuzz soak test-wheel test-headers wheel docs lint format clean FORCE
+.PHONY: help venv build bench bench-step gpu-check test test-python asan-checkout test-asan fuzz soak test-wheel test-wheels test-headers wheel docs lint format clean FORCE
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -111,11 +112,25 @@ fuzz: asan-checkout  ## FUZZ_CALLS right and wrong calls of everything public un
 soak: build  ## 100,000 calls in a row: the process must not grow
 	$(PY) tests/soak.py
 
-wheel: dist/.built  ## dist/mg_ops-*-py3-none-*.whl, audited
-dist/.built: $(LIBRARY) $(wildcard mg_ops/*.py mg_ops/*/*.py) pyproject.toml MANIFEST.in
-	rm -rf dist build/lib.* build/bdist.*
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
-	$(VENV)/bin/torch-abi-audit --check torch $(LIBRARY)
+# From the sdist, so that it is known to hold everything; for all GPU generations (the default in CMakeLists.txt); linked for
+# glibc 2.28, which is what torch's own wheels ask for. auditwheel checks that and names the wheel. torch brings its
+# libraries itself; any other one would be copied into the wheel, and the tests would say so.
+WHEEL_PLATFORM := manylinux_2_28_x86_64
+wheel: dist/.built  ## the release: dist/mg_ops-*-$(WHEEL_PLATFORM).whl, audited, and the sdist
+dist/.built: $(SOURCES) $(wildcard mg_ops/*.py mg_ops/*/*.py) README.md pyproject.toml MANIFEST.in $(VENV)/.installed
+	rm -rf dist build/wheel/build/lib.* build/wheel/build/bdist.* build/wheel/build/*.whl
+	mkdir -p build/wheel && find build/wheel -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	$(PY) -m build --no-isolation --sdist --outdir dist .
+	tar -xf dist/mg_ops-*.tar.gz -C build/wheel --strip-components=1
+	CMAKE_ARGS="$(filter-out -DMG_OPS_CUDA_ARCHITECTURES=%,$(CMAKE_ARGS)) -DMG_OPS_MANYLINUX=ON" \
+	  $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel/build build/wheel
+	PATH="$(VENV)/bin:$$PATH" auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat \
+	  --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/wheel/build/mg_ops-*.whl
+	$(PY) -m zipfile --extract dist/mg_ops-*.whl build/wheel/unpacked
+	$(VENV)/bin/torch-abi-audit --check torch build/wheel/unpacked/$(LIBRARY)
+	@grep -q nv_fatbin build/wheel/unpacked/$(LIBRARY) && echo "With the CUDA backend:" || \
+	  echo "WITHOUT the CUDA backend, for want of nvcc 12.8 or newer:"
+	@ls -l dist
 	@touch $@
 
 build/wheel-venv/.installed: Makefile
@@ -134,11 +149,17 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) install --group docs
 	@touch $@
 
-lint: $(VENV)/.installed  ## ruff, mypy --strict and clang-format, without changing anything
+# Needs a few GB of disk at a time, and an interpreter for each Python version (on PATH or pyenv's).
+test-wheels: wheel  ## the test suite with the wheel under every supported torch and Python; options in WHEEL_TEST_ARGS
+	OMP_NUM_THREADS=1 $(PY) tests/wheel_matrix.py dist/*.whl $(WHEEL_TEST_ARGS)
+
+lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format and the workflows' linters, without changing anything
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy mg_ops
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/zizmor --offline --quiet .github
 
 format: $(VENV)/.installed  ## rewrites what ruff and clang-format can
 	$(VENV)/bin/ruff check --fix .

@@ -1,8 +1,8 @@
 """Runs CMakeLists.txt, puts the library into the package and tags the wheel; all else is in pyproject.toml.
 
-Without a C++ compiler, CMake, Ninja or torch's headers the package is installed without the library, and says so: its
-eager backend works all the same. MG_OPS_REQUIRE_LIBRARY=1 makes that an error. CMAKE_ARGS holds further options for
-CMake, for example CMAKE_ARGS="-DMG_OPS_CUDA=OFF".
+Without a C++ compiler that works, CMake, Ninja or torch's headers the package is installed without the library, and
+says so: its eager and Triton backends work all the same. MG_OPS_REQUIRE_LIBRARY=1 makes that an error. CMAKE_ARGS holds
+further options for CMake, for example CMAKE_ARGS="-DMG_OPS_CUDA=OFF"; with any, CMake must not fail.
 """
 
 from __future__ import annotations
@@ -18,9 +18,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # older than 70: an environment's own, which pip uses with --no-build-isolation
+    raise SystemExit(
+        f"mg_ops: setuptools 77 or newer is needed to build, this is {setuptools.__version__}: run "
+        "`pip install --upgrade setuptools`, or leave out --no-build-isolation"
+    ) from None
 
 ROOT = Path(__file__).parent.resolve()
 # optional: where the tools are missing there is no file to copy, and that is no error.
@@ -68,22 +76,29 @@ class BuildLibrary(build_ext):
         missing = [name for name, found in needed.items() if not found]
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         if missing:
-            self._go_without(library, " and ".join(missing))
+            self._go_without(library, f"for want of {' and '.join(missing)}")
             return
         build_dir = ROOT / "build" / "library"
         # -U first: an option of an earlier build must not stay in force.
         configure = [cmake, "-S", ROOT, "-B", build_dir, "-G", "Ninja", "-U", "MG_OPS_*"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
-        configure += [f"-DMG_OPS_TORCH_DIR={torch_dir}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
-        subprocess.run([str(argument) for argument in configure], check=True)
+        options = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        configure += [f"-DMG_OPS_TORCH_DIR={torch_dir}", *options]
+        # A machine that cannot build fails here, as by a compiler without its headers; what fails later is a fault.
+        if subprocess.run([str(argument) for argument in configure], check=bool(options)).returncode != 0:
+            self._go_without(library, "because CMake failed, in the words above")
+            return
         subprocess.run([cmake, "--build", str(build_dir), "--target", "mg_ops"], check=True)
         subprocess.run([cmake, "--install", str(build_dir), "--prefix", str(library.parents[1])], check=True)
 
-    def _go_without(self, library: Path, missing: str) -> None:
-        message = f"mg_ops: the compiled library was not built, for want of {missing}"
+    def _go_without(self, library: Path, reason: str) -> None:
+        message = f"mg_ops: the compiled library was not built, {reason}"
         if os.environ.get("MG_OPS_REQUIRE_LIBRARY") == "1":
             raise SystemExit(f"{message}; MG_OPS_REQUIRE_LIBRARY=1 makes this an error")
-        self.warn(f"{message}. backend='eager' works without it; for the fast ones install that, then mg_ops again")
+        self.warn(
+            f"{message}. backend='eager' works without it, 'triton' too on GPUs; for 'cpp' and 'cuda' mend that, then "
+            "install mg_ops again"
+        )
         for stale in (library, ROOT / "mg_ops" / library.name):  # one built before would not fit the Python files
             stale.unlink(missing_ok=True)
 

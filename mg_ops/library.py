@@ -49,7 +49,8 @@ def _load_library() -> str:
             )
         return (
             f"{LIBRARY_FILE.name} was not built when mg_ops was installed: install a C++ compiler (on Debian "
-            "`apt install g++`), then run `pip install --force-reinstall --no-deps --no-cache-dir .` in the checkout"
+            "`apt install g++`), then run `pip install -v --force-reinstall --no-deps --no-cache-dir .` in the "
+            "checkout; it names what is still missing"
         )
     try:
         torch.ops.load_library(LIBRARY_FILE)
@@ -165,8 +166,11 @@ torch.library.register_fake("mg_ops::mutual_match_triton")(_fake)
 
 load_error = _load_library()
 if load_error:
+    rest = "" if triton_error else ", 'triton' too on GPUs"
     warnings.warn(
-        f"mg_ops: no compiled backend: {load_error}. backend='eager' works without it.", RuntimeWarning, stacklevel=2
+        f"mg_ops: no compiled backend: {load_error}. backend='eager' works without it{rest}.",
+        RuntimeWarning,
+        stacklevel=2,
     )
 else:
     torch.library.register_fake("mg_ops::mutual_match")(_fake)

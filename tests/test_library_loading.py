@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "mg_ops"
+PACKAGE = Path(str(importlib.util.find_spec("mg_ops").origin)).parent
 LIBRARY = PACKAGE / "libmg_ops.so"
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="mg_ops/libmg_ops.so is not built: run `make build`")
