@@ -68,7 +68,10 @@ LEFT_OUT = {
     "test_cuda_on_cpu": "compiles csrc/",
     "test_det_math": "compiles csrc/",
     "test_detector_*": "detector/ is not in the wheel",
+    "test_docs": "docs/ is not in the wheel",
     "test_gpu_check": "benchmarks/ is not in the wheel",
+    "test_strategies": "benchmarks/ is not in the wheel",
+    "test_training_step": "benchmarks/ is not in the wheel",
     "test_vector_loops": "compiles csrc/",
 }
 
