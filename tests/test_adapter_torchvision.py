@@ -308,7 +308,7 @@ def test_ignored_anchors_are_no_hard_negatives() -> None:
     assert not (found["match"].cls_match == mg_ops.BACKGROUND).any() and positive.any()
     logits = found["cls_logits"][0][positive].detach()
     expected = nn.functional.cross_entropy(logits, torch.full((len(logits),), 2))
-    assert float(losses["classification"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(losses["classification"].detach()) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_softmax_to_logits_gives_the_softmax_back() -> None:
