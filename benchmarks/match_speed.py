@@ -154,9 +154,11 @@ def match(batch: Batch, backend: str | None, strategy: str = "mutual", lists: bo
     )
 
 
-def match_loop(batch: Batch) -> baselines.Match:
-    """Baseline (a) on a batch."""
-    return baselines.match_per_image(
+def match_loop(
+    batch: Batch, loop: Callable[..., baselines.Match] = baselines.match_per_image, **options: int | None
+) -> baselines.Match:
+    """Baseline (a), or with another loop (a2), on a batch."""
+    return loop(
         batch.anchors,
         batch.deltas,
         batch.logits,
@@ -165,22 +167,12 @@ def match_loop(batch: Batch) -> baselines.Match:
         batch.crowd_list,
         CODER.weights,
         CODER.clip,
+        **options,
     )
 
 
-def match_tuned_loop(batch: Batch, objects_at_once: int | None = 1) -> baselines.Match:
-    """Baseline (a2) on a batch."""
-    return baselines.match_per_image_tuned(
-        batch.anchors,
-        batch.deltas,
-        batch.logits,
-        batch.boxes_list,
-        batch.labels_list,
-        batch.crowd_list,
-        CODER.weights,
-        CODER.clip,
-        objects_at_once,
-    )
+match_tuned_loop = partial(match_loop, loop=baselines.match_per_image_tuned)
+"""Baseline (a2) on a batch."""
 
 
 class Methods:
@@ -401,7 +393,7 @@ def choose_loop(method: Method, batch: Batch, threads: int) -> None:
         part = batch.head(1, 150)
     ways = {"object by object": method.call}
     if method.name == TUNED_LOOP and max(batch.counts, default=0) * len(batch.anchors) <= 8_000_000:
-        ways["an image's objects at once"] = lambda batch: match_tuned_loop(batch, None)
+        ways["an image's objects at once"] = partial(match_tuned_loop, objects_at_once=None)
     counts = [1 << power for power in range(10) if 1 << power < threads] + [threads] if device == "cpu" else [threads]
     best = math.inf
     for way, call in ways.items():

@@ -78,77 +78,26 @@ def _fake(
     )
 
 
-def _eager(
-    anchors: Tensor,
-    pred_boxes: Tensor,
-    cls_scores: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    gt_crowd: Tensor | None,
-    decode: bool,
-    weight_x: float,
-    weight_y: float,
-    weight_w: float,
-    weight_h: float,
-    clip: float,
-    classification_by_regressed: bool,
-    localization_by_amplified: bool,
-    sigma: float,
-    iou_positive: float,
-    iou_ignored: float,
-    crowd_overlap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_operator_arguments(
-        anchors,
-        pred_boxes,
-        cls_scores,
-        gt_boxes,
-        gt_labels,
-        gt_offsets,
-        gt_crowd,
-        decode,
-        weight_x,
-        weight_y,
-        weight_w,
-        weight_h,
-        clip,
-        classification_by_regressed,
-        localization_by_amplified,
-        sigma,
-        iou_positive,
-        iou_ignored,
-        crowd_overlap,
-    )
+def _check(*arguments: Any) -> None:
+    """What csrc/check.h does for the operators in C++."""
+    check_operator_arguments(*arguments)
+    gt_boxes, gt_offsets = arguments[3], arguments[5]
     if gt_offsets.device.type == "cpu":
         check_offsets(gt_offsets, len(gt_boxes))
-    return reference.mutual_match(
-        anchors,
-        pred_boxes,
-        cls_scores,
-        gt_boxes,
-        gt_labels,
-        gt_offsets,
-        gt_crowd,
-        (weight_x, weight_y, weight_w, weight_h) if decode else None,
-        clip,
-        classification_by_regressed,
-        localization_by_amplified,
-        sigma,
-        iou_positive,
-        iou_ignored,
-        crowd_overlap,
-    )
+
+
+# Both take what _SIGNATURE lists, in its order.
+def _eager(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(*arguments)
+    box_coder_weights = arguments[8:12] if arguments[7] else None
+    return reference.mutual_match(*(*arguments[:7], box_coder_weights, *arguments[12:]))
 
 
 def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Not above: importing Triton takes longer than importing mg_ops.
     from mg_ops import triton_mutual_match
 
-    check_operator_arguments(*arguments)
-    gt_boxes, gt_offsets = arguments[3], arguments[5]
-    if gt_offsets.device.type == "cpu":
-        check_offsets(gt_offsets, len(gt_boxes))
+    _check(*arguments)
     return triton_mutual_match.mutual_match(*arguments)
 
 
