@@ -9,17 +9,20 @@ fits. What each generator rests on:
   56); sides and aspects are quantile tables, one for each of five ranges of the count (crowded images have smaller
   objects). `VOC` below is what `python benchmarks/objects.py --fit FILE_OR_FOLDER` prints, with the fit: the
   Kolmogorov-Smirnov distances between the data and 21,503 generated images are count 0.000, side 0.006, aspect 0.023.
-- `generate_coco`: published numbers where there are some: 7.3 objects an image on average and at most 93 in COCO 2017
-  train; 41.43 percent small (area below 32^2 pixels), 34.32 medium and 24.24 large (Kisantal et al., "Augmentation
-  for small object detection", 2019; their areas are the masks', ours the boxes'). Our choices, not published: the
-  count is log-normal (median 4.5, spread 0.99, which gives the mean); sides are log-uniform within each size class,
-  from 6 to 448 pixels of a 640 x 480 image, and independent of the count. The aspect is log-normal with the median
-  (0.82 in pixels) and the quartiles of the 830 boxes in the 100 images of COCO 2014 val that cocoapi ships with its
-  tests. On those 100 images the Kolmogorov-Smirnov distances are count 0.10, side 0.13, aspect 0.04.
-- `generate_dense`: the shelf images of SKU-110K hold 147 objects on average, packed side by side (Goldman et al.,
-  "Precise detection in densely packed scenes", CVPR 2019). The benchmark asks for more (500 and 5,000), so only the
-  look is taken from there: a jittered grid of upright boxes that covers about 60 percent of the image. Counts,
-  coverage and aspect (3 : 4, upright) are our choices.
+- `generate_coco`: published numbers where there are some: 7.27 objects an image, 860,001 in the 118,287 images of COCO
+  2017 train (Liu et al., "Deep learning for generic object detection: a survey", arXiv:1809.02165); 41 percent small
+  (area below 32^2 pixels), 34 medium and 24 large (cocodataset.org/#detection-eval; to two more digits in Kisantal et
+  al., "Augmentation for small object detection", 2019; their areas are the masks', ours the boxes'). Our choices, not
+  published: the count is log-normal (median 4.5, spread 0.99: mean 7.3) and ends at 93; sides are
+  log-uniform within each size class, from 6 to 448 pixels of a 640 x 480 image, and independent of the count. The
+  aspect is log-normal with the median (0.82 in pixels) and the quartiles of the 830 boxes in the 100 images of COCO
+  2014 val that cocoapi ships with its tests. On those 100 images the Kolmogorov-Smirnov distances are count 0.10, side
+  0.13, aspect 0.04.
+- `generate_dense`: the shelf images of SKU-110K (Goldman et al., "Precise detection in densely packed scenes", CVPR
+  2019) are packed side by side, 432,312 objects in the 2,941 of its test split, of 0.27 percent of the image each
+  (Varadarajan et al., arXiv:1912.09476, Table 1): 147 that cover 40 percent. The benchmark asks for more (500 and
+  5,000), so only the look is taken from there: a jittered grid of upright boxes. Counts, coverage (about 60 percent)
+  and aspect (3 : 4, upright) are our choices.
 
 The counts of the images made together are spread evenly over their distribution, so that a batch of 32 has about its
 mean. Labels are uniform over the classes, and nothing generated is a crowd region.
@@ -308,7 +311,7 @@ def generate_voc(num_images: int, num_classes: int, rng: np.random.Generator) ->
 
 
 def generate_coco(num_images: int, num_classes: int, rng: np.random.Generator) -> list[ImageObjects]:
-    """Images of 640 x 480 pixels with COCO's mean and maximal count, and its shares of small, medium and large."""
+    """Images of 640 x 480 pixels with COCO's mean count, and its shares of small, medium and large."""
     width, height = 640, 480
     images = []
     for count in draw_coco_counts(num_images, rng).tolist():
