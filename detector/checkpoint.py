@@ -17,6 +17,9 @@ from detector.rfbnet import RFBNet
 
 MODELS = ("fssd", "retinanet", "rfbnet")
 
+ADDED_LATER = {"anchor_size": BASE_SIZE, "box_loss": "balanced_l1"}
+"""Flags of detector.train that older checkpoints do not have, and what they were then."""
+
 
 def make_detector(
     model: str, backbone: str, image_size: int, num_classes: int, anchor_size: float = BASE_SIZE
@@ -72,6 +75,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
     if not isinstance(content, dict) or not {"model", "arguments", "class_names"} <= content.keys():
         raise ValueError(f"checkpoint: {path} was not written by detector.train")
+    content["arguments"] = {**ADDED_LATER, **content["arguments"]}
     return content
 
 
@@ -84,7 +88,7 @@ def load_detector(path: Path, device: torch.device | str) -> tuple[FSSD | Retina
         arguments["backbone"],
         arguments["image_size"],
         len(content["class_names"]),
-        arguments.get("anchor_size", BASE_SIZE),  # a flag that older checkpoints do not have
+        arguments["anchor_size"],
     )
     detector.load_state_dict(content["ema"] or content["model"])
     return detector.to(device).eval(), content

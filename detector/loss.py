@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -63,13 +64,40 @@ def balanced_l1_loss(error: Tensor, alpha: float = 0.5, gamma: float = 1.5, beta
     return torch.where(x < beta, inner, outer)
 
 
+def released_balanced_l1_loss(error: Tensor, alpha: float = 0.5, gamma: float = 1.5, beta: float = 0.11) -> Tensor:
+    """Balanced L1 loss as in the code released with Mutual Guidance.
+
+    It equals `balanced_l1_loss` at beta = 1. At a smaller beta it is steeper below it: the size of its gradient jumps
+    from 0 to alpha / beta - alpha at an error of 0, and down to gamma at beta. Source: utils/loss/balanced_l1_loss.py
+    of github.com/zhanghengdev/MutualGuide, commit a24bbe4.
+
+    Args:
+        error: any shape, floating; predicted minus target.
+
+    Returns:
+        The shape of error, float32.
+    """
+    b = math.expm1(gamma / alpha)
+    x = error.float().abs()
+    inner = alpha / b * (b * x + 1) * torch.log1p(b * x / beta) - alpha * x
+    outer = gamma * x + gamma / b - alpha * beta
+    return torch.where(x < beta, inner, outer)
+
+
+BOX_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "balanced_l1": balanced_l1_loss,
+    "released_balanced_l1": released_balanced_l1_loss,
+}
+"""By their names in detector.train."""
+
+
 class DetectionLoss(NamedTuple):
     """The two parts of a batch's loss, and the positives that normalise them."""
 
     cls_loss: Tensor
     """() float32: focal loss over the number of classification positives."""
     box_loss: Tensor
-    """() float32: Balanced L1 loss, mean over localisation positives and the 4 coordinates."""
+    """() float32: the box loss, mean over localisation positives and the 4 coordinates."""
     num_cls_positives: Tensor
     """() float32, in this process's images."""
     num_loc_positives: Tensor
@@ -88,6 +116,7 @@ def detection_loss(
     *,
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
+    box_loss: str = "balanced_l1",
 ) -> DetectionLoss:
     """The loss of a batch. With several processes the normalisers are means over them, so that
     DistributedDataParallel's mean of gradients is the gradient of the whole batch, however positives are spread.
@@ -103,6 +132,7 @@ def detection_loss(
         box_coder: encodes the boxes to regress to.
         focal_alpha: weight of positives in the focal loss.
         focal_gamma: exponent of the focal loss.
+        box_loss: one of BOX_LOSSES.
     """
     targets = encode_targets(
         match, anchors, gt_boxes, gt_labels, gt_offsets, num_classes=cls_logits.shape[-1], box_coder=box_coder
@@ -119,5 +149,5 @@ def detection_loss(
     cls_loss = focal_loss(cls_logits, targets.class_targets, focal_alpha, focal_gamma) / normalizers[0]
     # Anchors without an object are set to no error before the loss, so that no value of theirs reaches a gradient.
     error = torch.where(loc_positive.unsqueeze(-1), box_deltas.float() - targets.box_targets, 0.0)  # (B, A, 4)
-    box_loss = balanced_l1_loss(error).sum() / (4 * normalizers[1])
-    return DetectionLoss(cls_loss, box_loss, num_positives[0], num_positives[1])
+    localization_loss = BOX_LOSSES[box_loss](error).sum() / (4 * normalizers[1])
+    return DetectionLoss(cls_loss, localization_loss, num_positives[0], num_positives[1])

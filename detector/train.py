@@ -45,7 +45,7 @@ from detector.data import (
     read_data,
 )
 from detector.evaluate import evaluate, format_metrics
-from detector.loss import detection_loss
+from detector.loss import BOX_LOSSES, detection_loss
 
 # Flags that say where and how fast a run goes, not what it computes: they may differ when it is resumed.
 FREE_ON_RESUME = {"data", "out", "resume", "backbone_weights", "backend", "device", "workers", "cache"}
@@ -93,6 +93,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     matching.add_argument("--backend", help="of mg_ops.mutual_match; by default the best one for the device")
     matching.add_argument("--focal-alpha", type=float, default=0.25, help="weight of positives in the focal loss")
     matching.add_argument("--focal-gamma", type=float, default=2.0, help="exponent of the focal loss")
+    matching.add_argument(
+        "--box-loss",
+        choices=tuple(BOX_LOSSES),
+        default="balanced_l1",
+        help="Balanced L1 by its paper, or as the code released with Mutual Guidance has it",
+    )
     matching.add_argument("--box-weight", type=float, default=1.0, help="weight of the box loss")
 
     schedule = parser.add_argument_group("optimisation")
@@ -439,6 +445,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 box_coder,
                 focal_alpha=args.focal_alpha,
                 focal_gamma=args.focal_gamma,
+                box_loss=args.box_loss,
             )
             loss = parts.cls_loss + args.box_weight * parts.box_loss
             losses.watch(loss, step, batch.image_names)

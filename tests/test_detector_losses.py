@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mg_ops
-from detector.loss import balanced_l1_loss, detection_loss, focal_loss
+from detector.loss import BOX_LOSSES, balanced_l1_loss, detection_loss, focal_loss, released_balanced_l1_loss
 from mg_ops import BACKGROUND, IGNORED, BoxCoder
 
 
@@ -72,6 +72,33 @@ def test_balanced_l1_has_the_gradient_of_its_definition() -> None:
     assert abs(near[0] - near[1]) < 1e-5
 
 
+def test_the_released_balanced_l1_worked_out_by_hand() -> None:
+    alpha, gamma, beta = 0.5, 1.5, 0.11
+    b = math.exp(3) - 1
+    x = 0.05
+    inside = alpha / b * (b * x + 1) * math.log(b * x / beta + 1) - alpha * x
+    outside = gamma * 2 + gamma / b - alpha * beta
+    loss = released_balanced_l1_loss(torch.tensor([0.0, x, -x, 2.0, -2.0]))
+    torch.testing.assert_close(loss, torch.tensor([0.0, inside, inside, outside, outside]))
+    near = released_balanced_l1_loss(torch.tensor([beta - 1e-6, beta + 1e-6]))
+    assert abs(near[0] - near[1]) < 1e-5
+
+
+def test_the_released_balanced_l1_is_the_papers_at_a_beta_of_1_and_steeper_below() -> None:
+    error = torch.linspace(-3, 3, 61).requires_grad_()
+    torch.testing.assert_close(released_balanced_l1_loss(error, beta=1.0), balanced_l1_loss(error, beta=1.0))
+    slopes = {}
+    for name, loss in BOX_LOSSES.items():
+        small = torch.tensor([1e-7, 0.05, 0.10999, 0.11001], requires_grad=True)
+        loss(small).sum().backward()
+        slopes[name] = small.grad
+    # alpha / beta - alpha at 0; gamma + alpha * ((b * beta + 1) / (b * beta + beta) - 1) at beta; gamma beyond.
+    expected = [0.5 / 0.11 - 0.5, None, 1.5 + 0.5 * ((19.0855 * 0.11 + 1) / (20.0855 * 0.11) - 1), 1.5]
+    for slope, value in zip(slopes["released_balanced_l1"].tolist(), expected, strict=True):
+        assert value is None or slope == pytest.approx(value, rel=2e-4)
+    assert (slopes["released_balanced_l1"][:3] > slopes["balanced_l1"][:3]).all()
+
+
 ANCHORS = torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10], [40, 40, 50, 50], [20, 20, 30, 30]])
 
 
@@ -95,6 +122,9 @@ def test_the_two_parts_and_their_normalisers_worked_out_by_hand() -> None:
     errors = balanced_l1_loss(torch.tensor([0.2, 0.01]))
     assert loss.box_loss.item() == pytest.approx(errors.sum().item() / (2 * 4), rel=1e-6)
     assert (loss.num_cls_positives.item(), loss.num_loc_positives.item()) == (2, 2)
+    released = detection_loss(logits, deltas, ANCHORS, match, *gt, BoxCoder(), box_loss="released_balanced_l1")
+    errors = released_balanced_l1_loss(torch.tensor([0.2, 0.01]))
+    assert released.box_loss.item() == pytest.approx(errors.sum().item() / (2 * 4), rel=1e-6)
 
 
 def test_a_batch_without_objects_learns_its_background() -> None:

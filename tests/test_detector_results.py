@@ -136,7 +136,10 @@ def test_a_row_is_trained_once_and_stands_beside_the_papers_number(
     assert "| fssd resnet18 | iou | 1 | 12.3 (50.3) | 45.6 (75.5) | - (53.7) |" in table
     mutual = json.loads((tmp_path / "table1" / "fssd-resnet18-mutual-seed0" / "results.json").read_text())
     assert f"| fssd resnet18 | mutual | 1 | {100 * mutual['AP']:.1f} (52.1) |" in table
-    assert capfd.readouterr().out.count("detector.train --resume") == 1  # the row that was there is not run
+    printed = capfd.readouterr().out
+    assert printed.count("detector.train --resume") == 1  # the row that was there is not run
+    assert "--focal-gamma 1 --box-loss released_balanced_l1 " in printed  # the losses behind the paper's numbers
+    assert mutual["arguments"]["box_loss"] == "released_balanced_l1"
     assert reproduce.main(command) == 0
     assert capfd.readouterr().out.count("detector.train --resume") == 0
 

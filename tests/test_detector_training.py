@@ -22,10 +22,10 @@ from torchvision.transforms import v2
 
 import detector.train
 import mg_ops
-from detector.checkpoint import make_detector, read_checkpoint, save_atomically
+from detector.checkpoint import ADDED_LATER, load_detector, make_detector, read_checkpoint, save_atomically
 from detector.data import decode_image, read_voc
 from detector.evaluate import evaluate
-from detector.loss import detection_loss
+from detector.loss import BOX_LOSSES, detection_loss
 from detector.train import learning_rate, read_log
 
 ROOT = Path(__file__).parent.parent
@@ -223,6 +223,28 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(voc: Path, tmp_path
     with pytest.raises(SystemExit, match=r"sigma 2\.0 -> 3\.0"):
         detector.train.main(flags(voc, tmp_path, epochs=1, sigma=3.0, resume=True))
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_run_from_before_a_flag_existed_is_resumed_as_what_it_was(voc: Path, tmp_path: Path) -> None:
+    detector.train.main(flags(voc, tmp_path, epochs=1))
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    for flag in ADDED_LATER:
+        del content["arguments"][flag]
+    save_atomically(content, tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match="box_loss 'balanced_l1' -> 'released_balanced_l1'"):
+        detector.train.main(flags(voc, tmp_path, epochs=1, resume=True, **{"box-loss": "released_balanced_l1"}))
+    metrics = detector.train.main(flags(voc, tmp_path, epochs=1, resume=True))
+    assert metrics["arguments"]["box_loss"] == "balanced_l1"
+    load_detector(tmp_path, "cpu")
+
+
+def test_the_box_loss_is_the_one_asked_for(voc: Path, tmp_path: Path) -> None:
+    first = {}
+    for name in BOX_LOSSES:
+        detector.train.main(flags(voc, tmp_path / name, epochs=1, **{"box-loss": name}))
+        first[name] = read_log(tmp_path / name / "log.jsonl")[0]
+    assert first["balanced_l1"]["cls_loss"] == first["released_balanced_l1"]["cls_loss"]
+    assert first["balanced_l1"]["box_loss"] < first["released_balanced_l1"]["box_loss"]
 
 
 def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

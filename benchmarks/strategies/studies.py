@@ -81,6 +81,9 @@ AQUARIUM_320 = BCCD_320._replace(name="aquarium-320", data="Aquarium", flags={**
 BCCD_160_LEARNING_RATE = ("lr", "0.02")
 """What the study bccd-learning-rate chose, by the static matching's score."""
 
+RELEASED_LOSSES = (("box-loss", "released_balanced_l1"), ("focal-gamma", "1"))
+"""What detector.reproduce trains with, and detector.train does not unless asked to."""
+
 DETECTORS = (("fssd", "vgg16"), ("retinanet", "vgg16"), ("rfbnet", "vgg16"), ("fssd", "resnet18"))
 EVERY_DETECTOR = tuple(Row(model, backbone, strategy) for model, backbone in DETECTORS for strategy in STRATEGIES)
 
@@ -123,6 +126,16 @@ STUDIES = {
         ),
         (0, 1, 2),
         baseline=("localize_to_classify", "no amplification"),
+    ),
+    "bccd-released-losses": Study(
+        "BCCD at 160 pixels: with the losses of the paper's released code",
+        BCCD_160,
+        tuple(
+            Row("fssd", "resnet18", strategy, (*RELEASED_LOSSES, BCCD_160_LEARNING_RATE), "released losses")
+            for strategy in ("iou", "mutual")
+        ),
+        (0, 1, 2),
+        baseline=("iou", "released losses"),
     ),
     "aquarium": Study("Aquarium at 320 pixels: every detector", AQUARIUM_320, EVERY_DETECTOR, (0, 1, 2)),
     "bccd": Study("BCCD at 320 pixels: every detector", BCCD_320, EVERY_DETECTOR, (0, 1, 2)),
