@@ -1,0 +1,215 @@
+"""Holds mg_ops.mutual_match against the code released with the paper: the same training targets? How much faster?
+
+    git clone https://github.com/zhanghengdev/MutualGuide && git -C MutualGuide checkout a24bbe4
+    python benchmarks/released_code.py --code MutualGuide
+
+The released matching (utils/box/box_utils.py) is run as it is, image by image as its loss does. What the losses would
+see is compared anchor by anchor: the class, background or ignored; whether the box is learned, and which. The two may
+differ where qualities are equal or nearly so, and where two objects have the same best anchor, which the released code
+lets both keep. Beside its time stands that of baseline (a), which is how `match_speed.py` imitates it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+import mg_ops  # noqa: E402
+from benchmarks.cases import CASES, CODER, Batch, make_batches  # noqa: E402
+from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
+from benchmarks.match_speed import format_seconds, make_quick, match, match_loop, thread_count, time_call  # noqa: E402
+
+FILE = Path("utils/box/box_utils.py")
+POSITIVE, IGNORED = 3.0, 2.0
+"""From which score on an anchor is a positive, and from which it is ignored, in what the released matching returns."""
+
+
+class Targets(NamedTuple):
+    """What the losses of a batch see."""
+
+    class_targets: Tensor
+    """(B, A) int64: a class, or mg_ops.BACKGROUND or mg_ops.IGNORED."""
+    learns_box: Tensor
+    """(B, A) bool."""
+    boxes: Tensor
+    """(B, A, 4): of its object where an anchor learns its box, 0 elsewhere."""
+
+
+def load_released_matching(folder: Path) -> Callable[..., None]:
+    """`mutual_match` of a checkout of the released code.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    file = folder / FILE
+    specification = importlib.util.spec_from_file_location("released_box_utils", file)
+    if not file.is_file() or specification is None or specification.loader is None:
+        raise ValueError(f"--code: expected a checkout of zhanghengdev/MutualGuide at a24bbe4, but there is no {file}")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    matching: Callable[..., None] = module.mutual_match
+    return matching
+
+
+def center_size(boxes: Tensor) -> Tensor:
+    """(x1, y1, x2, y2) as (centre, size), which the released code takes for anchors."""
+    return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
+
+
+def run_released(matching: Callable[..., None], priors: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loop over images of the released loss: boxes (B, A, 4), labels (B, A) from 1 on, scores (B, A) of both."""
+    boxes = priors.new_zeros(len(batch.counts), len(priors), 4)
+    labels = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=priors.device)
+    cls_scores, loc_scores = boxes.new_zeros(boxes.shape[:2]), boxes.new_zeros(boxes.shape[:2])
+    for image, count in enumerate(batch.counts):
+        if count > 0:  # it takes the maximum over the objects
+            truths, classes = batch.boxes_list[image], batch.labels_list[image] + 1  # 0 is its background
+            predictions = batch.deltas[image], batch.logits[image]
+            matching(truths, priors, *predictions, classes, boxes, labels, cls_scores, loc_scores, image)
+    return boxes, labels, cls_scores, loc_scores
+
+
+def released_targets(answer: tuple[Tensor, Tensor, Tensor, Tensor]) -> Targets:
+    """As the released loss reads them."""
+    boxes, labels, cls_scores, loc_scores = answer
+    classes = torch.where(cls_scores >= POSITIVE, labels - 1, mg_ops.BACKGROUND)
+    classes = torch.where((cls_scores >= IGNORED) & (cls_scores < POSITIVE), mg_ops.IGNORED, classes)
+    learns_box = loc_scores >= POSITIVE
+    return Targets(classes, learns_box, torch.where(learns_box.unsqueeze(-1), boxes, 0.0))
+
+
+def our_targets(batch: Batch) -> Targets:
+    """Of mg_ops."""
+    answer = match(batch, None)
+    targets = mg_ops.encode_targets(
+        answer,
+        batch.anchors,
+        batch.gt_boxes,
+        batch.gt_labels,
+        batch.gt_offsets,
+        num_classes=batch.logits.shape[-1],
+        box_coder=CODER,
+    )
+    learns_box = answer.loc_match >= 0
+    boxes = torch.zeros_like(targets.box_targets)
+    for image, found in enumerate(batch.boxes_list):
+        boxes[image, learns_box[image]] = found[answer.loc_match[image, learns_box[image]]]
+    return Targets(targets.class_targets, learns_box, boxes)
+
+
+def count_differences(ours: Targets, theirs: Targets) -> dict[str, int]:
+    """Anchors that take part in either answer, and those of them that differ."""
+    classes_differ = ours.class_targets != theirs.class_targets
+    labelled = (ours.class_targets != mg_ops.BACKGROUND) | (theirs.class_targets != mg_ops.BACKGROUND)
+    boxes_differ = (ours.learns_box != theirs.learns_box) | (ours.boxes != theirs.boxes).any(-1)
+    return {
+        "labelled": int(labelled.sum()),
+        "classes_differ": int(classes_differ.sum()),
+        "learn_a_box": int((ours.learns_box | theirs.learns_box).sum()),
+        "boxes_differ": int(boxes_differ.sum()),
+    }
+
+
+def fastest(call: Callable[[Batch], object], batches: Sequence[Batch], repeats: int, threads: int) -> dict[str, float]:
+    """The median seconds of a call with one thread or with all of them, whichever is less, and that number."""
+    device = batches[0].anchors.device.type
+    medians = {}
+    for count in sorted({1, threads}) if device == "cpu" else [threads]:
+        with thread_count(count):
+            call(batches[0])  # what only the first call pays
+            seconds = [time_call(partial(call, batch), device)[0] for _ in range(repeats) for batch in batches]
+        medians[count] = statistics.median(seconds)
+    best = min(medians, key=lambda count: medians[count])
+    return {"seconds": medians[best], "threads": best}
+
+
+def run_case(name: str, matching: Callable[..., None], options: argparse.Namespace) -> dict[str, object]:
+    """Targets compared and calls timed, in one case of match_speed.py."""
+    case = make_quick(CASES[name]) if options.quick else CASES[name]
+    batches = make_batches(case, None, options.batches, options.seed, options.device)
+    released = partial(run_released, matching, center_size(batches[0].anchors))
+    totals: dict[str, int] = {}
+    for batch in batches:
+        counted = count_differences(our_targets(batch), released_targets(released(batch)))
+        totals = {key: totals.get(key, 0) + value for key, value in counted.items()}
+    timed = {
+        "released code": fastest(released, batches, options.repeats, options.threads),
+        "(a) loop": fastest(match_loop, batches, options.repeats, options.threads),
+        "mutual_match": fastest(lambda batch: match(batch, None), batches, 5 * options.repeats, options.threads),
+    }
+    return {"batches": len(batches), "differences": totals, "timed": timed}
+
+
+def print_cases(cases: dict[str, dict], console: Console) -> None:
+    """A row a case."""
+    table = Table(
+        "case", "classes that differ", "boxes that differ", "released code", "(a) loop", "mutual_match", "faster"
+    )
+    for name, case in cases.items():
+        counts, timed = case["differences"], case["timed"]
+        seconds = {method: found["seconds"] for method, found in timed.items()}
+        table.add_row(
+            name,
+            f"{counts['classes_differ']:,} of {counts['labelled']:,}",
+            f"{counts['boxes_differ']:,} of {counts['learn_a_box']:,}",
+            *(format_seconds(value) for value in seconds.values()),
+            f"{seconds['released code'] / seconds['mutual_match']:.0f}x",
+        )
+    console.print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--code", type=Path, required=True, metavar="FOLDER", help="checkout of the released code")
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(CASES), default=["voc320", "coco320", "coco800"], help="of match_speed.py"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="most CPU threads (%(default)s)")
+    parser.add_argument("--batches", type=int, default=3, help="of each case (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="calls for each batch (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of objects and predictions (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small batches: a check, no figures")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="by default benchmarks/results/MACHINE/")
+    options = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    try:
+        matching = load_released_matching(options.code)
+    except ValueError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        return 2
+    machine = describe_machine(options.device)
+    console.print(
+        f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops at {machine['commit']}", highlight=False
+    )
+    cases: dict[str, dict] = {}
+    for name in options.cases:
+        cases[name] = run_case(name, matching, options)
+        console.print(f"{name}: done", highlight=False)
+    print_cases(cases, console)
+    folder = ROOT / "benchmarks/results" / machine_folder(machine)
+    output = options.output or folder / ("released_code_quick.json" if options.quick else "released_code.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"machine": machine, "seed": options.seed, "cases": cases}, indent=1) + "\n")
+    console.print(f"wrote {output}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
