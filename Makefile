@@ -23,6 +23,7 @@ GPU_CHECK_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_CALLS ?= 50000
 FUZZ_FIRST ?= 0
+RACES_ARGS ?=
 WHEEL_TEST_ARGS ?=
 
 VENV := $(CURDIR)/.venv
@@ -37,7 +38,7 @@ export MG_OPS_REQUIRE_LIBRARY := 1
 export PIP_NO_INPUT := 1
 SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),g++) -print-file-name=$(library)))
 
-.PHONY: help venv build bench bench-step gpu-check test test-python asan-checkout test-asan fuzz soak test-wheel test-wheels test-headers wheel docs lint format clean FORCE
+.PHONY: help venv build bench bench-step gpu-check test test-python asan-checkout test-asan fuzz races soak test-wheel test-wheels test-headers wheel docs lint format clean FORCE
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -108,6 +109,16 @@ test-asan: asan-checkout  ## the C++ backend's tests under AddressSanitizer and 
 
 fuzz: asan-checkout  ## FUZZ_CALLS right and wrong calls of everything public under the sanitizers
 	$(SANITIZED) $(PY) tests/wrong_calls.py --calls $(FUZZ_CALLS) --first $(FUZZ_FIRST) --backends cpp cpp cpp eager
+
+# Needs g++'s libtsan, and leave to switch off the randomisation of addresses, which it does not always cope with.
+races: $(VENV)/.installed  ## calls on several threads under ThreadSanitizer; options in RACES_ARGS
+	$(CMAKE) -S . -B build/tsan -G Ninja -DPython_EXECUTABLE=$(PY) -DMG_OPS_SANITIZE_THREADS=ON
+	$(CMAKE) --build build/tsan --target mg_ops
+	rm -rf build/tsan/checkout && mkdir -p build/tsan/checkout
+	cp -r mg_ops tests build/tsan/checkout && rm -f build/tsan/checkout/$(LIBRARY)
+	$(CMAKE) --install build/tsan --prefix build/tsan/checkout
+	cd build/tsan/checkout && LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 \
+	  TSAN_OPTIONS=halt_on_error=1:exitcode=66:report_mutex_bugs=0:suppressions=tests/races.supp setarch --addr-no-randomize $(PY) tests/races.py $(RACES_ARGS)
 
 soak: build  ## 100,000 calls in a row: the process must not grow
 	$(PY) tests/soak.py

@@ -123,10 +123,12 @@ const int fork_is_noticed = pthread_atfork(nullptr, nullptr, [] { in_forked_proc
 // Calls work(begin, end) for parts of this range, on as many threads as torch uses.
 template <typename Function>
 void share_out(int64_t begin, int64_t end, const Function& work) {
+#ifndef MG_OPS_OWN_THREADS
   if (!in_forked_process) {
     torch::stable::parallel_for(begin, end, 1, work);
     return;
   }
+#endif
   const int64_t num_parts = std::min<int64_t>(end - begin, torch::stable::get_num_threads());
   std::vector<std::thread> threads;
   for (int64_t part = 0; part < num_parts; ++part) {
