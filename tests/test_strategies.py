@@ -115,6 +115,18 @@ def test_differences_are_of_seeds_that_both_have() -> None:
     assert "Paired" not in tables.render(content_of({"iou": {0: 0.3}, "mutual": {1: 0.2}}), STUDY)
 
 
+def test_a_baseline_without_a_note_is_the_one_of_the_same_note() -> None:
+    rows = tuple(row._replace(note=note) for note in ("", "other losses") for row in STUDY.rows[:2])
+    study = STUDY._replace(rows=rows, baseline=("iou", None))
+    content = content_of({"iou": {0: 0.3}, "mutual": {0: 0.2}})
+    others = content_of({"iou": {0: 0.4}, "mutual": {0: 0.5}})["rows"]
+    content["rows"] = content["rows"][:2] + [{**row, "note": "other losses"} for row in others[:2]]
+    text = tables.render(content, study)
+    assert "| mutual - iou | 0 | -10.0 | -10.0 | -10.0 |" in text
+    assert "| mutual, other losses - iou, other losses | 0 | +10.0 | +10.0 | +10.0 |" in text
+    assert text.count(" - iou") == 2
+
+
 def test_a_class_without_objects_has_no_ap() -> None:
     content = content_of({"iou": {0: 0.3, 1: 0.3}})
     for run in content["rows"][0]["runs"]:
@@ -312,7 +324,10 @@ def test_the_page_holds_what_the_json_files_say(tmp_path: Path) -> None:
 def test_studies_share_runs_and_no_two_rows_of_one_share_a_folder() -> None:
     for study in STUDIES.values():
         assert len({row.name for row in study.rows}) == len(study.rows)
-        assert study.baseline is None or study.baseline in {(row.strategy, row.note) for row in study.rows}
+        if study.baseline is not None:
+            strategy, note = study.baseline
+            notes = {row.note for row in study.rows} if note is None else {note}
+            assert {(strategy, note) for note in notes} <= {(row.strategy, row.note) for row in study.rows}
     strategies = {row.name for row in STUDIES["bccd-fssd-resnet18"].rows}
     sigmas = {row.name for row in STUDIES["bccd-sigma"].rows}
     assert {"fssd-resnet18-mutual-lr0.02", "fssd-resnet18-localize_to_classify-lr0.02"} <= strategies & sigmas

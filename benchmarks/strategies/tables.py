@@ -74,16 +74,17 @@ def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> t
     return seeds, statistics.mean(differences) if differences else math.nan, error
 
 
-def format_differences(content: dict[str, Any], baseline: tuple[str, str]) -> list[str]:
-    """Each row less the baseline of its model, seed by seed; rows without a common seed are left out."""
+def format_differences(content: dict[str, Any], baseline: tuple[str, str | None]) -> list[str]:
+    """Each row less the baseline of its model (and note), seed by seed; rows without a common seed are left out."""
     split, lines = content["split"], []
+    strategy, note = baseline
     baselines = {
-        (row["model"], row["backbone"]): row
+        (row["model"], row["backbone"], row["note"]): row
         for row in content["rows"]
-        if (row["strategy"], row["note"]) == tuple(baseline)
+        if row["strategy"] == strategy and note in (None, row["note"])
     }
     for row in content["rows"]:
-        against = baselines[row["model"], row["backbone"]]
+        against = baselines[row["model"], row["backbone"], row["note"] if note is None else note]
         if row is against:
             continue
         cells: list[str] = []
