@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.ops import batched_nms, box_iou
@@ -29,6 +30,7 @@ MAX_DETECTIONS = 300
 MAX_CANDIDATES = 5000
 """(anchor, class) pairs of an image that enter its NMS, the best by score."""
 
+AGREEMENT_METRICS = ("score_iou_correlation", "matched_iou")
 COCO_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100")
 
 
@@ -207,10 +209,8 @@ def _coco(content: dict[str, list[dict[str, Any]]]) -> COCO:
     return coco
 
 
-def coco_scores(
-    ground_truth: dict[str, list[dict[str, Any]]], detections: list[dict[str, Any]]
-) -> tuple[dict[str, float | None], dict[int, dict[str, float | None]]]:
-    """COCO's metrics in all, and AP, AP50 and AP75 by category id. None where there is no object to find."""
+def evaluate_boxes(ground_truth: dict[str, list[dict[str, Any]]], detections: list[dict[str, Any]]) -> BoxEvaluation:
+    """COCO's evaluation, accumulated and summarised."""
     results = [
         {**record, "id": index + 1, "iscrowd": 0, "area": record["bbox"][2] * record["bbox"][3]}
         for index, record in enumerate(detections)
@@ -224,6 +224,13 @@ def coco_scores(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def coco_scores(
+    evaluation: BoxEvaluation,
+) -> tuple[dict[str, float | None], dict[int, dict[str, float | None]]]:
+    """COCO's metrics in all, and AP, AP50 and AP75 by category id. None where there is no object to find."""
 
     def known(value: float) -> float | None:
         return None if value < 0 else float(value)
@@ -238,6 +245,51 @@ def coco_scores(
         ]
         per_category[int(category_id)] = {name: known(mean) for name, mean in zip(COCO_METRICS, means, strict=False)}
     return overall, per_category
+
+
+def score_iou_agreement(
+    evaluation: BoxEvaluation,
+) -> tuple[dict[str, float | None], dict[int, dict[str, float | None]]]:
+    """Whether the scores know which boxes are good, which is what Mutual Guidance is for.
+
+    Of the detections that are right at IoU 0.5, as COCO matches them: Spearman's rank correlation of their score with
+    their IoU ("score_iou_correlation"), and the mean of that IoU ("matched_iou"). Difficult objects and crowds are left
+    out.
+
+    Returns:
+        The means over classes, weighted by these detections, and both by category id. None where they are too few, or
+        all of one score or IoU.
+    """
+    matched: dict[int, list[tuple[float, float]]] = {category: [] for category in evaluation.params.catIds}
+    for of_image in evaluation.evalImgs:
+        if of_image is None or of_image["aRng"] != evaluation.params.areaRng[0]:
+            continue
+        image_id, category = of_image["image_id"], of_image["category_id"]
+        ious = evaluation.ious[image_id, category]  # (detections best first, objects in the order of the annotations)
+        position = {entry["id"]: place for place, entry in enumerate(evaluation._gts[image_id, category])}
+        for place, (confidence, object_id, ignored) in enumerate(
+            zip(of_image["dtScores"], of_image["dtMatches"][0], of_image["dtIgnore"][0], strict=True)
+        ):
+            if object_id > 0 and not ignored:
+                matched[category].append((confidence, float(ious[place, position[int(object_id)]])))
+
+    by_category: dict[int, dict[str, float | None]] = {}
+    for category, pairs in matched.items():
+        scores, ious = np.array(pairs).reshape(-1, 2).T
+        varied = len(np.unique(scores)) > 1 and len(np.unique(ious)) > 1
+        correlation = float(spearmanr(scores, ious).statistic) if varied else None
+        by_category[category] = {
+            "score_iou_correlation": correlation,
+            "matched_iou": float(ious.mean()) if pairs else None,
+        }
+
+    def weighted_mean(metric: str) -> float | None:
+        known = [(values[metric], len(matched[category])) for category, values in by_category.items()]
+        known = [(value, count) for value, count in known if value is not None]
+        total = sum(count for _, count in known)
+        return sum(value * count for value, count in known) / total if total else None
+
+    return {metric: weighted_mean(metric) for metric in AGREEMENT_METRICS}, by_category
 
 
 def voc_average_precision(
@@ -303,7 +355,9 @@ def voc_average_precision(
 
 def score(ground_truth: dict[str, list[dict[str, Any]]], detections: list[dict[str, Any]]) -> dict[str, Any]:
     """Every metric, overall and by class, as written to JSON."""
-    overall, per_category = coco_scores(ground_truth, detections)
+    evaluation = evaluate_boxes(ground_truth, detections)
+    overall, per_category = coco_scores(evaluation)
+    agreement, agreement_per_category = score_iou_agreement(evaluation)
     voc = voc_average_precision(ground_truth, detections)
     num_objects: dict[int, int] = {}
     for annotation in ground_truth["annotations"]:
@@ -319,11 +373,13 @@ def score(ground_truth: dict[str, list[dict[str, Any]]], detections: list[dict[s
             **per_category[category["id"]],
             "VOC_AP50": area,
             "VOC07_AP50": eleven,
+            **agreement_per_category[category["id"]],
         }
     return {
         **overall,
         "VOC_AP50": sum(areas) / len(areas) if areas else None,
         "VOC07_AP50": sum(elevens) / len(elevens) if elevens else None,
+        **agreement,
         "images": len(ground_truth["images"]),
         "per_class": per_class,
     }
@@ -390,6 +446,10 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     lines.append(f"{'all':{width}}{objects:>9}{cells(metrics)}")
     small, medium, large = (percent(metrics[f"AP_{size}"]) for size in ("small", "medium", "large"))
     lines.append(f"AP of small objects {small}, medium {medium}, large {large}; {metrics['images']} images")
+    correlation, matched_iou = ("-" if metrics[name] is None else f"{metrics[name]:.3f}" for name in AGREEMENT_METRICS)
+    lines.append(
+        f"detections right at IoU 0.5: mean IoU {matched_iou}, its rank correlation with the score {correlation}"
+    )
     return "\n".join(lines)
 
 

@@ -70,12 +70,12 @@ own papers'."""
 METRICS = ("AP", "AP50", "AP75")
 
 
-def format_mean(values: list[float]) -> str:
+def format_mean(values: list[float], scale: float = 100, digits: int = 1) -> str:
     """Shares in percent as "51.0 ± 1.4": their mean, and their standard deviation if there are several."""
     if not values:
         return "-"
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
+    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.{digits}f}{spread}"
 
 
 def format_table(rows: list[Row], results: dict[tuple[str, str, str], list[dict[str, float]]]) -> str:

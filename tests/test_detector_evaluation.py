@@ -16,8 +16,11 @@ from detector.evaluate import (
     Detections,
     coco_scores,
     evaluate,
+    evaluate_boxes,
+    format_metrics,
     main,
     score,
+    score_iou_agreement,
     select_detections,
     to_coco_detections,
     to_coco_ground_truth,
@@ -52,7 +55,7 @@ def test_a_ranking_worked_out_by_hand() -> None:
     area, eleven = voc_average_precision(TWO_OBJECTS, found)[5]
     assert area == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     assert eleven == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)  # recalls 0 to 0.5, and 0.6 to 1
-    overall, per_category = coco_scores(TWO_OBJECTS, found)
+    overall, per_category = coco_scores(evaluate_boxes(TWO_OBJECTS, found))
     # COCO reads 101 recalls: 0 to 0.50 at precision 1, 0.51 to 1 at 2/3.
     assert overall["AP50"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101)
     for value in (overall["AP75"], overall["AP"], overall["AP_medium"], per_category[5]["AP"], per_category[5]["AP75"]):
@@ -62,7 +65,9 @@ def test_a_ranking_worked_out_by_hand() -> None:
 
 def test_the_overlap_decides() -> None:
     # IoU 40 * 32 / (40 * 40) = 0.8 with object 1: right up to the threshold 0.80, wrong from 0.85 on.
-    overall, _ = coco_scores(ground_truth(annotation(1, 1, [10, 10, 40, 40])), [detection(1, [10, 10, 40, 32], 0.9)])
+    overall, _ = coco_scores(
+        evaluate_boxes(ground_truth(annotation(1, 1, [10, 10, 40, 40])), [detection(1, [10, 10, 40, 32], 0.9)])
+    )
     assert overall["AP50"] == pytest.approx(1) and overall["AP75"] == pytest.approx(1)
     assert overall["AP"] == pytest.approx(0.7)
 
@@ -96,10 +101,73 @@ def test_a_crowd_takes_any_number_of_detections_and_a_difficult_object_one() -> 
     inside = [detection(1, [100, 100, 30, 60], 0.9), detection(1, [130, 100, 30, 60], 0.8)]
     right = detection(1, [10, 10, 40, 40], 0.5)
     crowd = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 1, [100, 100, 60, 60], iscrowd=1))
-    assert coco_scores(crowd, [*inside, right])[0]["AP50"] == pytest.approx(1)
+    assert coco_scores(evaluate_boxes(crowd, [*inside, right]))[0]["AP50"] == pytest.approx(1)
     difficult = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 1, [100, 100, 60, 60], difficult=1))
     # Each overlaps it by exactly half; only the first may.
-    assert coco_scores(difficult, [*inside, right])[0]["AP50"] == pytest.approx(0.5)
+    assert coco_scores(evaluate_boxes(difficult, [*inside, right]))[0]["AP50"] == pytest.approx(0.5)
+
+
+def in_a_row(ious: list[float], scores: list[float]) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Objects of 20 x 20 pixels side by side, and one detection of each, so wide as to have the IoU."""
+    objects = [annotation(number + 1, 1, [30 * number, 0, 20, 20]) for number in range(len(ious))]
+    found = [
+        detection(1, [30 * n, 0, 20 * iou, 20], score) for n, (iou, score) in enumerate(zip(ious, scores, strict=True))
+    ]
+    return ground_truth(*objects), found
+
+
+def test_agreement_of_scores_and_boxes_worked_out_by_hand() -> None:
+    # Ranks 1 2 3 4 against 1 3 2 4: 1 - 6 * (1 + 1) / (4 * (16 - 1)) = 0.8.
+    truth, found = in_a_row([0.6, 0.7, 0.8, 0.9], [0.1, 0.3, 0.2, 0.4])
+    overall, by_category = score_iou_agreement(evaluate_boxes(truth, found))
+    assert overall == by_category[5]
+    assert overall["score_iou_correlation"] == pytest.approx(0.8)
+    assert overall["matched_iou"] == pytest.approx(0.75)
+    metrics = score(truth, found)
+    assert metrics["score_iou_correlation"] == metrics["per_class"]["thing"]["score_iou_correlation"]
+    assert "mean IoU 0.750, its rank correlation with the score 0.800" in format_metrics(metrics)
+    # Only the order of the scores counts, also that in which they come.
+    for scores, correlation in (([0.1, 0.2, 0.3, 0.9], 1), ([0.9, 0.5, 0.4, 0.1], -1)):
+        truth, found = in_a_row([0.6, 0.7, 0.8, 0.9], scores)
+        assert score(truth, found[::-1])["score_iou_correlation"] == pytest.approx(correlation)
+
+
+def test_agreement_is_of_right_detections_only() -> None:
+    truth, found = in_a_row([0.6, 0.7, 0.8, 0.9], [0.1, 0.3, 0.2, 0.4])
+    wrong = [
+        detection(1, [0, 0, 9, 20], 0.99),  # IoU 0.45
+        detection(1, [90, 0, 12, 20], 0.01),  # the last object again
+        detection(2, [0, 0, 20, 20], 0.5),  # in an image without objects
+    ]
+    difficult = annotation(7, 1, [0, 100, 40, 40], difficult=1)
+    truth["annotations"] += [difficult, annotation(8, 1, [60, 100, 40, 40], iscrowd=1)]
+    wrong += [detection(1, [0, 100, 40, 40], 0.05), detection(1, [60, 100, 40, 40], 0.06)]
+    metrics = score(truth, wrong + found)
+    assert metrics["score_iou_correlation"] == pytest.approx(0.8)
+    assert metrics["matched_iou"] == pytest.approx(0.75)
+
+
+def test_agreement_over_classes_is_weighted_by_their_detections() -> None:
+    truth, found = in_a_row([0.6, 0.7, 0.8, 0.9], [0.1, 0.2, 0.3, 0.4])
+    truth["categories"].append({"id": 6, "name": "other"})
+    truth["annotations"] += [annotation(8 + n, 2, [30 * n, 0, 20, 20], category_id=6) for n in range(2)]
+    found += [{**detection(2, [30 * n, 0, 18 - n, 20], 0.5 + n / 4), "category_id": 6} for n in range(2)]  # 0.9, 0.85
+    metrics = score(truth, found)
+    assert metrics["per_class"]["thing"]["score_iou_correlation"] == pytest.approx(1)
+    assert metrics["per_class"]["other"]["score_iou_correlation"] == pytest.approx(-1)
+    assert metrics["score_iou_correlation"] == pytest.approx((4 - 2) / 6)
+    assert metrics["matched_iou"] == pytest.approx((0.6 + 0.7 + 0.8 + 0.9 + 0.9 + 0.85) / 6)
+
+
+@pytest.mark.parametrize(
+    ("ious", "scores"), [([], []), ([0.9], [0.5]), ([0.9, 0.8], [0.5, 0.5]), ([0.8, 0.8], [0.4, 0.5])]
+)
+def test_without_an_order_there_is_no_agreement(ious: list[float], scores: list[float]) -> None:
+    truth, found = in_a_row(ious, scores)
+    metrics = score(truth, found)
+    assert metrics["score_iou_correlation"] is None
+    assert metrics["matched_iou"] == (pytest.approx(sum(ious) / len(ious)) if ious else None)
+    assert "score -" in format_metrics(metrics)
 
 
 def test_no_detection_and_no_object() -> None:

@@ -49,7 +49,13 @@ def outputs(tmp_path: Path) -> list[str]:
 def scores(ap: float | None) -> dict[str, Any]:
     """Metrics as detector.evaluate writes them; AP50 and AP75 follow from AP."""
     values = {"AP": ap, "AP50": None if ap is None else ap + 0.2, "AP75": None if ap is None else ap - 0.1}
-    return {**values, "images": 7, "per_class": {"disc": {**values, "objects": 3}, "square": {**values, "objects": 4}}}
+    agreement = {"score_iou_correlation": ap, "matched_iou": 0.75}
+    return {
+        **values,
+        **agreement,
+        "images": 7,
+        "per_class": {"disc": {**values, "objects": 3}, "square": {**values, "objects": 4}},
+    }
 
 
 def finish_run(folder: Path, strategy: str, seed: int, ap: float, changed: dict[str, object] | None = None) -> Path:
@@ -96,6 +102,19 @@ def test_a_row_is_mean_and_standard_deviation_over_its_seeds() -> None:
     assert f"{row} `fssd-resnet18-iou` |" in text
     assert "| FSSD ResNet-18 | mutual | 5 | 50.0 | 70.0 | 40.0 | 51.0 | 1.5 | `fssd-resnet18-mutual` |" in text
     assert "4 runs on Abacus (1 thread a run), torch 2, commit abc, 2026-01-02." in text
+
+
+def test_agreement_of_scores_and_boxes_is_of_runs_that_know_it() -> None:
+    content = content_of({"iou": {0: 0.30, 1: 0.32, 2: 0.34}, "mutual": {5: 0.5}})
+    text = tables.render(content, STUDY)
+    assert "| FSSD ResNet-18 | iou | 0.320 ± 0.020 |  | 0.750 ± 0.000 |" in text
+    assert "| FSSD ResNet-18 | mutual | 0.500 | - | 0.750 |" in text  # no seed in common
+    paired = tables.render(content_of({"iou": {0: 0.30, 1: 0.31, 2: 0.32}, "mutual": {0: 0.31, 1: 0.34}}), STUDY)
+    assert "| FSSD ResNet-18 | mutual | 0.325 ± 0.021 | +0.020 ± 0.010 | 0.750 ± 0.000 |" in paired
+    for row in content["rows"]:
+        for run in row["runs"]:  # as of runs scored by an older detector.evaluate
+            del run["test"]["score_iou_correlation"], run["test"]["matched_iou"]
+    assert tables.render(content, STUDY) == text[: text.index("\nDo the scores know")]
 
 
 def test_a_row_without_runs_stays_with_its_command() -> None:

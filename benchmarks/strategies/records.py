@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.strategies.studies import PRETRAINED, Row, Run, Study, find_runs, is_complete
+from detector.evaluate import AGREEMENT_METRICS
 from detector.reproduce import METRICS
 
 
@@ -67,8 +68,10 @@ def training_speed(log: list[dict[str, Any]], batch: int) -> tuple[float | None,
 
 
 def pick_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a results.json or metrics.json: AP, AP50 and AP75, and class by class."""
+    """What is kept of a results.json or metrics.json: AP, AP50 and AP75, also class by class, and the agreement."""
     kept = {metric: metrics[metric] for metric in METRICS}
+    # Of checkpoints that were scored before there was such a metric, only the rest.
+    kept |= {metric: metrics[metric] for metric in AGREEMENT_METRICS if metric in metrics}
     kept["images"] = metrics["images"]
     kept["per_class"] = {
         name: {metric: values[metric] for metric in METRICS} for name, values in metrics["per_class"].items()

@@ -144,6 +144,17 @@ STUDIES = {
         (0, 1, 2),
         baseline=("iou", None),
     ),
+    "bccd-schedule": Study(
+        "BCCD at 160 pixels: twice the schedule",
+        BCCD_160,
+        tuple(
+            Row("fssd", "resnet18", strategy, (*flags, BCCD_160_LEARNING_RATE), note)
+            for flags, note in (((), ""), ((("epochs", "80"),), "80 epochs"))
+            for strategy in ("iou", "mutual")
+        ),
+        (0, 1, 2),
+        baseline=("iou", None),
+    ),
     "aquarium": Study("Aquarium at 320 pixels: every detector", AQUARIUM_320, EVERY_DETECTOR, (0, 1, 2)),
     "bccd": Study("BCCD at 320 pixels: every detector", BCCD_320, EVERY_DETECTOR, (0, 1, 2)),
 }

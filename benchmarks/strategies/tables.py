@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.strategies.records import join_flags
 from benchmarks.strategies.studies import PRETRAINED, STUDIES, Study
+from detector.evaluate import AGREEMENT_METRICS
 from detector.reproduce import METRICS, format_mean
 
 SCRIPT = "benchmarks/strategies/compare.py"
@@ -74,17 +75,23 @@ def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> t
     return seeds, statistics.mean(differences) if differences else math.nan, error
 
 
+def find_baseline(content: dict[str, Any], row: dict[str, Any], baseline: tuple[str, str | None]) -> dict[str, Any]:
+    """The row that another is compared with: of its model, and of its note where the baseline names none."""
+    strategy, note = baseline
+    wanted = (row["model"], row["backbone"], strategy, row["note"] if note is None else note)
+    return next(
+        other
+        for other in content["rows"]
+        if (other["model"], other["backbone"], other["strategy"], other["note"]) == wanted
+    )
+
+
 def format_differences(content: dict[str, Any], baseline: tuple[str, str | None]) -> list[str]:
     """Each row less the baseline of its model (and note), seed by seed; rows without a common seed are left out."""
-    split, lines = content["split"], []
-    strategy, note = baseline
-    baselines = {
-        (row["model"], row["backbone"], row["note"]): row
-        for row in content["rows"]
-        if row["strategy"] == strategy and note in (None, row["note"])
-    }
+    split = content["split"]
+    lines = []
     for row in content["rows"]:
-        against = baselines[row["model"], row["backbone"], row["note"] if note is None else note]
+        against = find_baseline(content, row, baseline)
         if row is against:
             continue
         cells: list[str] = []
@@ -129,6 +136,36 @@ def format_classes(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def format_agreement(content: dict[str, Any], baseline: tuple[str, str | None] | None) -> list[str]:
+    """How the scores agree with the boxes, of the rows that know it; the difference is as in `format_differences`."""
+    split = content["split"]
+    lines = []
+    for row in content["rows"]:
+        values = [read_values(row, split, metric) for metric in AGREEMENT_METRICS]
+        if not all(values):
+            continue
+        cells = [format_mean(list(by_seed.values()), scale=1, digits=3) for by_seed in values]
+        against = find_baseline(content, row, baseline) if baseline is not None else row
+        if against is not row:
+            seeds, mean, error = paired_difference(values[0], read_values(against, split, AGREEMENT_METRICS[0]))
+            cells.insert(1, f"{mean:+.3f}" + (f" ± {error:.3f}" if error is not None else "") if seeds else "-")
+        else:
+            cells.insert(1, "")
+        lines.append(format_row([label_model(row), label_strategy(row), *cells]))
+    if not lines:
+        return []
+    return [
+        f"Do the scores know which boxes are good? Of the detections on {split} that are right at IoU 0.5, class by "
+        "class, and averaged by their number:",
+        "",
+        format_row(
+            ["detector", "strategy", "rank correlation of score and IoU", "paired difference", "mean IoU of these"]
+        ),
+        format_row(["---"] * 5),
+        *lines,
+    ]
+
+
 def format_provenance(content: dict[str, Any]) -> list[str]:
     """On which machines, when, and from which commits the runs are."""
     runs = [run for row in content["rows"] for run in row["runs"]]
@@ -162,6 +199,7 @@ def render(content: dict[str, Any], study: Study) -> str:
         format_scores(content),
         format_differences(content, study.baseline) if study.baseline is not None else [],
         format_classes(content),
+        format_agreement(content, study.baseline),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
