@@ -1,4 +1,4 @@
-"""Scores a detector: COCO's metrics through pycocotools for any set, and VOC's AP at IoU 0.5."""
+"""Scores a detector: pycocotools' metrics for any set, VOC's AP at IoU 0.5, and how well the scores rank the boxes."""
 
 from __future__ import annotations
 
