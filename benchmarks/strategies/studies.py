@@ -145,11 +145,16 @@ STUDIES = {
         baseline=("iou", None),
     ),
     "bccd-schedule": Study(
-        "BCCD at 160 pixels: twice the schedule",
+        "BCCD at 160 pixels: twice the schedule, with either losses",
         BCCD_160,
         tuple(
             Row("fssd", "resnet18", strategy, (*flags, BCCD_160_LEARNING_RATE), note)
-            for flags, note in (((), ""), ((("epochs", "80"),), "80 epochs"))
+            for flags, note in (
+                ((), ""),
+                ((("epochs", "80"),), "80 epochs"),
+                (RELEASED_LOSSES, "released losses"),
+                ((*RELEASED_LOSSES, ("epochs", "80")), "released losses, 80 epochs"),
+            )
             for strategy in ("iou", "mutual")
         ),
         (0, 1, 2),
