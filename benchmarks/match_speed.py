@@ -942,7 +942,7 @@ def verdict_lines(cases: dict[str, dict]) -> list[str]:
             time_text += f" ({format_seconds(replay)} on the device)"
         extra = format_memory(subject, case["sizes"]["B"] * case["sizes"]["A"])
         threads = f"{loop['threads']} thread{'' if loop['threads'] == 1 else 's'}"
-        memory = f"extra memory {extra} x B x A"
+        memory = f"extra memory {extra} for each anchor of the batch"
         tuned = case["methods"].get(TUNED_LOOP, {}).get("median_seconds")
         against_tuned = ""
         if tuned:
