@@ -148,7 +148,8 @@ def format_agreement(content: dict[str, Any], baseline: tuple[str, str | None] |
         against = find_baseline(content, row, baseline) if baseline is not None else row
         if against is not row:
             seeds, mean, error = paired_difference(values[0], read_values(against, split, AGREEMENT_METRICS[0]))
-            cells.insert(1, f"{mean:+.3f}" + (f" ± {error:.3f}" if error is not None else "") if seeds else "-")
+            spread = "" if error is None else f" ± {error:.3f}"
+            cells.insert(1, f"{mean:+.3f}{spread}" if seeds else "-")
         else:
             cells.insert(1, "")
         lines.append(format_row([label_model(row), label_strategy(row), *cells]))
