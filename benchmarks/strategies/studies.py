@@ -82,6 +82,9 @@ AQUARIUM_320 = BCCD_320._replace(name="aquarium-320", data="Aquarium", flags={**
 BCCD_160_LEARNING_RATE = ("lr", "0.02")
 """What the study bccd-learning-rate chose, by the static matching's score."""
 
+PRETRAINED_SCHEDULE = (("epochs", "15"), ("lr", "0.01"))
+"""What a CPU can do with VGG-16; fewer epochs than random weights need. The learning rate is the published one."""
+
 RELEASED_LOSSES = (("box-loss", "released_balanced_l1"), ("focal-gamma", "1"))
 """What detector.reproduce trains with, and detector.train does not unless asked to."""
 
@@ -159,6 +162,20 @@ STUDIES = {
         ),
         (0, 1, 2),
         baseline=("iou", None),
+    ),
+    "bccd-detectors": Study(
+        "BCCD at 160 pixels: other detectors, and a pretrained backbone",
+        BCCD_160,
+        tuple(
+            Row(model, backbone, strategy, flags)
+            for model, backbone, flags in (
+                ("fssd", "resnet18", (BCCD_160_LEARNING_RATE,)),
+                ("retinanet", "resnet18", (BCCD_160_LEARNING_RATE,)),
+                ("rfbnet", "vgg16", PRETRAINED_SCHEDULE),
+            )
+            for strategy in ("iou", "mutual")
+        ),
+        (0, 1, 2),
     ),
     "aquarium": Study("Aquarium at 320 pixels: every detector", AQUARIUM_320, EVERY_DETECTOR, (0, 1, 2)),
     "bccd": Study("BCCD at 320 pixels: every detector", BCCD_320, EVERY_DETECTOR, (0, 1, 2)),
