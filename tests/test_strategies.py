@@ -18,7 +18,7 @@ from pyramid_batches import pyramid_batch
 from small_data import write_voc
 
 import mg_ops
-from benchmarks.strategies import compare, records, tables
+from benchmarks.strategies import compare, figure, records, tables
 from benchmarks.strategies.studies import STUDIES, Row, Run, Setting, Study, find_runs
 from detector.train import parse_arguments
 
@@ -89,7 +89,7 @@ def content_of(aps: dict[str, dict[int, float]]) -> dict[str, Any]:
         }
         for row in STUDY.rows
     ]
-    return {"study": "tiny", "split": "test", "rows": rows}
+    return {"study": "tiny", "split": "test", "setting": TINY._asdict(), "rows": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,6 +160,45 @@ def test_only_what_is_between_the_markers_is_replaced() -> None:
     assert "old" not in once and tables.replace_section(once, "x", "new\n") == once
     with pytest.raises(ValueError, match="begin y"):
         tables.replace_section(document, "y", "new\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture
+
+
+def test_a_lead_is_mutual_less_iou_seed_by_seed_and_each_run_is_drawn_once() -> None:
+    content = content_of({"iou": {0: 0.28, 1: 0.30, 3: 0.9}, "mutual": {0: 0.30, 1: 0.33, 4: 0.1}})
+    (lead,) = figure.find_leads([content, content])
+    assert (lead.data, lead.label) == ("Tiny 64", "FSSD ResNet-18")
+    for metric in ("AP", "AP75", "score_iou_correlation"):
+        assert lead.differences[metric] == pytest.approx({0: 0.02, 1: 0.03})
+    assert figure.find_leads([{**content, "split": "val"}]) == []  # it has tuned something
+    assert figure.find_leads([content_of({"iou": {0: 0.3}, "mutual": {1: 0.3}})]) == []
+
+
+def test_a_lead_is_over_iou_with_the_same_flags() -> None:
+    aps = {"iou": {0: 0.28}, "mutual": {0: 0.30}}
+    content, other, alone = content_of(aps), content_of(aps), content_of(aps)
+    for row in other["rows"]:
+        row |= {"name": f"{row['name']}-focal-gamma1", "note": "gamma 1"}
+    alone["rows"] = [{**alone["rows"][1], "name": "fssd-resnet18-mutual-sigma3", "note": "sigma 3"}]
+    assert [lead.label for lead in figure.find_leads([content, other, alone])] == [
+        "FSSD ResNet-18",
+        "FSSD ResNet-18, gamma 1",
+    ]
+
+
+def test_the_picture_is_drawn_from_the_json_files(
+    tmp_path: Path, outputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = ["--plot", str(tmp_path / "figures" / "leads.png"), *outputs]
+    assert compare.main(plot) == 1
+    assert "run a study first" in " ".join(capsys.readouterr().out.split())
+    for strategy, seed, ap in (("iou", 0, 0.2), ("iou", 7, 0.4), ("mutual", 7, 0.5)):
+        finish_run(tmp_path / "runs", strategy, seed, ap)
+    assert compare.main(["--study", "tiny", "--collect", *outputs]) == 0
+    assert compare.main(plot) == 0
+    assert (tmp_path / "figures" / "leads.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python benchmarks/strategies/compare.py --study bccd-fssd-resnet18 --data BCCD --parallel 2
     python benchmarks/strategies/compare.py --study bccd-fssd-resnet18 --data BCCD --dry-run   # the commands alone
     python benchmarks/strategies/compare.py --render   # docs/results.md from the JSON files
+    python benchmarks/strategies/compare.py --plot docs/figures/leads.png   # and its first picture
 
 A study is a list of rows (what is trained) in a setting (what all of them have in common); each row is trained once a
 seed, by `detector.train`, and its last checkpoint is scored by `detector.evaluate`. Runs that are complete are not run
@@ -33,6 +34,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
+from benchmarks.strategies.figure import draw_leads, find_leads  # noqa: E402
 from benchmarks.strategies.records import collect, evaluation_command, training_command  # noqa: E402
 from benchmarks.strategies.studies import STRATEGIES, STUDIES, Run, find_runs, is_complete, is_trained  # noqa: E402
 from benchmarks.strategies.tables import SCRIPT, render, write_study  # noqa: E402
@@ -240,11 +242,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="with --collect: of runs started by hand on this machine, without a record")
     parser.add_argument("--threads", type=int, help="with --collect: how many threads such runs had")
     parser.add_argument("--render", action="store_true", help="run and read nothing: tables from the JSON files")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="likewise: mutual less iou in every setting, drawn")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/strategies/results", help="of JSON files")
     parser.add_argument("--document", type=Path, default=ROOT / "docs/results.md", help="where the tables are written")
     parser.add_argument("--poll-seconds", type=float, default=1.0, help="between looks at the runs (%(default)s)")
     args = parser.parse_args(argv)
-    if args.render:
+    if args.render or args.plot is not None:
         return args
     if args.study is None:
         parser.error("--study is needed: one of " + ", ".join(STUDIES))
@@ -272,9 +275,18 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, 1 if a run failed or does not fit, 130 after a signal."""
     args = parse_arguments(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    if args.render:
-        for file in sorted(args.results.glob("*.json")):
-            write_study(file.stem, json.loads(file.read_text()), args.results, args.document)
+    if args.render or args.plot is not None:
+        files = {name: args.results / f"{name}.json" for name in STUDIES}
+        contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+        if args.render:
+            for name, content in contents.items():
+                write_study(name, content, args.results, args.document)
+        if args.plot is not None:
+            try:
+                draw_leads(find_leads(list(contents.values())), args.plot)
+            except ValueError as error:
+                console.print(f"[red]{error}[/]", highlight=False)
+                return 1
         return 0
     study = STUDIES[args.study]
     if args.format is not None:

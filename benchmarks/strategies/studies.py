@@ -140,7 +140,7 @@ STUDIES = {
                 ((), ""),
                 (RELEASED_LOSSES[:1], "released Balanced L1"),
                 (RELEASED_LOSSES[1:], "gamma 1"),
-                (RELEASED_LOSSES, "both"),
+                (RELEASED_LOSSES, "released losses"),
             )
             for strategy in ("iou", "mutual")
         ),

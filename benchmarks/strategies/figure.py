@@ -1,0 +1,103 @@
+"""The lead of Mutual Guidance over static matching in every setting that was run, as one picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.strategies.studies import PRETRAINED
+from benchmarks.strategies.tables import label_model, paired_difference, read_values
+
+PANELS = (
+    ("AP", "AP, points", 100.0, 0),
+    ("AP75", "AP75, points", 100.0, 0),
+    ("score_iou_correlation", "rank correlation", 1.0, 2),
+)
+"""Metric, its title, the factor from the metric to what is drawn, and how many decimals the axis has."""
+
+
+class Lead(NamedTuple):
+    """`mutual` less `iou` in one setting."""
+
+    data: str
+    """The data set, and the size of its images."""
+    label: str
+    """What was trained on it, and how."""
+    differences: dict[str, dict[int, float]]
+    """By metric and seed."""
+
+
+def find_leads(contents: Sequence[dict[str, Any]]) -> list[Lead]:
+    """Every row of `mutual` that has an `iou` row with the same flags and a seed in common, each run once.
+
+    Args:
+        contents: of the studies' JSON files. Those that report val have tuned something, and are left out.
+    """
+    contents = [content for content in contents if content["split"] == "test"]
+    rows = {(content["setting"]["name"], row["name"]): row for content in contents for row in content["rows"]}
+    leads: dict[tuple[str, str], Lead] = {}
+    for content in contents:
+        setting = content["setting"]
+        for row in content["rows"]:
+            key = (setting["name"], row["name"])
+            against = rows.get((setting["name"], row["name"].replace("-mutual", "-iou", 1)))
+            if row["strategy"] != "mutual" or against is None or key in leads:
+                continue
+            differences = {}
+            for metric, *_ in PANELS:
+                values, baseline = (read_values(each, "test", metric) for each in (row, against))
+                seeds, _, _ = paired_difference(values, baseline)
+                differences[metric] = {seed: values[seed] - baseline[seed] for seed in seeds}
+            if differences["AP"]:
+                pretrained = "pretrained" if row["backbone"] in PRETRAINED else ""
+                label = ", ".join(filter(None, [label_model(row), pretrained, row["note"]]))
+                leads[key] = Lead(f"{setting['data']} {setting['flags']['image-size']}", label, differences)
+    return list(leads.values())
+
+
+def draw_leads(leads: Sequence[Lead], path: Path) -> None:
+    """A row a setting: a dot a seed, their mean, and a bar from one standard error below it to one above.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not leads:
+        raise ValueError("expected runs of mutual and iou with a common seed, got none: run a study first")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rc = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False}
+    with pyplot.rc_context(rc):
+        figure, all_axes = pyplot.subplots(
+            1, len(PANELS), figsize=(12, 1.3 + 0.42 * len(leads)), dpi=130, sharey=True, layout="constrained"
+        )
+        for axes, (metric, title, scale, digits) in zip(all_axes, PANELS, strict=True):
+            axes.axvline(0, color="#888888", linewidth=1)
+            for height, lead in enumerate(leads):
+                values = [scale * value for value in lead.differences[metric].values()]
+                if not values:
+                    continue
+                mean = statistics.mean(values)
+                if len(values) > 1:
+                    error = statistics.stdev(values) / math.sqrt(len(values))
+                    bar = [mean - error, mean + error]
+                    axes.plot(bar, [height] * 2, color="#00798c", linewidth=3.5, solid_capstyle="butt", zorder=3)
+                axes.plot(values, [height] * len(values), "o", color="#555555", alpha=0.55, markersize=4.5, zorder=4)
+                axes.plot(mean, height, "D", color="#00798c", markersize=8, zorder=5)
+            axes.set_title(title, loc="left", fontweight="bold")
+            axes.grid(axis="x", color="#dddddd", linewidth=0.8)
+            axes.tick_params(axis="y", length=0)
+            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_formatter(lambda value, _, digits=digits: f"{value:+.{digits}f}" if value else "0")
+        several = len({lead.data for lead in leads}) > 1
+        labels = [f"{lead.data}: {lead.label}" if several else lead.label for lead in leads]
+        all_axes[0].set_yticks(range(len(leads)), labels)
+        all_axes[0].set_ylim(len(leads) - 0.5, -0.5)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        pyplot.close(figure)
