@@ -82,8 +82,8 @@ AQUARIUM_320 = BCCD_320._replace(name="aquarium-320", data="Aquarium", flags={**
 BCCD_160_LEARNING_RATE = ("lr", "0.02")
 """What the study bccd-learning-rate chose, by the static matching's score."""
 
-PRETRAINED_SCHEDULE = (("epochs", "15"), ("lr", "0.01"))
-"""What a CPU can do with VGG-16; fewer epochs than random weights need. The learning rate is the published one."""
+PRETRAINED_LEARNING_RATE = ("lr", "0.01")
+"""The published one, where the backbone has been trained before."""
 
 RELEASED_LOSSES = (("box-loss", "released_balanced_l1"), ("focal-gamma", "1"))
 """What detector.reproduce trains with, and detector.train does not unless asked to."""
@@ -148,11 +148,13 @@ STUDIES = {
         baseline=("iou", None),
     ),
     "bccd-schedule": Study(
-        "BCCD at 160 pixels: twice the schedule, with either losses",
+        "BCCD at 160 pixels: shorter and longer schedules",
         BCCD_160,
         tuple(
             Row("fssd", "resnet18", strategy, (*flags, BCCD_160_LEARNING_RATE), note)
             for flags, note in (
+                ((("epochs", "10"),), "10 epochs"),
+                ((("epochs", "20"),), "20 epochs"),
                 ((), ""),
                 ((("epochs", "80"),), "80 epochs"),
                 (RELEASED_LOSSES, "released losses"),
@@ -167,15 +169,17 @@ STUDIES = {
         "BCCD at 160 pixels: other detectors, and a pretrained backbone",
         BCCD_160,
         tuple(
-            Row(model, backbone, strategy, flags)
-            for model, backbone, flags in (
-                ("fssd", "resnet18", (BCCD_160_LEARNING_RATE,)),
-                ("retinanet", "resnet18", (BCCD_160_LEARNING_RATE,)),
-                ("rfbnet", "vgg16", PRETRAINED_SCHEDULE),
+            Row(model, backbone, strategy, flags, note)
+            for model, backbone, flags, note in (
+                ("fssd", "resnet18", (BCCD_160_LEARNING_RATE,), ""),
+                ("retinanet", "resnet18", (BCCD_160_LEARNING_RATE,), ""),
+                ("rfbnet", "vgg16", (("epochs", "15"), PRETRAINED_LEARNING_RATE), "15 epochs"),
+                ("rfbnet", "vgg16", (PRETRAINED_LEARNING_RATE,), ""),
             )
             for strategy in ("iou", "mutual")
         ),
         (0, 1, 2),
+        baseline=("iou", None),
     ),
     "aquarium": Study("Aquarium at 320 pixels: every detector", AQUARIUM_320, EVERY_DETECTOR, (0, 1, 2)),
     "bccd": Study("BCCD at 320 pixels: every detector", BCCD_320, EVERY_DETECTOR, (0, 1, 2)),
