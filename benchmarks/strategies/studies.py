@@ -170,13 +170,13 @@ STUDIES = {
         BCCD_160,
         tuple(
             Row(model, backbone, strategy, flags, note)
-            for model, backbone, flags, note in (
-                ("fssd", "resnet18", (BCCD_160_LEARNING_RATE,), ""),
-                ("retinanet", "resnet18", (BCCD_160_LEARNING_RATE,), ""),
-                ("rfbnet", "vgg16", (("epochs", "15"), PRETRAINED_LEARNING_RATE), "15 epochs"),
-                ("rfbnet", "vgg16", (PRETRAINED_LEARNING_RATE,), ""),
+            for model, backbone, flags, note, strategies in (
+                ("fssd", "resnet18", (BCCD_160_LEARNING_RATE,), "", ("iou", "mutual")),
+                ("retinanet", "resnet18", (BCCD_160_LEARNING_RATE,), "", ("iou", "mutual")),
+                ("rfbnet", "vgg16", (("epochs", "15"), PRETRAINED_LEARNING_RATE), "15 epochs", STRATEGIES),
+                ("rfbnet", "vgg16", (PRETRAINED_LEARNING_RATE,), "", ("iou", "mutual")),
             )
-            for strategy in ("iou", "mutual")
+            for strategy in strategies
         ),
         (0, 1, 2),
         baseline=("iou", None),
