@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.strategies.studies import PRETRAINED
-from benchmarks.strategies.tables import label_model, paired_difference, read_values
+from benchmarks.strategies.tables import label_model, read_values
 
 PANELS = (
     ("AP", "AP, points", 100.0, 0),
@@ -49,7 +49,7 @@ def find_leads(contents: Sequence[dict[str, Any]]) -> list[Lead]:
             differences = {}
             for metric, *_ in PANELS:
                 values, baseline = (read_values(each, "test", metric) for each in (row, against))
-                seeds, _, _ = paired_difference(values, baseline)
+                seeds = sorted(values.keys() & baseline.keys())
                 differences[metric] = {seed: values[seed] - baseline[seed] for seed in seeds}
             if differences["AP"]:
                 pretrained = "pretrained" if row["backbone"] in PRETRAINED else ""
