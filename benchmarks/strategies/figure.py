@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.strategies.studies import PRETRAINED
-from benchmarks.strategies.tables import label_model, read_values
+from benchmarks.strategies.tables import label_model, mean_and_error, pair_differences, read_values
 
 PANELS = (
     ("AP", "AP, points", 100.0, 0),
@@ -49,8 +47,7 @@ def find_leads(contents: Sequence[dict[str, Any]]) -> list[Lead]:
             differences = {}
             for metric, *_ in PANELS:
                 values, baseline = (read_values(each, "test", metric) for each in (row, against))
-                seeds = sorted(values.keys() & baseline.keys())
-                differences[metric] = {seed: values[seed] - baseline[seed] for seed in seeds}
+                differences[metric] = pair_differences(values, baseline)
             if differences["AP"]:
                 pretrained = "pretrained" if row["backbone"] in PRETRAINED else ""
                 label = ", ".join(filter(None, [label_model(row), pretrained, row["note"]]))
@@ -82,9 +79,8 @@ def draw_leads(leads: Sequence[Lead], path: Path) -> None:
                 values = [scale * value for value in lead.differences[metric].values()]
                 if not values:
                     continue
-                mean = statistics.mean(values)
-                if len(values) > 1:
-                    error = statistics.stdev(values) / math.sqrt(len(values))
+                mean, error = mean_and_error(values)
+                if error is not None:
                     bar = [mean - error, mean + error]
                     axes.plot(bar, [height] * 2, color="#00798c", linewidth=3.5, solid_capstyle="butt", zorder=3)
                 axes.plot(values, [height] * len(values), "o", color="#555555", alpha=0.55, markersize=4.5, zorder=4)

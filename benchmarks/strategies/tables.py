@@ -67,12 +67,24 @@ def format_scores(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> tuple[list[int], float, float | None]:
-    """Common seeds, mean difference, and its standard error (None with fewer than two seeds)."""
-    seeds = sorted(values.keys() & baseline.keys())
-    differences = [values[seed] - baseline[seed] for seed in seeds]
+def pair_differences(values: dict[int, float], baseline: dict[int, float]) -> dict[int, float]:
+    """What each seed that both have gains over the baseline."""
+    return {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
+
+
+def mean_and_error(differences: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and its standard error (None for a single value)."""
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-    return seeds, statistics.mean(differences) if differences else math.nan, error
+    return statistics.mean(differences), error
+
+
+def format_difference(differences: dict[int, float], scale: float = 100.0, digits: int = 1) -> str:
+    """Signed mean ± standard error; "-" without a common seed."""
+    if not differences:
+        return "-"
+    mean, error = mean_and_error(list(differences.values()))
+    spread = "" if error is None else f" ± {scale * error:.{digits}f}"
+    return f"{scale * mean:+.{digits}f}{spread}"
 
 
 def find_baseline(content: dict[str, Any], row: dict[str, Any], baseline: tuple[str, str | None]) -> dict[str, Any]:
@@ -94,15 +106,13 @@ def format_differences(content: dict[str, Any], baseline: tuple[str, str | None]
         against = find_baseline(content, row, baseline)
         if row is against:
             continue
-        cells: list[str] = []
-        seeds: list[int] = []
-        for metric in METRICS:
-            seeds, mean, error = paired_difference(read_values(row, split, metric), read_values(against, split, metric))
-            spread = "" if error is None else f" ± {100 * error:.1f}"
-            cells.append(f"{100 * mean:+.1f}{spread}" if seeds else "-")
-        if seeds:
+        differences = [
+            pair_differences(read_values(row, split, metric), read_values(against, split, metric)) for metric in METRICS
+        ]
+        if differences[0]:
+            cells = [format_difference(by_seed) for by_seed in differences]
             difference = f"{label_strategy(row)} - {label_strategy(against)}"
-            lines.append(format_row([label_model(row), difference, format_seeds(seeds), *cells]))
+            lines.append(format_row([label_model(row), difference, format_seeds(list(differences[0])), *cells]))
     if not lines:
         return []
     return [
@@ -147,9 +157,8 @@ def format_agreement(content: dict[str, Any], baseline: tuple[str, str | None] |
         cells = [format_mean(list(by_seed.values()), scale=1, digits=3) for by_seed in values]
         against = find_baseline(content, row, baseline) if baseline is not None else row
         if against is not row:
-            seeds, mean, error = paired_difference(values[0], read_values(against, split, AGREEMENT_METRICS[0]))
-            spread = "" if error is None else f" ± {error:.3f}"
-            cells.insert(1, f"{mean:+.3f}{spread}" if seeds else "-")
+            baseline_values = read_values(against, split, AGREEMENT_METRICS[0])
+            cells.insert(1, format_difference(pair_differences(values[0], baseline_values), scale=1, digits=3))
         else:
             cells.insert(1, "")
         lines.append(format_row([label_model(row), label_strategy(row), *cells]))
