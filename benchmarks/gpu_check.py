@@ -206,15 +206,6 @@ def sanitize(check: Check) -> list[Step]:
         return list(pool.map(run_tool, SANITIZER_TOOLS))
 
 
-def compare_launches(check: Check) -> Step:
-    """Three launches against one; without a GPU only the answers, on the CPU."""
-    command: list[str | Path] = [sys.executable, "benchmarks/cluster_size.py"]
-    command += ["--dry-run"] if check.dry_run else ["--output", check.output / "cluster_size.json"]
-    return check.run(
-        "cluster-size", command, 60.0 if not check.dry_run else 240.0, r"launch|reference|clusters|rror", {}
-    )
-
-
 def measure(check: Check) -> Step:
     """The benchmark on all cases and baselines; without a GPU a quick one on the CPU."""
     command: list[str | Path] = [
@@ -261,7 +252,6 @@ def main() -> int:
         check.report(run_tests(check))
         for step in sanitize(check):
             check.report(step)
-        check.report(compare_launches(check))
         check.report(measure(check))
         check.report(time_training_steps(check))
 

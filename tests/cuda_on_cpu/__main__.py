@@ -75,7 +75,6 @@ def main() -> None:
     batches = range(options.first, options.first + options.batches)
     compared = 0 if options.wrong_offsets else cuda_on_cpu.check_against_reference(emulator, batches, options.first)
     compared += cuda_on_cpu.check_wrong_offsets(emulator, batches)
-    compared += cuda_on_cpu.check_wrong_offsets(emulator, batches[::4], cluster_size=3)
     print(
         f"{compared} batches equal to the reference, blocks of {options.threads} threads, sanitizers {options.sanitize}"
     )
