@@ -16,6 +16,9 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "box.h"
 
 namespace mg_ops {
 
@@ -104,12 +107,40 @@ inline void check_tensor(const char* name, const Tensor& tensor, Kind kind, std:
   }
 }
 
-// Raises unless low < value <= high holds, also after rounding to float32.
-inline void check_number(const char* name, double value, double low, double high, const char* expected) {
+// What every number of a call must be: low < value <= high, as given and as the normal float32 it is rounded to.
+inline bool is_in_range(double value, double low, double high) {
   const float rounded = static_cast<float>(value);
-  if (!(value <= high && rounded > static_cast<float>(low) && rounded >= std::numeric_limits<float>::min())) {
+  return value <= high && rounded > static_cast<float>(low) && rounded >= std::numeric_limits<float>::min();
+}
+
+inline void check_number(const char* name, double value, double low, double high, const char* expected) {
+  if (!is_in_range(value, low, high)) {
     fail(name, ": expected ", expected, ", got ", value);
   }
+}
+
+constexpr double kMaxNumber = std::numeric_limits<float>::max();
+
+// Raises unless these are the four weights and the clip of a box coder.
+inline void check_box_coder(const std::vector<double>& box_coder) {
+  if (box_coder.size() != 5) {
+    fail("box_coder: expected five numbers, the weights of x, y, w and h and the clip, got ", box_coder.size());
+  }
+  for (size_t i = 0; i < 4; ++i) {
+    if (!is_in_range(std::abs(box_coder[i]), 0.0, kMaxNumber)) {
+      fail("box_coder: expected weights that are finite numbers other than 0, got ", box_coder[i]);
+    }
+  }
+  if (std::isnan(box_coder[4])) {
+    fail("box_coder: expected a number as clip, got NaN");
+  }
+}
+
+// The coder of checked numbers; of none, one that decodes nothing.
+inline BoxCoder box_coder_of(const std::optional<std::vector<double>>& box_coder) {
+  if (!box_coder.has_value()) return {};
+  const auto number = [&](size_t i) { return static_cast<float>((*box_coder)[i]); };
+  return {number(0), number(1), number(2), number(3), number(4)};
 }
 
 struct MatchSizes {
@@ -120,8 +151,8 @@ struct MatchSizes {
 // tensors.
 inline MatchSizes check_match_arguments(const Tensor& anchors, const Tensor& pred_boxes, const Tensor& cls_scores,
                                         const Tensor& gt_boxes, const Tensor& gt_labels, const Tensor& gt_offsets,
-                                        const std::optional<Tensor>& gt_crowd, bool decode, double weight_x,
-                                        double weight_y, double weight_w, double weight_h, double clip, double sigma,
+                                        const std::optional<Tensor>& gt_crowd,
+                                        const std::optional<std::vector<double>>& box_coder, double sigma,
                                         double iou_positive, double iou_ignored, double crowd_overlap) {
   check_tensor("anchors", anchors, Kind::kFloating, {kAnySize, 4}, anchors);
   const int64_t num_anchors = anchors.size(0);
@@ -140,18 +171,10 @@ inline MatchSizes check_match_arguments(const Tensor& anchors, const Tensor& pre
   if (num_anchors > kMaxCount || num_gt > kMaxCount) {
     fail("mutual_match: expected at most ", kMaxCount, " anchors and objects, got ", num_anchors, " and ", num_gt);
   }
-  if (decode) {
-    for (const double weight : {weight_x, weight_y, weight_w, weight_h}) {
-      if (!std::isfinite(static_cast<float>(weight)) || static_cast<float>(weight) == 0.0f) {
-        fail("box coder weights: expected finite numbers other than 0, got ", weight);
-      }
-    }
-    if (std::isnan(clip)) {
-      fail("clip: expected a number, got NaN");
-    }
+  if (box_coder.has_value()) {
+    check_box_coder(*box_coder);
   }
-  constexpr double kMaxFloat = std::numeric_limits<float>::max();
-  check_number("sigma", sigma, 1.0, kMaxFloat, "a finite number above 1");
+  check_number("sigma", sigma, 1.0, kMaxNumber, "a finite number above 1");
   check_number("iou_positive", iou_positive, 0.0, 1.0, "a threshold in (0, 1]");
   check_number("iou_ignored", iou_ignored, 0.0, 1.0, "a threshold in (0, 1]");
   check_number("crowd_overlap", crowd_overlap, 0.0, 1.0, "a threshold in (0, 1]");

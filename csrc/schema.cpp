@@ -6,14 +6,14 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
   // Mutual matching of a batch. Sizes: B images, A anchors, C classes, N objects in all.
   //
   //   anchors     (A, 4) floating      boxes (x1, y1, x2, y2), in the one unit that all boxes share
-  //   pred_boxes  (B, A, 4) floating   regressed boxes; with `decode` the regression deltas (dx, dy, dw, dh) instead
+  //   pred_boxes  (B, A, 4) floating   regressed boxes; with `box_coder` the regression deltas (dx, dy, dw, dh) instead
   //   cls_scores  (B, A, C) floating   logits
   //   gt_boxes    (N, 4) floating      objects of all images, one image after the other
   //   gt_labels   (N,) int64 or int32  a label outside [0, C) has probability 0
   //   gt_offsets  (B + 1,) int64/int32 image b has the objects gt_offsets[b] to gt_offsets[b + 1]; those past the last
   //                                    offset do not count. Wrong offsets raise on the CPU and are clamped on a GPU
   //   gt_crowd    (N,) bool or None    regions to ignore
-  //   decode      whether pred_boxes are deltas of the anchors under weight_x .. weight_h and clip
+  //   box_coder   five numbers or None what decodes pred_boxes: the weights of x, y, w and h, and the clip
   //   classification_by_regressed, localization_by_amplified   the quality that ranks each task, else the anchors' IoU
   //
   // Floating is float16, bfloat16, float32 or float64, each argument its own, any strides; arithmetic is in float32.
@@ -29,8 +29,7 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
   m.def(
       "mutual_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
       "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
-      "bool decode, float weight_x, float weight_y, float weight_w, float weight_h, float clip, "
-      "bool classification_by_regressed, bool localization_by_amplified, "
+      "float[]? box_coder, bool classification_by_regressed, bool localization_by_amplified, "
       "float sigma, float iou_positive, float iou_ignored, float crowd_overlap) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 

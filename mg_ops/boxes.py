@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from mg_ops import reference
-from mg_ops.checks import MAX_FLOAT, check_tensor, describe
-
-_MIN_FLOAT = torch.finfo(torch.float32).tiny
+from mg_ops.checks import MAX_FLOAT, check_tensor, describe, is_in_range
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,7 @@ class BoxCoder:
             weights = tuple(float(weight) for weight in self.weights)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise TypeError(wanted) from error
-        # Rounding to float32 must leave something to divide by.
-        if len(weights) != 4 or not all(_MIN_FLOAT <= abs(weight) <= MAX_FLOAT for weight in weights):
+        if len(weights) != 4 or not all(is_in_range(abs(weight), 0.0, MAX_FLOAT) for weight in weights):
             raise ValueError(wanted)
         try:
             clip = float(self.clip)

@@ -118,17 +118,26 @@ def check_num_classes(value: object) -> None:
         raise ValueError(f"num_classes: expected at most {MAX_COUNT}")
 
 
+def is_in_range(number: float, low: float, high: float) -> bool:
+    """What every number must be: low < number <= high, as given and as the normal float32 it is rounded to.
+
+    Args:
+        low: 0 or 1.
+    """
+    # The largest double that float32 rounds to 1 is 1 + 2^-24, the smallest that it rounds to its smallest normal
+    # number, 2^-126, is 2^-126 - 2^-150. NaN fails every comparison.
+    return low * (1 + 2.0**-24) < number <= high and number >= 2.0**-126 - 2.0**-150
+
+
 def check_number(name: str, value: object, low: float, high: float, low_text: str) -> float:
-    """Raises unless low < value <= high holds, also after rounding to float32; returns the float."""
+    """Raises unless value is a number in this range (`is_in_range`); returns the float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     try:
         number = float(value)
     except OverflowError:
         raise ValueError(f"{name}: expected {low_text}, got an integer that no float holds") from None
-    # Below 2^-24 above `low` float32 cannot tell the number from `low`; NaN fails both comparisons.
-    in_range = low < number <= high and (low == 0.0 or number >= low * (1 + 2.0**-23)) and number >= 2.0**-126
-    if not in_range:
+    if not is_in_range(number, low, high):
         raise ValueError(f"{name}: expected {low_text}, got {value!r}")
     return number
 
@@ -262,12 +271,7 @@ def check_operator_arguments(
     gt_labels: object,
     gt_offsets: object,
     gt_crowd: object,
-    decode: bool,
-    weight_x: float,
-    weight_y: float,
-    weight_w: float,
-    weight_h: float,
-    clip: float,
+    box_coder: Sequence[float] | None,
     classification_by_regressed: bool,
     localization_by_amplified: bool,
     sigma: float,
@@ -278,12 +282,16 @@ def check_operator_arguments(
     """The checks of csrc/check.h but for the offsets' values, for the operators that are written in Python."""
     batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)
     check_packed_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
-    if decode:
-        for weight in (weight_x, weight_y, weight_w, weight_h):
-            if not (2.0**-150 < abs(weight) <= MAX_FLOAT):
-                raise ValueError(f"box coder weights: expected finite numbers other than 0 (in float32), got {weight}")
-        if clip != clip:
-            raise ValueError("clip: expected a number, got NaN")
+    if box_coder is not None:
+        if len(box_coder) != 5:
+            raise ValueError(
+                f"box_coder: expected five numbers, the weights of x, y, w and h and the clip, got {len(box_coder)}"
+            )
+        for weight in box_coder[:4]:
+            if not is_in_range(abs(weight), 0.0, MAX_FLOAT):
+                raise ValueError(f"box_coder: expected weights that are finite numbers other than 0, got {weight}")
+        if box_coder[4] != box_coder[4]:
+            raise ValueError("box_coder: expected a number as clip, got NaN")
     check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
 
 

@@ -22,8 +22,7 @@ from mg_ops.checks import check_offsets, check_operator_arguments
 _SIGNATURE = (
     "(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
     "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
-    "bool decode, float weight_x, float weight_y, float weight_w, float weight_h, float clip, "
-    "bool classification_by_regressed, bool localization_by_amplified, "
+    "float[]? box_coder, bool classification_by_regressed, bool localization_by_amplified, "
     "float sigma, float iou_positive, float iou_ignored, float crowd_overlap) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -63,11 +62,11 @@ def _load_library() -> str:
     return ""
 
 
-def _fake(
-    anchors: Tensor, pred_boxes: Tensor, cls_scores: Tensor, gt_boxes: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+# What follows takes what _SIGNATURE lists, in its order.
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes of the result, for torch.compile and torch.export; also where some tensors are on "meta"."""
-    check_operator_arguments(anchors, pred_boxes, cls_scores, gt_boxes, *args)
+    check_operator_arguments(*arguments)
+    anchors, _, cls_scores, gt_boxes = arguments[:4]
     match_shape = cls_scores.shape[:2]
     num_gt = gt_boxes.shape[0]
     return (
@@ -86,11 +85,9 @@ def _check(*arguments: Any) -> None:
         check_offsets(gt_offsets, len(gt_boxes))
 
 
-# Both take what _SIGNATURE lists, in its order.
 def _eager(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(*arguments)
-    box_coder_weights = arguments[8:12] if arguments[7] else None
-    return reference.mutual_match(*(*arguments[:7], box_coder_weights, *arguments[12:]))
+    return reference.mutual_match(*arguments)
 
 
 def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

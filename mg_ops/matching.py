@@ -133,7 +133,6 @@ def mutual_match(
     if check:
         check_values(anchors, pred_boxes, cls_scores, boxes, labels, offsets, crowd, box_coder)
 
-    coder = box_coder if box_coder is not None else BoxCoder()
     classification_by_regressed, localization_by_amplified = STRATEGIES[strategy]
     cls_match, loc_match, num_pos, num_total = operator(
         anchors.detach(),
@@ -143,9 +142,7 @@ def mutual_match(
         labels,
         offsets,
         crowd,
-        box_coder is not None,
-        *coder.weights,
-        coder.clip,
+        None if box_coder is None else [*box_coder.weights, box_coder.clip],
         classification_by_regressed,
         localization_by_amplified,
         *numbers,

@@ -11,6 +11,7 @@ Sizes: B images, A anchors, C classes, G objects of one image, N objects in all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
     return positive_ratio(intersection, union)
 
 
-def decode(anchors: Tensor, deltas: Tensor, weights: tuple[float, float, float, float], clip: float) -> Tensor:
+def decode(anchors: Tensor, deltas: Tensor, weights: Sequence[float], clip: float) -> Tensor:
     """(A, 4) anchors moved by (..., A, 4) deltas (dx, dy, dw, dh); weights and clip as in `mg_ops.BoxCoder`."""
     # A division by a Python number becomes a multiplication by its reciprocal on CUDA: divide by a tensor.
     deltas = deltas / torch.tensor(weights, dtype=torch.float32, device=deltas.device)
@@ -270,8 +271,7 @@ def mutual_match(
     gt_labels: Tensor,
     gt_offsets: Tensor,
     gt_crowd: Tensor | None,
-    box_coder_weights: tuple[float, float, float, float] | None,
-    box_coder_clip: float,
+    box_coder: Sequence[float] | None,
     classification_by_regressed: bool,
     localization_by_amplified: bool,
     sigma: float,
@@ -279,14 +279,14 @@ def mutual_match(
     iou_ignored: float,
     crowd_overlap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch of packed objects, image by image; see `mg_ops.mutual_match` for the arguments."""
+    """A batch of packed objects, image by image; takes what the operators take (csrc/schema.cpp)."""
     batch_size, num_anchors = cls_scores.shape[:2]
     num_gt = len(gt_boxes)
     device = anchors.device
     # Wide inputs are rounded once, here, so that every backend computes from the same float32 numbers.
     anchors, gt_boxes = anchors.float(), gt_boxes.float()
-    sigma, iou_positive, iou_ignored, crowd_overlap, box_coder_clip = torch.tensor(
-        [sigma, iou_positive, iou_ignored, crowd_overlap, box_coder_clip], dtype=torch.float32, device="cpu"
+    sigma, iou_positive, iou_ignored, crowd_overlap, *coder = torch.tensor(
+        [sigma, iou_positive, iou_ignored, crowd_overlap, *(box_coder or ())], dtype=torch.float32, device="cpu"
     ).tolist()
     if gt_crowd is None:
         gt_crowd = torch.zeros(num_gt, dtype=torch.bool, device=device)
@@ -301,8 +301,8 @@ def mutual_match(
         for image in range(batch_size):
             start, end = offsets[image], offsets[image + 1]
             boxes = pred_boxes[image].float()
-            if box_coder_weights is not None:
-                boxes = decode(anchors, boxes, box_coder_weights, box_coder_clip)
+            if box_coder is not None:
+                boxes = decode(anchors, boxes, coder[:4], coder[4])
             cls_match[image], loc_match[image], num_pos[start:end], num_total[start:end] = match_image(
                 anchors,
                 boxes,

@@ -42,6 +42,7 @@ list of an ordinary object fits one or two blocks of 1024.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -819,12 +820,7 @@ def mutual_match(
     gt_labels: Tensor,
     gt_offsets: Tensor,
     gt_crowd: Tensor | None,
-    decode: bool,
-    weight_x: float,
-    weight_y: float,
-    weight_w: float,
-    weight_h: float,
-    clip: float,
+    box_coder: Sequence[float] | None,
     classification_by_regressed: bool,
     localization_by_amplified: bool,
     sigma: float,
@@ -833,7 +829,7 @@ def mutual_match(
     crowd_overlap: float,
     longest_list: int = 0x7FFFFFFF,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch of packed objects on the current stream of their device; see `mg_ops.mutual_match` for the arguments.
+    """A batch of packed objects on the current stream of their device; takes what the operators take (csrc/schema.cpp).
 
     Args:
         longest_list: objects with a longer list than this rank by scanning all anchors; the result is the same.
@@ -868,6 +864,7 @@ def mutual_match(
     list_starts = torch.empty((num_rankings, num_gt), dtype=torch.int64, device=device)
     images_to_redo = torch.empty(batch_size, dtype=torch.int32, device=device)
 
+    coder = box_coder or (1.0, 1.0, 1.0, 1.0, 0.0)  # without one it is never used
     # Without crowds the pointer is never read.
     crowd = gt_labels if gt_crowd is None else gt_crowd.view(torch.uint8)
     variant = {
@@ -901,13 +898,9 @@ def mutual_match(
             gt_labels.stride(0),
             gt_offsets.stride(0),
             crowd.stride(0),
-            weight_x,
-            weight_y,
-            weight_w,
-            weight_h,
-            clip,
+            *coder,
             sigma,
-            DECODE=decode,
+            DECODE=box_coder is not None,
             CROWD=gt_crowd is not None,
             BLOCK=CLAIM_BLOCK,
             num_warps=CLAIM_WARPS,
@@ -952,15 +945,11 @@ def mutual_match(
             *gt_boxes.stride(),
             gt_offsets.stride(0),
             crowd.stride(0),
-            weight_x,
-            weight_y,
-            weight_w,
-            weight_h,
-            clip,
+            *coder,
             iou_positive,
             iou_ignored,
             crowd_overlap,
-            DECODE=decode,
+            DECODE=box_coder is not None,
             CROWD=gt_crowd is not None,
             BLOCK=OWN_BLOCK,
             num_warps=OWN_WARPS,

@@ -208,7 +208,7 @@ def test_wrong_offsets_are_read_as_the_reference_does(small_blocks: cuda_on_cpu.
     match = small_blocks.mutual_match(**arguments, clamp_offsets=True)
     names = ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")
     expected = mg_ops.reference.mutual_match(
-        *(arguments[name] for name in names), None, coder.weights, coder.clip, True, True, 2.0, 0.5, 0.4, 0.5
+        *(arguments[name] for name in names), None, [*coder.weights, coder.clip], True, True, 2.0, 0.5, 0.4, 0.5
     )
     cuda_on_cpu.assert_same(match, mg_ops.MutualMatch(*expected), str(offsets))
 

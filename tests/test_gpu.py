@@ -335,5 +335,5 @@ def test_opcheck() -> None:
     tensors = [
         arguments[name] for name in ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")
     ]
-    numbers = (True, 10.0, 10.0, 5.0, 5.0, 4.135, True, True, 2.0, 0.5, 0.4, 0.5)
-    torch.library.opcheck(torch.ops.mg_ops.mutual_match.default, (*tensors, None, *numbers))
+    options = ([10.0, 10.0, 5.0, 5.0, 4.135], True, True, 2.0, 0.5, 0.4, 0.5)
+    torch.library.opcheck(torch.ops.mg_ops.mutual_match.default, (*tensors, None, *options))

@@ -29,7 +29,7 @@ def operator_arguments(device: str, requires_grad: bool = False) -> tuple[Any, .
     for tensor in boxes:
         tensor.requires_grad_(requires_grad)
     labels, offsets = torch.tensor([0, 1, 2, 0], device=device), torch.tensor([0, 3, 4], device=device)
-    return (*boxes, labels, offsets, None, True, 10.0, 10.0, 5.0, 5.0, 4.0, True, True, 2.0, 0.5, 0.4, 0.5)
+    return (*boxes, labels, offsets, None, [10.0, 10.0, 5.0, 5.0, 4.0], True, True, 2.0, 0.5, 0.4, 0.5)
 
 
 @pytest.mark.parametrize("crowd", [False, True])

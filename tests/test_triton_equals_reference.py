@@ -59,29 +59,27 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_mutual_match, f"{kernel}_BLOCK", 8 if INTERPRETED else 32)
 
 
+OPTIONS: dict[str, Any] = {
+    "gt_crowd": None,
+    "box_coder": None,
+    "classification_by_regressed": True,
+    "localization_by_amplified": True,
+    "sigma": 2.0,
+    "iou_positive": 0.5,
+    "iou_ignored": 0.4,
+    "crowd_overlap": 0.5,
+}
+"""Of the operators, for strategy "mutual"."""
+
+
 def run_operator(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
     """Packed arguments past the checks of `mg_ops.mutual_match`, straight to the launches; strategy "mutual"."""
-    numbers = {"sigma": 2.0, "iou_positive": 0.5, "iou_ignored": 0.4, "crowd_overlap": 0.5, "gt_crowd": None}
-    coder = {"decode": False, "weight_x": 1.0, "weight_y": 1.0, "weight_w": 1.0, "weight_h": 1.0, "clip": 4.0}
-    strategy = {"classification_by_regressed": True, "localization_by_amplified": True}
-    return triton_mutual_match.mutual_match(
-        **{**coder, **strategy, **numbers, **to_device(arguments, DEVICE), **options}
-    )
+    return triton_mutual_match.mutual_match(**{**OPTIONS, **to_device(arguments, DEVICE), **options})
 
 
 def run_reference(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """The definition, past the same checks."""
-    return reference.mutual_match(
-        **{"gt_crowd": None, **arguments},
-        box_coder_weights=None,
-        box_coder_clip=4.0,
-        classification_by_regressed=True,
-        localization_by_amplified=True,
-        sigma=2.0,
-        iou_positive=0.5,
-        iou_ignored=0.4,
-        crowd_overlap=0.5,
-    )
+    return reference.mutual_match(**{**OPTIONS, **arguments})
 
 
 def packed_batch(objects: list[int], num_anchors: int = 40, num_classes: int = 3, seed: int = 0) -> dict[str, Any]:
@@ -383,6 +381,6 @@ def test_the_operator_is_what_torch_expects() -> None:
     """Schema, fake and dispatch of torch.ops.mg_ops.mutual_match_triton agree."""
     arguments = to_device(packed_batch([2, 1]), DEVICE)
     operator = torch.ops.mg_ops.mutual_match_triton.default
-    numbers = (False, 1.0, 1.0, 1.0, 1.0, 4.0, True, True, 2.0, 0.5, 0.4, 0.5)
+    options = (None, True, True, 2.0, 0.5, 0.4, 0.5)
     assert DEVICE in library.TRITON_DEVICES
-    torch.library.opcheck(operator, (*arguments.values(), None, *numbers))
+    torch.library.opcheck(operator, (*arguments.values(), None, *options))

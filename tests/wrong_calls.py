@@ -30,6 +30,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -527,12 +528,8 @@ def expected_match(arguments: Arguments) -> tuple[Tensor, ...] | None:
         return None
     if arguments["check"]:
         accept_values(arguments, objects)
-    coder = arguments["box_coder"] or mg_ops.BoxCoder()
-    options = (
-        None if arguments["box_coder"] is None else coder.weights,
-        coder.clip,
-        *STRATEGIES[arguments["strategy"]],
-    )
+    coder = arguments["box_coder"]
+    options = (None if coder is None else [*coder.weights, coder.clip], *STRATEGIES[arguments["strategy"]])
     numbers = (float(arguments[name]) for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap"))
     return by_definition(arguments, objects, (*options, *numbers))
 
@@ -575,35 +572,39 @@ def operator_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
     strategy = right.pop("strategy")
     del right["check"]
     numbers = {name: right.pop(name) for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap")}
-    right |= {"decode": coder is not None, "weight_x": 10.0, "weight_y": 9.0, "weight_w": 5.0, "weight_h": 4.0}
-    right |= {"clip": 4.0, "classification_by_regressed": STRATEGIES[strategy][0]}
-    right |= {"localization_by_amplified": STRATEGIES[strategy][1], **numbers}
-    bools = ("decode", "classification_by_regressed", "localization_by_amplified")
+    right |= {"box_coder": None if coder is None else [10.0, 9.0, 5.0, 4.0, 4.0]}
+    bools = ("classification_by_regressed", "localization_by_amplified")
+    right |= dict(zip(bools, STRATEGIES[strategy], strict=True)) | numbers
     if random.random() < 0.03:
         right = huge_together(random, right)
         right.pop("check", None)
-    arguments = spoil_some(random, right, {option: [True, False] for option in bools})
+    coders: list[Any] = [None, [1.0] * 4, [1.0] * 6, []]
+    coders += [[a_number(random) if random.random() < 0.3 else 5.0 for _ in range(5)] for _ in range(5)]
+    choices = {option: [True, False] for option in bools} | {"box_coder": coders}
+    arguments = spoil_some(random, right, choices)
 
     def expected() -> tuple[Tensor, ...] | None:
         batch_size, device = accept_predictions(arguments)
         must(device.type in ("cpu", "meta"))
         must(isinstance(arguments["gt_boxes"], Tensor))
         objects = accept_objects(arguments, batch_size, device)
-        names = ("weight_x", "weight_y", "weight_w", "weight_h", "clip", *numbers)
-        # What torch makes a bool or a float of is its own affair.
+        coder = arguments["box_coder"]
+        given = [arguments[option] for option in numbers] + (coder if isinstance(coder, list) else [])
+        # What torch makes a bool, a float or a list of them of is its own affair.
         specified = all(isinstance(arguments[option], bool) for option in bools)
-        if not (specified and all(type(arguments[option]) in (int, float) for option in names)):
+        if not (
+            specified and isinstance(coder, (list, NoneType)) and all(type(value) in (int, float) for value in given)
+        ):
             raise Unspecified
-        must(all(isinstance(arguments[option], float) or abs(arguments[option]) < 2**1023 for option in names))
-        if arguments["decode"]:
-            rounded = torch.tensor([float(arguments[option]) for option in names[:4]], dtype=torch.float32)
-            must(rounded.isfinite().all() and (rounded != 0).all() and not math.isnan(arguments["clip"]))
+        must(all(isinstance(value, float) or abs(value) < 2**1023 for value in given))
+        if coder is not None:
+            must(len(coder) == 5 and not math.isnan(coder[4]))
+            for weight in coder[:4]:
+                accept_number(abs(weight), 0.0, float(torch.finfo(torch.float32).max))
         accept_thresholds(arguments)
         if objects is None:
             return None
-        weights = tuple(float(arguments[option]) for option in names[:4]) if arguments["decode"] else None
-        options = (weights, *(arguments[option] for option in ("clip", *bools[1:], *numbers)))
-        return by_definition(arguments, objects, options)
+        return by_definition(arguments, objects, tuple(arguments[option] for option in ("box_coder", *bools, *numbers)))
 
     operator = getattr(torch.ops.mg_ops, name)
     call = operator if random.random() < 0.5 else operator.default
@@ -847,7 +848,8 @@ def new_coder_case(random: np.random.Generator, backends: Sequence[str]) -> Case
         except (TypeError, ValueError, OverflowError, RuntimeError):
             raise Wrong from None
         must(len(weights) == 4 and not math.isnan(clip))
-        must(all(2.0**-126 <= abs(weight) <= float(torch.finfo(torch.float32).max) for weight in weights))
+        for weight in weights:
+            accept_number(abs(weight), 0.0, float(torch.finfo(torch.float32).max))
         return (torch.tensor([*weights, clip], dtype=torch.float64),)
 
     def call() -> Any:
@@ -877,7 +879,7 @@ CASES: list[tuple[Callable[[np.random.Generator, Sequence[str]], Case], float]] 
 NAMES = (
     r"anchors|pred_boxes|cls_scores|gt_boxes|gt_labels|gt_offsets|gt_crowd|box_coder|strategy|sigma|iou_positive"
     r"|iou_ignored|crowd_overlap|check|backend|match|num_classes|size_limits|boxes_1|boxes_2|boxes|deltas|BoxCoder"
-    r"|mutual_match|box coder weights|clip|backend '\w+' cannot be used"
+    r"|mutual_match|backend '\w+' cannot be used"
 )
 DOCUMENTED = re.compile(rf"^({NAMES})\b")
 BY_TORCH = re.compile(r"mg_ops::\w+|argument '\w+'")

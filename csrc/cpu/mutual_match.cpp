@@ -222,12 +222,11 @@ bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cpu(
     Tensor anchors, Tensor pred_boxes, Tensor cls_scores, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
-    const std::optional<Tensor>& gt_crowd, bool decode, double weight_x, double weight_y, double weight_w,
-    double weight_h, double clip, bool classification_by_regressed, bool localization_by_amplified, double sigma,
-    double iou_positive, double iou_ignored, double crowd_overlap) {
+    const std::optional<Tensor>& gt_crowd, const std::optional<std::vector<double>>& box_coder,
+    bool classification_by_regressed, bool localization_by_amplified, double sigma, double iou_positive,
+    double iou_ignored, double crowd_overlap) {
   const MatchSizes sizes = check_match_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets,
-                                                 gt_crowd, decode, weight_x, weight_y, weight_w, weight_h, clip, sigma,
-                                                 iou_positive, iou_ignored, crowd_overlap);
+                                                 gt_crowd, box_coder, sigma, iou_positive, iou_ignored, crowd_overlap);
   align({&anchors, &pred_boxes, &cls_scores, &gt_boxes, &gt_labels, &gt_offsets});
   check_offsets(gt_offsets, sizes.num_gt);
 
@@ -255,9 +254,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cpu(
       int_array(gt_offsets),
       gt_crowd.has_value() ? gt_crowd->const_data_ptr<bool>() : nullptr,
       gt_crowd.has_value() ? gt_crowd->stride(0) : 0,
-      decode,
-      {static_cast<float>(weight_x), static_cast<float>(weight_y), static_cast<float>(weight_w),
-       static_cast<float>(weight_h), static_cast<float>(clip)},
+      box_coder.has_value(),
+      box_coder_of(box_coder),
       {classification_by_regressed, localization_by_amplified, static_cast<float>(sigma),
        static_cast<float>(iou_positive), static_cast<float>(iou_ignored), static_cast<float>(crowd_overlap)},
       cls_match.mutable_data_ptr<int64_t>(),

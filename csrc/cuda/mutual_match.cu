@@ -55,12 +55,11 @@ IntegerInput integer_input(const Tensor& tensor) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cuda(
     Tensor anchors, Tensor pred_boxes, Tensor cls_scores, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
-    const std::optional<Tensor>& gt_crowd, bool decode, double weight_x, double weight_y, double weight_w,
-    double weight_h, double clip, bool classification_by_regressed, bool localization_by_amplified, double sigma,
-    double iou_positive, double iou_ignored, double crowd_overlap) {
+    const std::optional<Tensor>& gt_crowd, const std::optional<std::vector<double>>& box_coder,
+    bool classification_by_regressed, bool localization_by_amplified, double sigma, double iou_positive,
+    double iou_ignored, double crowd_overlap) {
   const MatchSizes sizes = check_match_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets,
-                                                 gt_crowd, decode, weight_x, weight_y, weight_w, weight_h, clip, sigma,
-                                                 iou_positive, iou_ignored, crowd_overlap);
+                                                 gt_crowd, box_coder, sigma, iou_positive, iou_ignored, crowd_overlap);
   align({&anchors, &pred_boxes, &cls_scores, &gt_boxes, &gt_labels, &gt_offsets});
   // Blocks are numbered in 31 bits, classes too.
   constexpr int64_t kMaxCount = std::numeric_limits<int32_t>::max();
@@ -93,9 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cuda(
   problem.num_anchors = sizes.num_anchors;
   problem.num_classes = sizes.num_classes;
   problem.num_gt = sizes.num_gt;
-  problem.decode = decode;
-  problem.coder = {static_cast<float>(weight_x), static_cast<float>(weight_y), static_cast<float>(weight_w),
-                   static_cast<float>(weight_h), static_cast<float>(clip)};
+  problem.decode = box_coder.has_value();
+  problem.coder = box_coder_of(box_coder);
   problem.params = {classification_by_regressed,     localization_by_amplified,
                     static_cast<float>(sigma),       static_cast<float>(iou_positive),
                     static_cast<float>(iou_ignored), static_cast<float>(crowd_overlap)};

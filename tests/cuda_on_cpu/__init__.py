@@ -288,8 +288,7 @@ def check_wrong_offsets(emulator: Emulator, batches: range) -> int:
         expected = mg_ops.reference.mutual_match(
             *(arguments[name] for name in ("anchors", "pred_boxes", "cls_scores")),
             *(boxes, labels, offsets, crowd),
-            coder.weights if coder else None,
-            coder.clip if coder else 0.0,
+            [*coder.weights, coder.clip] if coder else None,
             *STRATEGIES[arguments["strategy"]],
             *(arguments[name] for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap")),
         )
