@@ -1,6 +1,7 @@
-// Argument checks of the operators. mg_ops.mutual_match has checked everything before (mg_ops/checks.py), but an
-// operator can also be called by itself, from torch.ops or an exported program, and wrong input must never crash the
-// process. Whatever is thrown here reaches Python as a RuntimeError with this message.
+// Argument checks of the operators, the guard of the process's memory: an operator can be called by itself, from
+// torch.ops or an exported program, and wrong input must never crash the process. Whatever is thrown here reaches
+// Python as a RuntimeError with this message; mg_ops/checks.py states the same rules for the operators written in
+// Python.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,8 +18,6 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include "box.h"
 
 namespace mg_ops {
 
@@ -136,24 +135,10 @@ inline void check_box_coder(const std::vector<double>& box_coder) {
   }
 }
 
-// The coder of checked numbers; of none, one that decodes nothing.
-inline BoxCoder box_coder_of(const std::optional<std::vector<double>>& box_coder) {
-  if (!box_coder.has_value()) return {};
-  const auto number = [&](size_t i) { return static_cast<float>((*box_coder)[i]); };
-  return {number(0), number(1), number(2), number(3), number(4)};
-}
-
-struct MatchSizes {
-  int64_t batch_size, num_anchors, num_classes, num_gt;
-};
-
-// Raises unless the arguments of mg_ops::mutual_match are as csrc/schema.cpp says, but for the values inside the
-// tensors.
-inline MatchSizes check_match_arguments(const Tensor& anchors, const Tensor& pred_boxes, const Tensor& cls_scores,
-                                        const Tensor& gt_boxes, const Tensor& gt_labels, const Tensor& gt_offsets,
-                                        const std::optional<Tensor>& gt_crowd,
-                                        const std::optional<std::vector<double>>& box_coder, double sigma,
-                                        double iou_positive, double iou_ignored, double crowd_overlap) {
+// Raises unless the tensors are as csrc/schema.cpp says, but for the values in them.
+inline void check_match_tensors(const Tensor& anchors, const Tensor& pred_boxes, const Tensor& cls_scores,
+                                const Tensor& gt_boxes, const Tensor& gt_labels, const Tensor& gt_offsets,
+                                const std::optional<Tensor>& gt_crowd) {
   check_tensor("anchors", anchors, Kind::kFloating, {kAnySize, 4}, anchors);
   const int64_t num_anchors = anchors.size(0);
   check_tensor("cls_scores", cls_scores, Kind::kFloating, {kAnySize, num_anchors, kAnySize}, anchors);
@@ -171,6 +156,11 @@ inline MatchSizes check_match_arguments(const Tensor& anchors, const Tensor& pre
   if (num_anchors > kMaxCount || num_gt > kMaxCount) {
     fail("mutual_match: expected at most ", kMaxCount, " anchors and objects, got ", num_anchors, " and ", num_gt);
   }
+}
+
+// Raises unless the numbers are as csrc/schema.cpp says.
+inline void check_match_numbers(const std::optional<std::vector<double>>& box_coder, double sigma, double iou_positive,
+                                double iou_ignored, double crowd_overlap) {
   if (box_coder.has_value()) {
     check_box_coder(*box_coder);
   }
@@ -180,38 +170,6 @@ inline MatchSizes check_match_arguments(const Tensor& anchors, const Tensor& pre
   check_number("crowd_overlap", crowd_overlap, 0.0, 1.0, "a threshold in (0, 1]");
   if (iou_ignored > iou_positive) {
     fail("iou_ignored: must not exceed iou_positive (", iou_positive, "), got ", iou_ignored);
-  }
-  return {batch_size, num_anchors, cls_scores.size(2), num_gt};
-}
-
-// Copies what starts between two numbers, as a tensor over another library's buffer can: C++ must not read them there,
-// and a GPU cannot.
-inline void align(std::initializer_list<Tensor*> tensors) {
-  for (Tensor* tensor : tensors) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor->const_data_ptr());
-    if (begin % tensor->element_size() != 0) *tensor = torch::stable::clone(*tensor);
-  }
-}
-
-// Raises unless checked CPU offsets (B + 1,) start at 0, never decrease and stay within the num_gt objects.
-inline void check_offsets(const Tensor& gt_offsets, int64_t num_gt) {
-  const void* data = gt_offsets.const_data_ptr();
-  const bool is_int64 = gt_offsets.scalar_type() == ScalarType::Long;
-  const int64_t stride = gt_offsets.stride(0);
-  int64_t previous = 0;
-  for (int64_t i = 0; i < gt_offsets.size(0); ++i) {
-    const int64_t offset =
-        is_int64 ? static_cast<const int64_t*>(data)[i * stride] : static_cast<const int32_t*>(data)[i * stride];
-    if (i == 0 && offset != 0) {
-      fail("gt_offsets: must start at 0, got ", offset);
-    }
-    if (offset < previous) {
-      fail("gt_offsets: must not decrease, got ", previous, " then ", offset, " for image ", i - 1);
-    }
-    previous = offset;
-  }
-  if (previous > num_gt) {
-    fail("gt_offsets: must not exceed the ", num_gt, " packed objects, got ", previous);
   }
 }
 

@@ -108,6 +108,6 @@ def test_division_is_ieee_and_subnormals_are_kept(instructions: list[str]) -> No
 
 @with_cuda_kernels
 def test_boxes_are_loaded_sixteen_bytes_at_a_time() -> None:
-    sass = dump("--dump-sass", "--function", "_ZN6mg_ops4cuda12claim_kernelENS0_12MatchProblemE")
+    sass = dump("--dump-sass", "--function", "_ZN6mg_ops4cuda12claim_kernelENS0_15LaunchedProblemE")
     assert "claim_kernel" in sass
     assert re.search(r"LDG\.E\.128", sass)

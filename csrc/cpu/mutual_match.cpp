@@ -1,5 +1,4 @@
-// mg_ops::mutual_match on the CPU: reads the tensors' layout, allocates the outputs, and spreads the images over
-// threads.
+// mg_ops::mutual_match on the CPU: picks the kernels for this processor and spreads the images over threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,8 +20,8 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
-#include "cpu/mutual_match_kernel.h"
+#include "../mutual_match.h"
+#include "mutual_match_kernel.h"
 
 namespace mg_ops {
 namespace {
@@ -46,35 +45,6 @@ const MatchKernels& kernels() {
   return chosen;
 }
 
-FloatType float_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half: return FloatType::kFloat16;
-    case ScalarType::BFloat16: return FloatType::kBFloat16;
-    case ScalarType::Double: return FloatType::kFloat64;
-    default: return FloatType::kFloat32;
-  }
-}
-
-// A (..., 4)-like tensor of two or three dimensions, read through its strides.
-FloatArray float_array(const Tensor& tensor) {
-  const bool batched = tensor.dim() == 3;
-  return {tensor.const_data_ptr(),
-          float_type(tensor),
-          {batched ? tensor.stride(0) : 0, tensor.stride(batched ? 1 : 0), tensor.stride(batched ? 2 : 1)}};
-}
-
-IntArray int_array(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.scalar_type() == ScalarType::Long, tensor.stride(0)};
-}
-
-Tensor new_output(const Tensor& anchors, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  try {
-    return torch::stable::new_empty(anchors, shape, dtype);
-  } catch (const std::exception&) {
-    fail("mutual_match: not enough memory for a result of shape ", shape_text(shape.begin(), shape.size()));
-  }
-}
-
 // Brings the pages of fresh memory in with one system call: touched one by one, their page faults can cost as much as
 // the whole matching. Memory that the allocator hands out again has its pages; the first one tells. Only advice: where
 // the kernel (before Linux 5.14) does not know it, nothing changes.
@@ -96,15 +66,15 @@ void populate_pages(void* begin, size_t bytes) {
 }
 
 // Large outputs are written whole, so they may as well come in huge pages, a five-hundredth of the page faults.
-void advise_huge_pages(const Tensor& output) {
+void advise_huge_pages(void* output, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(output);
   const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (begin + static_cast<uintptr_t>(output.numel()) * sizeof(int64_t)) & ~(kHugePage - 1);
+  const uintptr_t last = (begin + bytes) & ~(kHugePage - 1);
   if (first < last) static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
 #else
-  static_cast<void>(output);
+  static_cast<void>(output), static_cast<void>(bytes);
 #endif
 }
 
@@ -156,7 +126,8 @@ bool match_images(const MatchProblem& problem, const BoxTile* anchor_tiles, int6
   std::vector<int64_t> order(static_cast<size_t>(problem.batch_size));
   std::iota(order.begin(), order.end(), int64_t{0});
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return problem.gt_offsets[a + 1] - problem.gt_offsets[a] > problem.gt_offsets[b + 1] - problem.gt_offsets[b];
+    return load_integer(problem.gt_offsets, a + 1) - load_integer(problem.gt_offsets, a) >
+           load_integer(problem.gt_offsets, b + 1) - load_integer(problem.gt_offsets, b);
   });
   std::atomic<int64_t> next_image{0};
   std::atomic<bool> enough_memory{true};
@@ -220,68 +191,53 @@ bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles
   return true;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cpu(
-    Tensor anchors, Tensor pred_boxes, Tensor cls_scores, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
-    const std::optional<Tensor>& gt_crowd, const std::optional<std::vector<double>>& box_coder,
-    bool classification_by_regressed, bool localization_by_amplified, double sigma, double iou_positive,
-    double iou_ignored, double crowd_overlap) {
-  const MatchSizes sizes = check_match_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets,
-                                                 gt_crowd, box_coder, sigma, iou_positive, iou_ignored, crowd_overlap);
-  align({&anchors, &pred_boxes, &cls_scores, &gt_boxes, &gt_labels, &gt_offsets});
-  check_offsets(gt_offsets, sizes.num_gt);
-
-  const Tensor cls_match = new_output(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
-  const Tensor loc_match = new_output(anchors, {sizes.batch_size, sizes.num_anchors}, ScalarType::Long);
-  const Tensor num_pos = new_output(anchors, {sizes.num_gt}, ScalarType::Int);
-  const Tensor num_total = new_output(anchors, {sizes.num_gt}, ScalarType::Int);
-  if (sizes.num_gt > 0) {
-    std::memset(num_pos.mutable_data_ptr(), 0, static_cast<size_t>(sizes.num_gt) * sizeof(int32_t));
-    std::memset(num_total.mutable_data_ptr(), 0, static_cast<size_t>(sizes.num_gt) * sizeof(int32_t));
+// Raises unless the offsets start at 0, never decrease and stay within the objects.
+void check_offsets(const MatchProblem& problem) {
+  int64_t previous = 0;
+  for (int64_t i = 0; i <= problem.batch_size; ++i) {
+    const int64_t offset = load_integer(problem.gt_offsets, i);
+    if (i == 0 && offset != 0) {
+      fail("gt_offsets: must start at 0, got ", offset);
+    }
+    if (offset < previous) {
+      fail("gt_offsets: must not decrease, got ", previous, " then ", offset, " for image ", i - 1);
+    }
+    previous = offset;
   }
-  if (sizes.batch_size == 0 || sizes.num_anchors == 0) return {cls_match, loc_match, num_pos, num_total};
+  if (previous > problem.num_gt) {
+    fail("gt_offsets: must not exceed the ", problem.num_gt, " packed objects, got ", previous);
+  }
+}
 
-  advise_huge_pages(cls_match);
-  advise_huge_pages(loc_match);
-  const MatchProblem problem = {
-      sizes.batch_size,
-      sizes.num_anchors,
-      sizes.num_classes,
-      float_array(anchors),
-      float_array(pred_boxes),
-      float_array(cls_scores),
-      float_array(gt_boxes),
-      int_array(gt_labels),
-      int_array(gt_offsets),
-      gt_crowd.has_value() ? gt_crowd->const_data_ptr<bool>() : nullptr,
-      gt_crowd.has_value() ? gt_crowd->stride(0) : 0,
-      box_coder.has_value(),
-      box_coder_of(box_coder),
-      {classification_by_regressed, localization_by_amplified, static_cast<float>(sigma),
-       static_cast<float>(iou_positive), static_cast<float>(iou_ignored), static_cast<float>(crowd_overlap)},
-      cls_match.mutable_data_ptr<int64_t>(),
-      loc_match.mutable_data_ptr<int64_t>(),
-      num_pos.mutable_data_ptr<int32_t>(),
-      num_total.mutable_data_ptr<int32_t>(),
-  };
+void mutual_match_cpu(const MatchProblem& problem, const Tensor&) {
+  check_offsets(problem);
+  if (problem.num_gt > 0) {
+    std::memset(problem.num_pos, 0, static_cast<size_t>(problem.num_gt) * sizeof(int32_t));
+    std::memset(problem.num_total, 0, static_cast<size_t>(problem.num_gt) * sizeof(int32_t));
+  }
+  if (problem.batch_size == 0 || problem.num_anchors == 0) return;
 
-  const int64_t num_tiles = (sizes.num_anchors + kTileSize - 1) / kTileSize;
+  const size_t match_bytes = static_cast<size_t>(problem.batch_size * problem.num_anchors) * sizeof(int64_t);
+  advise_huge_pages(problem.cls_match, match_bytes);
+  advise_huge_pages(problem.loc_match, match_bytes);
+  const int64_t num_tiles = (problem.num_anchors + kTileSize - 1) / kTileSize;
   std::unique_ptr<BoxTile[]> anchor_tiles;
-  if (sizes.batch_size >= kShareAnchorTilesFrom) {
+  if (problem.batch_size >= kShareAnchorTilesFrom) {
     anchor_tiles.reset(new BoxTile[static_cast<size_t>(num_tiles)]);
     share_out(0, num_tiles, [&](int64_t begin, int64_t end) {
       kernels().load_anchor_tiles(problem, begin, end, anchor_tiles.get());
     });
   }
   const int64_t num_threads = torch::stable::get_num_threads();
-  const bool enough_memory = sizes.batch_size >= num_threads
+  const bool enough_memory = problem.batch_size >= num_threads
                                  ? match_images(problem, anchor_tiles.get(), num_tiles, num_threads)
                                  : match_split_images(problem, anchor_tiles.get(), num_tiles);
-  if (!enough_memory)
-    fail("mutual_match: not enough memory for ", sizes.batch_size, " images of ", sizes.num_anchors, " anchors");
-  return {cls_match, loc_match, num_pos, num_total};
+  if (!enough_memory) {
+    fail("mutual_match: not enough memory for ", problem.batch_size, " images of ", problem.num_anchors, " anchors");
+  }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mg_ops, CPU, m) { m.impl("mutual_match", TORCH_BOX(&mutual_match_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(mg_ops, CPU, m) { m.impl("mutual_match", TORCH_BOX(&mutual_match<mutual_match_cpu>)); }
 
 }  // namespace
 }  // namespace mg_ops

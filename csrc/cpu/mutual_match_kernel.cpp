@@ -117,23 +117,16 @@ MG_OPS_INLINE float to_float(double x) { return static_cast<float>(x); }
 struct BFloat16 {
   uint16_t bits;
 };
-MG_OPS_INLINE float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+MG_OPS_INLINE float to_float(BFloat16 x) { return bfloat16_to_float(x.bits); }
 
 struct Float16 {
   uint16_t bits;
 };
-MG_OPS_INLINE float to_float(Float16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  // 2^112 moves the exponent's bias from 15 to 127, subnormals included; infinities and NaN keep the largest exponent.
-  const float finite = bits_float(magnitude) * 5.192296858534828e+33f;
-  const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : float_bits(finite);
-  return bits_float(bits | sign);
-}
+MG_OPS_INLINE float to_float(Float16 x) { return float16_to_float(x.bits); }
 
 // Calls f with a typed pointer to the array's first element.
 template <class F>
-MG_OPS_INLINE auto with_type(const FloatArray& array, F f) {
+MG_OPS_INLINE auto with_type(const FloatInput& array, F f) {
   switch (array.type) {
     case FloatType::kFloat16: return f(static_cast<const Float16*>(array.data));
     case FloatType::kBFloat16: return f(static_cast<const BFloat16*>(array.data));
@@ -142,12 +135,12 @@ MG_OPS_INLINE auto with_type(const FloatArray& array, F f) {
   }
 }
 
-MG_OPS_INLINE float load_float(const FloatArray& array, int64_t offset) {
+MG_OPS_INLINE float load_float(const FloatInput& array, int64_t offset) {
   return with_type(array, [=](auto* data) { return to_float(data[offset]); });
 }
 
-MG_OPS_INLINE Box load_box(const FloatArray& array, int64_t index) {
-  const int64_t offset = index * array.stride[1], step = array.stride[2];
+MG_OPS_INLINE Box load_box(const FloatInput& array, int64_t index) {
+  const int64_t offset = index * array.row_stride, step = array.column_stride;
   return {load_float(array, offset), load_float(array, offset + step), load_float(array, offset + 2 * step),
           load_float(array, offset + 3 * step)};
 }
@@ -156,11 +149,11 @@ MG_OPS_INLINE Box load_box(const FloatArray& array, int64_t index) {
 // Tiles
 
 // The four numbers of the `count` boxes (or deltas) from `first` on of image `image`, as a structure of arrays.
-static void load_columns(const FloatArray& array, int64_t image, int64_t first, int64_t count, float* c0, float* c1,
+static void load_columns(const FloatInput& array, int64_t image, int64_t first, int64_t count, float* c0, float* c1,
                          float* c2, float* c3) {
   with_type(array, [&](auto* data) {
-    const auto* row = data + image * array.stride[0] + first * array.stride[1];
-    const int64_t row_step = array.stride[1], step = array.stride[2];
+    const auto* row = data + image * array.image_stride + first * array.row_stride;
+    const int64_t row_step = array.row_stride, step = array.column_stride;
     if (row_step == 4 && step == 1 && count == kTileSize) {  // the common layout, with strides the compiler knows
       for (int64_t i = 0; i < kTileSize; ++i) {              // vector loop
         c0[i] = to_float(row[4 * i]);
@@ -482,7 +475,7 @@ struct PairBatch {
   alignas(64) uint32_t order[kCapacity];
 };
 
-static void evaluate_pairs(PairBatch& pairs, const FloatArray& cls_scores, float sigma) {
+static void evaluate_pairs(PairBatch& pairs, const FloatInput& cls_scores, float sigma) {
   with_type(cls_scores, [&](auto* data) {
     // An unknown label has p = 0, which is what a NaN logit stands for.
     const float unknown = bits_float(0x7fc00000u);
@@ -591,8 +584,8 @@ static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_
     }
     if (pairs.size > PairBatch::kCapacity - kTileSize) compete(work, pairs);
     const int64_t label = work.label[slot];
-    const int64_t first_score = work.image * problem.cls_scores.stride[0] + first * problem.cls_scores.stride[1] +
-                                label * problem.cls_scores.stride[2];
+    const int64_t first_score = work.image * problem.cls_scores.image_stride + first * problem.cls_scores.row_stride +
+                                label * problem.cls_scores.column_stride;
     for (int64_t word = 0; word < kTileSize; word += 8) {
       uint64_t bytes;
       std::memcpy(&bytes, wanted + word, sizeof bytes);
@@ -602,7 +595,7 @@ static void claim_tile_by_amplified(ImageWork& work, const BoxTile& tile, int64_
         pairs.slot[i] = slot;
         pairs.anchor[i] = static_cast<uint32_t>(first + lane);
         pairs.iou[i] = iou[lane];
-        pairs.score[i] = label < 0 ? -1 : first_score + lane * problem.cls_scores.stride[1];
+        pairs.score[i] = label < 0 ? -1 : first_score + lane * problem.cls_scores.row_stride;
         // Scores lie apart, each in a cache line of its own: asked for here, they arrive together.
         if (label >= 0) {
           __builtin_prefetch(static_cast<const char*>(problem.cls_scores.data) + pairs.score[i] * score_bytes);
@@ -853,14 +846,14 @@ static bool begin_image(ImageWork& work, int64_t image) {
   work.image = image;
   work.num_slots = work.num_crowds = 0;
   work.all_anchor_pairs_seen = false;
-  const int64_t begin = problem.gt_offsets[image], end = problem.gt_offsets[image + 1];
+  const int64_t begin = load_integer(problem.gt_offsets, image), end = load_integer(problem.gt_offsets, image + 1);
   fill_row(problem.cls_match + image * problem.num_anchors, problem.num_anchors);
   fill_row(problem.loc_match + image * problem.num_anchors, problem.num_anchors);
   if (!reserve_slots(work, end - begin)) return false;
   for (int64_t i = begin; i < end; ++i) {
     const Box box = load_box(problem.gt_boxes, i);
     if (!is_object(box)) continue;
-    if (problem.gt_crowd != nullptr && problem.gt_crowd[i * problem.gt_crowd_stride]) {
+    if (problem.gt_crowd != nullptr && problem.gt_crowd[i * problem.crowd_stride] != 0) {
       if (work.num_crowds == 0 && !grow(&work.crowd_memory, &work.crowd_capacity, end - begin, sizeof(Box))) {
         return false;
       }
@@ -875,7 +868,7 @@ static bool begin_image(ImageWork& work, int64_t image) {
     work.y2[slot] = box.y2;
     work.area[slot] = box_area(box);
     work.object[slot] = static_cast<int32_t>(i - begin);
-    const int64_t label = problem.gt_labels[i];
+    const int64_t label = load_integer(problem.gt_labels, i);
     work.label[slot] = label >= 0 && label < problem.num_classes ? label : -1;
     work.best_by_anchor[slot] = 0;
     work.cut[slot] = 0.0f;
@@ -982,7 +975,7 @@ static bool count_positives(ImageWork& work) {
     }
   }
 
-  const int64_t begin = problem.gt_offsets[work.image];
+  const int64_t begin = load_integer(problem.gt_offsets, work.image);
   int64_t num_keys = 0;
   bool some_own_too_few = false;
   for (int32_t slot = 0; slot < num_slots; ++slot) {
@@ -1032,10 +1025,10 @@ constexpr int64_t kTilesAhead = 4;
 
 // Asks for the predictions of a tile ahead of time: tiles run backwards, which the processor does not foresee.
 static void prefetch_predictions(const ImageWork& work, int64_t tile) {
-  const FloatArray& pred_boxes = work.problem->pred_boxes;
-  const int64_t first = work.image * pred_boxes.stride[0] + tile * kTileSize * pred_boxes.stride[1];
+  const FloatInput& pred_boxes = work.problem->pred_boxes;
+  const int64_t first = work.image * pred_boxes.image_stride + tile * kTileSize * pred_boxes.row_stride;
   with_type(pred_boxes, [&](auto* data) {
-    if (pred_boxes.stride[1] != 4 || pred_boxes.stride[2] != 1) return;
+    if (pred_boxes.row_stride != 4 || pred_boxes.column_stride != 1) return;
     const char* begin = reinterpret_cast<const char*>(data + first);
     for (size_t byte = 0; byte < 4 * kTileSize * sizeof *data; byte += 64) __builtin_prefetch(begin + byte);
   });
@@ -1046,11 +1039,11 @@ static void prefetch_predictions(const ImageWork& work, int64_t tile) {
 // that no object needs. False: no bounds, the boxes must be decoded.
 static bool bound_regressed_tile(const ImageWork& work, int64_t tile_index, TileBounds& bounds) {
   const MatchProblem& problem = *work.problem;
-  const FloatArray& deltas = problem.pred_boxes;
+  const FloatInput& deltas = problem.pred_boxes;
   if (!problem.decode || work.anchor_tiles == nullptr || deltas.type != FloatType::kFloat32) return false;
-  if (deltas.stride[1] != 4 || deltas.stride[2] != 1 || tile_count(problem, tile_index) != kTileSize) return false;
-  const float* rows = static_cast<const float*>(deltas.data) + work.image * deltas.stride[0] +
-                      tile_index * kTileSize * deltas.stride[1];
+  if (deltas.row_stride != 4 || deltas.column_stride != 1 || tile_count(problem, tile_index) != kTileSize) return false;
+  const float* rows = static_cast<const float*>(deltas.data) + work.image * deltas.image_stride +
+                      tile_index * kTileSize * deltas.row_stride;
   // Four rows side by side. Magnitudes are compared as integers: a NaN is then the largest, and bounds nothing.
   constexpr int kLanes = 16;
   uint32_t largest[kLanes];

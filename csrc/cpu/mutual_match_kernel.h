@@ -4,49 +4,15 @@
 // picks one of the resulting `MatchKernels` when it runs.
 #pragma once
 
-#include "../assignment.h"
+#include "../problem.h"
 
 namespace mg_ops {
 
-enum class FloatType { kFloat16, kBFloat16, kFloat32, kFloat64 };
-
-// A floating tensor of up to three dimensions read in place: element (i, j, k) is data[i * s0 + j * s1 + k * s2].
-struct FloatArray {
-  const void* data;
-  FloatType type;
-  int64_t stride[3];
-};
-
-// An int64 or int32 vector read in place.
-struct IntArray {
-  const void* data;
-  bool is_int64;
-  int64_t stride;
-
-  int64_t operator[](int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[i * stride] : static_cast<const int32_t*>(data)[i * stride];
-  }
-};
-
-// One call: B images, A anchors, C classes, N objects in all.
-struct MatchProblem {
-  int64_t batch_size, num_anchors, num_classes;
-  FloatArray anchors;     // (1, A, 4)
-  FloatArray pred_boxes;  // (B, A, 4) boxes, or deltas where `decode`
-  FloatArray cls_scores;  // (B, A, C) logits
-  FloatArray gt_boxes;    // (1, N, 4)
-  IntArray gt_labels;     // (N,)
-  IntArray gt_offsets;    // (B + 1,), checked: 0 <= ascending <= N
-  const bool* gt_crowd;   // (N,) or null
-  int64_t gt_crowd_stride;
-  bool decode;
-  BoxCoder coder;
-  MatchParams params;
-  int64_t* cls_match;  // (B, A)
-  int64_t* loc_match;  // (B, A)
-  int32_t* num_pos;    // (N,)
-  int32_t* num_total;  // (N,)
-};
+// The kernels ask for the offsets of a problem to be checked: 0 at first, never decreasing, N at most.
+MG_OPS_INLINE int64_t load_integer(const IntegerInput& input, int64_t index) {
+  return input.is_int64 ? static_cast<const int64_t*>(input.data)[index * input.stride]
+                        : static_cast<const int32_t*>(input.data)[index * input.stride];
+}
 
 // Boxes are handled in tiles of 64: structure of arrays, so that loops over a tile become vector instructions, with the
 // box around them all and the range of their areas, so that a tile too far from an object, or of boxes too small or too

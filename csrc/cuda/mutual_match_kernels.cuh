@@ -20,7 +20,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../assignment.h"
 #include "block_select.cuh"
 
 // Static shared memory of a kernel.
@@ -44,22 +43,9 @@ struct alignas(32) Object {
   int32_t unused;
 };
 
-// Everything a launch needs. B images, A anchors, C classes, N objects.
-struct MatchProblem {
-  FloatInput anchors, pred_boxes, cls_scores, gt_boxes;
-  IntegerInput gt_labels, gt_offsets;
-  const uint8_t* gt_crowd;  // null: none is
-  int64_t crowd_stride;
-  int64_t batch_size, num_anchors, num_classes, num_gt;
-  bool decode;
-  BoxCoder coder;
-  MatchParams params;
-
-  // Results. Between the launches the matches hold the claims under the classification and the localisation quality.
-  int64_t *cls_match, *loc_match;  // (B, A)
-  int32_t *num_pos, *num_total;    // (N,)
-
-  // Scratch; what claim_kernel and rank_kernel add to is zeroed by prepare_kernel.
+// Everything a launch needs: the problem, whose matches hold the claims under the classification and the localisation
+// quality between the launches, and scratch. What claim_kernel and rank_kernel add to is zeroed by prepare_kernel.
+struct LaunchedProblem : MatchProblem {
   Object* objects;           // (N,)
   Word64* best[kQualities];  // (N,) claim_key(quality, anchor) of each object's best anchor; 0: every quality is 0
   Word64* counts;        // (N,) low half: owned anchors of at least iou_positive; high half: of at least iou_ignored
@@ -73,7 +59,7 @@ struct MatchProblem {
 
 // Points the scratch arrays of a problem whose sizes are set into one allocation, aligned to 32 bytes. Returns how many
 // bytes that needs; with a null pointer that is all it is for. About 24 B A + 104 N.
-inline size_t place_scratch(MatchProblem& problem, char* memory) {
+inline size_t place_scratch(LaunchedProblem& problem, char* memory) {
   size_t bytes = 0;
   const auto place = [&](auto& array, int64_t count) {
     using Item = std::remove_reference_t<decltype(*array)>;
@@ -104,7 +90,7 @@ constexpr Word64 kCoveredBit = Word64{1} << 63;
 // Relative slack of bounds on det_log2: far above its error, and far below what a bound decides.
 constexpr float kLog2Slack = 1.0f + 1e-5f;
 
-MG_OPS_DEVICE int64_t clamp_offset(const MatchProblem& problem, int64_t image) {
+MG_OPS_DEVICE int64_t clamp_offset(const LaunchedProblem& problem, int64_t image) {
   const int64_t offset = load_integer(problem.gt_offsets, image);
   return offset < 0 ? 0 : offset > problem.num_gt ? problem.num_gt : offset;
 }
@@ -121,7 +107,7 @@ struct ImageObjects {
 // --- prepare ---------------------------------------------------------------------------------------------------------
 
 // Writes image_starts: the largest clamped offset so far. By one warp.
-MG_OPS_DEVICE void write_image_starts(const MatchProblem& problem) {
+MG_OPS_DEVICE void write_image_starts(const LaunchedProblem& problem) {
   uint32_t largest_before = 0;
   for (int64_t first = 0; first <= problem.batch_size; first += 32) {
     const int64_t image = first + lane_index();
@@ -138,13 +124,13 @@ MG_OPS_DEVICE void write_image_starts(const MatchProblem& problem) {
   }
 }
 
-MG_OPS_DEVICE bool overlaps_anchor(const MatchProblem& problem, const Object& object, int64_t anchor) {
+MG_OPS_DEVICE bool overlaps_anchor(const LaunchedProblem& problem, const Object& object, int64_t anchor) {
   const Box box = finite_or_empty(load_row(problem.anchors, 0, anchor));
   return box_iou(box, box_area(box), object.box, object.area) > 0.0f;
 }
 
 // Zeros what the later steps count, and writes the object with its kind. Every thread of a block must call it.
-MG_OPS_DEVICE void prepare_object(const MatchProblem& problem, int64_t index, bool in_an_image) {
+MG_OPS_DEVICE void prepare_object(const LaunchedProblem& problem, int64_t index, bool in_an_image) {
   if (threadIdx.x < kQualities) {
     problem.best[threadIdx.x][index] = 0;
     problem.owned[threadIdx.x][index] = 0;
@@ -195,7 +181,7 @@ MG_OPS_DEVICE void prepare_object(const MatchProblem& problem, int64_t index, bo
 }
 
 // A block an object.
-__global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ MatchProblem problem) {
+__global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ LaunchedProblem problem) {
   const int64_t index = blockIdx.x;
   if (index == 0 && warp_index() == 0) {
     write_image_starts(problem);
@@ -262,7 +248,7 @@ MG_OPS_DEVICE void count_owned(uint32_t* counters, bool has_owner, uint32_t owne
 }
 
 // p of an object's class at an anchor.
-MG_OPS_DEVICE float load_probability(const MatchProblem& problem, int64_t image, int64_t anchor, int32_t label) {
+MG_OPS_DEVICE float load_probability(const LaunchedProblem& problem, int64_t image, int64_t anchor, int32_t label) {
   if (label < 0) {
     return 0.0f;
   }
@@ -273,7 +259,7 @@ MG_OPS_DEVICE float load_probability(const MatchProblem& problem, int64_t image,
 
 // Copies the objects of an image from number `first_object` on, as many as fit. Returns how many. Every thread must
 // call it.
-MG_OPS_DEVICE int stage_objects(const MatchProblem& problem, uint32_t image_start, uint32_t num_objects,
+MG_OPS_DEVICE int stage_objects(const LaunchedProblem& problem, uint32_t image_start, uint32_t num_objects,
                                 uint32_t first_object, ClaimShared& shared) {
   __syncthreads();  // all are done with what was staged before
   const uint32_t left = num_objects - first_object;
@@ -290,7 +276,7 @@ MG_OPS_DEVICE int stage_objects(const MatchProblem& problem, uint32_t image_star
 }
 
 // The claims of kThreads anchors of an image that has objects. Every thread of a block must call it.
-MG_OPS_DEVICE void claim_anchors(const MatchProblem& problem, uint32_t image, ImageObjects objects,
+MG_OPS_DEVICE void claim_anchors(const LaunchedProblem& problem, uint32_t image, ImageObjects objects,
                                  uint32_t first_anchor, ClaimShared& shared) {
   const uint32_t num_anchors = static_cast<uint32_t>(problem.num_anchors);
   const uint32_t image_start = objects.first;
@@ -430,17 +416,17 @@ MG_OPS_DEVICE void claim_anchors(const MatchProblem& problem, uint32_t image, Im
 }
 
 // The objects of an image, once image_starts is written.
-MG_OPS_DEVICE ImageObjects objects_of(const MatchProblem& problem, uint32_t image) {
+MG_OPS_DEVICE ImageObjects objects_of(const LaunchedProblem& problem, uint32_t image) {
   const uint32_t first = static_cast<uint32_t>(problem.image_starts[image]);
   return {first, static_cast<uint32_t>(problem.image_starts[image + 1]) - first};
 }
 
-MG_OPS_DEVICE uint32_t blocks_an_image(const MatchProblem& problem) {
+MG_OPS_DEVICE uint32_t blocks_an_image(const LaunchedProblem& problem) {
   return (static_cast<uint32_t>(problem.num_anchors) + kThreads - 1) / kThreads;
 }
 
 // A thread an anchor of an image; blocks image by image.
-__global__ void __launch_bounds__(kThreads, 4) claim_kernel(const __grid_constant__ MatchProblem problem) {
+__global__ void __launch_bounds__(kThreads, 4) claim_kernel(const __grid_constant__ LaunchedProblem problem) {
   MG_OPS_SHARED(ClaimShared, shared);
   const uint32_t blocks = blocks_an_image(problem);
   const uint32_t image = blockIdx.x / blocks;
@@ -468,14 +454,14 @@ struct RankShared {
 constexpr uint32_t kNobody = 0xffffffffu;
 
 // Where the lists of an image begin, after those of the images before: at most A anchors and G forced pairs an image.
-MG_OPS_DEVICE Word64* image_list(const MatchProblem& problem, int task, uint32_t image, uint32_t image_start) {
+MG_OPS_DEVICE Word64* image_list(const LaunchedProblem& problem, int task, uint32_t image, uint32_t image_start) {
   return problem.lists[task] + image * problem.num_anchors + image_start;
 }
 
 MG_OPS_DEVICE uint32_t half(Word64 word, int which) { return which == 0 ? low_half(word) : high_half(word); }
 
 // The anchor an object claims with quality 1.
-MG_OPS_DEVICE uint32_t forced_anchor(const MatchProblem& problem, uint32_t object, int quality) {
+MG_OPS_DEVICE uint32_t forced_anchor(const LaunchedProblem& problem, uint32_t object, int quality) {
   const bool own_quality = quality == kByRegressed   ? problem.params.classification_by_regressed
                            : quality == kByAmplified ? problem.params.localization_by_amplified
                                                      : false;
@@ -487,8 +473,8 @@ MG_OPS_DEVICE uint32_t forced_anchor(const MatchProblem& problem, uint32_t objec
 
 // Replaces the claims in `keys`, (q_anchor, anchor), by (q_amplified, anchor), or by 0 for those that cannot be among
 // the first `num_pos`. Every thread must call it; a barrier must follow.
-MG_OPS_DEVICE void amplify_keys(const MatchProblem& problem, int64_t image, int32_t label, Word64* keys, uint32_t count,
-                                uint32_t num_pos, BlockScratch& scratch) {
+MG_OPS_DEVICE void amplify_keys(const LaunchedProblem& problem, int64_t image, int32_t label, Word64* keys,
+                                uint32_t count, uint32_t num_pos, BlockScratch& scratch) {
   const float sigma = problem.params.sigma;
   // num_pos anchors have at least this q_anchor, hence at least this exponent; what cannot reach it is out.
   const uint32_t order = key_order(select_threshold(keys, count, num_pos, scratch));
@@ -509,7 +495,7 @@ MG_OPS_DEVICE void amplify_keys(const MatchProblem& problem, int64_t image, int3
 
 // Labels the first num_pos anchors of a list with `object`, the next up to num_total as ignored. Every thread must call
 // it.
-MG_OPS_DEVICE void label_list(const MatchProblem& problem, int64_t image, Word64* list, uint32_t count,
+MG_OPS_DEVICE void label_list(const LaunchedProblem& problem, int64_t image, Word64* list, uint32_t count,
                               uint32_t num_pos, uint32_t num_total, int32_t label, bool amplify, int64_t* match,
                               uint32_t object, RankShared& shared) {
   Word64* keys = list;
@@ -542,7 +528,7 @@ MG_OPS_DEVICE void label_list(const MatchProblem& problem, int64_t image, Word64
 }
 
 // Ranks an object whose lists and counts are complete, and writes its counts and labels. Every thread must call it.
-MG_OPS_DEVICE void rank_object(const MatchProblem& problem, uint32_t image, uint32_t image_start, uint32_t object,
+MG_OPS_DEVICE void rank_object(const LaunchedProblem& problem, uint32_t image, uint32_t image_start, uint32_t object,
                                Word64 list_starts, RankShared& shared) {
   const uint32_t index = image_start + object;
   const Word64 counts = __ldcg(problem.counts + index);
@@ -565,7 +551,7 @@ MG_OPS_DEVICE void rank_object(const MatchProblem& problem, uint32_t image, uint
 
 // The labels of kThreads anchors of an image, and of whatever else the objects won that these anchors complete. Every
 // thread of a block must call it.
-MG_OPS_DEVICE void rank_anchors(const MatchProblem& problem, uint32_t image, ImageObjects objects,
+MG_OPS_DEVICE void rank_anchors(const LaunchedProblem& problem, uint32_t image, ImageObjects objects,
                                 uint32_t first_anchor, RankShared& shared) {
   const uint32_t num_anchors = static_cast<uint32_t>(problem.num_anchors);
   const uint32_t image_start = objects.first;
@@ -721,7 +707,7 @@ MG_OPS_DEVICE void rank_anchors(const MatchProblem& problem, uint32_t image, Ima
 }
 
 // A thread an anchor of an image; blocks image by image, as in claim_kernel.
-__global__ void __launch_bounds__(kThreads, 3) rank_kernel(const __grid_constant__ MatchProblem problem) {
+__global__ void __launch_bounds__(kThreads, 3) rank_kernel(const __grid_constant__ LaunchedProblem problem) {
   MG_OPS_SHARED(RankShared, shared);
   const uint32_t blocks = blocks_an_image(problem);
   const uint32_t image = blockIdx.x / blocks;
@@ -734,7 +720,7 @@ __global__ void __launch_bounds__(kThreads, 3) rank_kernel(const __grid_constant
 // Calls launch(grid, kernel) for each kernel, in order. The grids depend on the sizes alone, so that a captured graph
 // can be replayed with other objects. A block an object or 256 anchors: more than 2^31 - 1 blocks cannot be launched.
 template <typename LaunchKernel>
-void launch_mutual_match(const MatchProblem& problem, LaunchKernel launch) {
+void launch_mutual_match(const LaunchedProblem& problem, LaunchKernel launch) {
   const int64_t anchor_blocks = problem.batch_size * ((problem.num_anchors + kThreads - 1) / kThreads);
   if (problem.num_gt > 0) {
     launch(problem.num_gt, prepare_kernel);

@@ -3,40 +3,11 @@
 
 #include <cstdint>
 
-#include "../box.h"
+#include "../problem.h"
 
 #define MG_OPS_DEVICE static __device__ __forceinline__
 
 namespace mg_ops::cuda {
-
-enum class FloatType : int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
-
-// A tensor of up to three dimensions; anchors (A, 4) and objects (N, 4) have an image stride of 0. Strides in elements.
-struct FloatInput {
-  const void* data;
-  int64_t image_stride, row_stride, column_stride;
-  FloatType type;
-  bool whole_rows;  // the four numbers of a row are neighbours and aligned: one or two wide loads bring them
-};
-
-// Integers of one dimension.
-struct IntegerInput {
-  const void* data;
-  int64_t stride;
-  bool is_int64;
-};
-
-// float16 has fewer exponents than float32 and the same meaning of the rest: move the bits, then correct the bias by an
-// exact multiplication, which also makes subnormals right.
-MG_OPS_DEVICE float float16_to_float(uint32_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16;
-  const uint32_t magnitude = (half & 0x7fffu) << 13;
-  const float scaled = bits_float(magnitude) * 5.192296858534828e33f;  // 2^112
-  const bool not_finite = (half & 0x7c00u) == 0x7c00u;
-  return bits_float(sign | (not_finite ? magnitude | 0x7f800000u : float_bits(scaled)));
-}
-
-MG_OPS_DEVICE float bfloat16_to_float(uint32_t bits) { return bits_float(bits << 16); }
 
 MG_OPS_DEVICE float load_float(const FloatInput& input, int64_t element) {
   switch (input.type) {

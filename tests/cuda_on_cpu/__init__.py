@@ -304,7 +304,7 @@ def assert_same(match: mg_ops.MutualMatch, expected: mg_ops.MutualMatch, what: s
 
 
 def rows(tensor: Tensor) -> StridedArray:
-    """A floating tensor (A, 4) or (B, A, any) as the kernels take it; the counterpart of csrc/cuda/mutual_match.cu."""
+    """A floating tensor (A, 4) or (B, A, any) as the kernels take it; the counterpart of csrc/mutual_match.h."""
     strides = tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
     row_bytes = min(16, 4 * tensor.element_size())
     whole_rows = (

@@ -29,16 +29,16 @@ struct EmulatedCall {
   int64_t scores_read, scratch_bytes, launches;  // results
 };
 
-mg_ops::cuda::FloatInput float_input(const StridedArray& array) {
+mg_ops::FloatInput float_input(const StridedArray& array) {
   return {array.data,
           array.strides[0],
           array.strides[1],
           array.strides[2],
-          static_cast<mg_ops::cuda::FloatType>(array.type),
+          static_cast<mg_ops::FloatType>(array.type),
           array.whole_rows != 0};
 }
 
-mg_ops::cuda::IntegerInput integer_input(const StridedArray& array) {
+mg_ops::IntegerInput integer_input(const StridedArray& array) {
   return {array.data, array.strides[0], array.type != 0};
 }
 
@@ -51,7 +51,7 @@ void launch(int64_t grid, uint64_t seed, std::function<void()> kernel) {
 }
 
 void match(EmulatedCall& call) {
-  mg_ops::cuda::MatchProblem problem{};
+  mg_ops::cuda::LaunchedProblem problem{};
   problem.anchors = float_input(call.anchors);
   problem.pred_boxes = float_input(call.pred_boxes);
   problem.cls_scores = float_input(call.cls_scores);

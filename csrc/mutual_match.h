@@ -1,0 +1,110 @@
+// mg_ops::mutual_match, once for both backends: checks the arguments, allocates the results, and fills the one problem
+// that the kernels take. A backend registers `mutual_match<its_run>`.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+
+#include "check.h"
+#include "problem.h"
+
+namespace mg_ops {
+
+inline FloatType float_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return FloatType::kFloat16;
+    case ScalarType::BFloat16: return FloatType::kBFloat16;
+    case ScalarType::Double: return FloatType::kFloat64;
+    default: return FloatType::kFloat32;
+  }
+}
+
+// Rows of a tensor of two or three dimensions, read through its strides.
+inline FloatInput float_input(const Tensor& tensor) {
+  const bool batched = tensor.dim() == 3;
+  FloatInput input{};
+  input.data = tensor.const_data_ptr();
+  input.image_stride = batched ? tensor.stride(0) : 0;
+  input.row_stride = tensor.stride(batched ? 1 : 0);
+  input.column_stride = tensor.stride(batched ? 2 : 1);
+  input.type = float_type(tensor);
+  const size_t load_bytes = std::min<size_t>(16, 4 * tensor.element_size());
+  input.whole_rows = tensor.size(tensor.dim() - 1) == 4 && input.column_stride == 1 && input.row_stride % 4 == 0 &&
+                     input.image_stride % 4 == 0 && reinterpret_cast<uintptr_t>(input.data) % load_bytes == 0;
+  return input;
+}
+
+inline IntegerInput integer_input(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.scalar_type() == ScalarType::Long};
+}
+
+// Replaces a tensor that starts between two numbers, as one over another library's buffer can, by a copy: C++ must not
+// read it there, and a GPU cannot.
+inline void align(Tensor& tensor) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  if (begin % tensor.element_size() != 0) {
+    tensor = torch::stable::clone(tensor);
+  }
+}
+
+inline Tensor new_result(const Tensor& anchors, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  try {
+    return torch::stable::new_empty(anchors, shape, dtype);
+  } catch (const std::exception&) {
+    fail("mutual_match: not enough memory for a result of shape ", shape_text(shape.begin(), shape.size()));
+  }
+}
+
+// What csrc/schema.cpp says. `run` writes the results of the problem, whose tensors live until it returns; `anchors`
+// tells it the device.
+template <void (*run)(const MatchProblem& problem, const Tensor& anchors)>
+std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores,
+                                                        Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
+                                                        const std::optional<Tensor>& gt_crowd,
+                                                        const std::optional<std::vector<double>>& box_coder,
+                                                        bool classification_by_regressed,
+                                                        bool localization_by_amplified, double sigma,
+                                                        double iou_positive, double iou_ignored, double crowd_overlap) {
+  check_match_tensors(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd);
+  check_match_numbers(box_coder, sigma, iou_positive, iou_ignored, crowd_overlap);
+  for (Tensor* tensor : {&anchors, &pred_boxes, &cls_scores, &gt_boxes, &gt_labels, &gt_offsets}) {
+    align(*tensor);
+  }
+
+  MatchProblem problem{};
+  problem.anchors = float_input(anchors);
+  problem.pred_boxes = float_input(pred_boxes);
+  problem.cls_scores = float_input(cls_scores);
+  problem.gt_boxes = float_input(gt_boxes);
+  problem.gt_labels = integer_input(gt_labels);
+  problem.gt_offsets = integer_input(gt_offsets);
+  if (gt_crowd.has_value()) {
+    problem.gt_crowd = static_cast<const uint8_t*>(gt_crowd->const_data_ptr());
+    problem.crowd_stride = gt_crowd->stride(0);
+  }
+  problem.batch_size = cls_scores.size(0);
+  problem.num_anchors = cls_scores.size(1);
+  problem.num_classes = cls_scores.size(2);
+  problem.num_gt = gt_boxes.size(0);
+  problem.decode = box_coder.has_value();
+  if (problem.decode) {
+    const auto number = [&](size_t i) { return static_cast<float>((*box_coder)[i]); };
+    problem.coder = {number(0), number(1), number(2), number(3), number(4)};
+  }
+  problem.params = {classification_by_regressed,     localization_by_amplified,
+                    static_cast<float>(sigma),       static_cast<float>(iou_positive),
+                    static_cast<float>(iou_ignored), static_cast<float>(crowd_overlap)};
+
+  const Tensor cls_match = new_result(anchors, {problem.batch_size, problem.num_anchors}, ScalarType::Long);
+  const Tensor loc_match = new_result(anchors, {problem.batch_size, problem.num_anchors}, ScalarType::Long);
+  const Tensor num_pos = new_result(anchors, {problem.num_gt}, ScalarType::Int);
+  const Tensor num_total = new_result(anchors, {problem.num_gt}, ScalarType::Int);
+  problem.cls_match = static_cast<int64_t*>(cls_match.mutable_data_ptr());
+  problem.loc_match = static_cast<int64_t*>(loc_match.mutable_data_ptr());
+  problem.num_pos = static_cast<int32_t*>(num_pos.mutable_data_ptr());
+  problem.num_total = static_cast<int32_t*>(num_total.mutable_data_ptr());
+  run(problem, anchors);
+  return {cls_match, loc_match, num_pos, num_total};
+}
+
+}  // namespace mg_ops
