@@ -1,8 +1,9 @@
 """Mutual Guidance (Zhang et al., ACCV 2020) as one fused operator: `mg_ops.mutual_match`."""
 
+from mg_ops.backend_choice import backends
 from mg_ops.boxes import BoxCoder, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
-from mg_ops.matching import MutualMatch, backends, mutual_match
+from mg_ops.matching import MutualMatch, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
 from mg_ops.targets import Targets, encode_targets
 

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from mg_ops import reference
-
-if TYPE_CHECKING:
-    from mg_ops.boxes import BoxCoder
 
 MAX_FLOAT = torch.finfo(torch.float32).max
 MAX_COUNT = 2**31 - 1
 """Of anchors, objects and classes: kernels number them in 32 bits."""
 
-_DTYPES: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
+DTYPES: dict[str, tuple[set[torch.dtype], str]] = {
     "floating point": (
-        (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        {torch.float16, torch.bfloat16, torch.float32, torch.float64},
         "float16, bfloat16, float32 or float64",
     ),
-    "integer": ((torch.int64, torch.int32), "int64 or int32"),
-    "bool": ((torch.bool,), "bool"),
+    "integer": ({torch.int64, torch.int32}, "int64 or int32"),
+    "bool": ({torch.bool}, "bool"),
 }
 """What each kind of tensor may hold, and how a message says it."""
 
@@ -55,7 +49,7 @@ def check_tensor(
     if not isinstance(value, Tensor):
         article = "an" if kind == "integer" else "a"
         raise TypeError(f"{name}: expected {article} {kind} tensor, got {describe(value)}")
-    dtypes, allowed = _DTYPES[kind]
+    dtypes, allowed = DTYPES[kind]
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {allowed}, got {describe(value)}")
     if value.is_nested:
@@ -75,7 +69,7 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape ({text}), got {describe(value)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, like {device_of}, got {describe(value)}")
-    if not _is_readable(value):
+    if not _holds_its_elements(value):
         raise ValueError(
             f"{name}: its memory of {value.untyped_storage().nbytes()} bytes does not hold what its shape and strides "
             f"say (has its storage been resized, or freed by something that shards parameters?), got {describe(value)}"
@@ -83,22 +77,29 @@ def check_tensor(
     return value
 
 
-def _is_readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Whether the tensor's memory holds all its elements: torch itself would read past its end."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
-        return True
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # its memory is its own affair
-        return True
     try:
         num_bytes = tensor.untyped_storage().nbytes()
     except RuntimeError:  # inside torch.func's transforms
         return True
+    num_elements = tensor.numel()
+    if num_elements == 0:
+        return True
     last = tensor.storage_offset()
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if size == 0:
-            return True
-        last += (size - 1) * stride
+    if tensor.is_contiguous():
+        last += num_elements - 1
+    else:
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            last += (size - 1) * stride
     return bool((last + 1) * tensor.element_size() <= num_bytes)
+
+
+def _holds_its_elements(tensor: Tensor) -> bool:
+    """As `is_readable`, for tensors of any kind: of some, the memory is their own affair."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return True
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or is_readable(tensor)
 
 
 def check_bool(name: str, value: object) -> bool:
@@ -177,7 +178,7 @@ def check_count(name: str, count: int) -> None:
 def check_packed_objects(
     gt_boxes: object, gt_labels: object, gt_offsets: object, gt_crowd: object, batch_size: int, device: torch.device
 ) -> None:
-    """Raises unless they are (N, 4), (N,), (B + 1,) and (N,) or None, on this device."""
+    """Raises unless they are (N, 4), (N,), (B + 1,) and (N,) or None on this device."""
     gt_boxes = check_tensor("gt_boxes", gt_boxes, "floating point", ("N", 4), device)
     num_gt = gt_boxes.shape[0]
     check_tensor("gt_labels", gt_labels, "integer", (num_gt,), device)
@@ -188,14 +189,9 @@ def check_packed_objects(
 
 
 def check_objects(
-    gt_boxes: Tensor | Sequence[Tensor],
-    gt_labels: Tensor | Sequence[Tensor],
-    gt_offsets: Tensor | None,
-    gt_crowd: Tensor | Sequence[Tensor] | None,
-    batch_size: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The objects of a batch as packed tensors (N, 4), (N,), offsets (B + 1,) and crowd flags (N,) or None."""
+    gt_boxes: object, gt_labels: object, gt_offsets: object, gt_crowd: object, batch_size: int, device: torch.device
+) -> None:
+    """Raises unless they are the objects of a batch in a form that `mg_ops.mutual_match` takes, on this device."""
     if isinstance(gt_boxes, Tensor):
         if gt_offsets is None:
             raise ValueError(
@@ -203,11 +199,9 @@ def check_objects(
                 "without offsets pass gt_boxes as a list of B tensors (G, 4)"
             )
         check_packed_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
-        if device.type == "cpu" and not torch.compiler.is_compiling():
+        if isinstance(gt_offsets, Tensor) and device.type == "cpu" and not torch.compiler.is_compiling():
             check_offsets(gt_offsets, gt_boxes.shape[0])
-        assert isinstance(gt_labels, Tensor) and (gt_crowd is None or isinstance(gt_crowd, Tensor))
-        return gt_boxes, gt_labels, gt_offsets, gt_crowd
-
+        return
     if gt_offsets is not None:
         raise ValueError(
             "gt_offsets: only packed gt_boxes (N, 4) take offsets, got gt_boxes as a list; pass gt_offsets=None"
@@ -215,39 +209,25 @@ def check_objects(
     boxes = check_list("gt_boxes", gt_boxes, batch_size)
     labels = check_list("gt_labels", gt_labels, batch_size)
     crowd = None if gt_crowd is None else check_list("gt_crowd", gt_crowd, batch_size)
-    offsets = [0]
+    num_gt = 0
     for image in range(batch_size):
         check_tensor(f"gt_boxes[{image}]", boxes[image], "floating point", ("G", 4), device)
         num_objects = boxes[image].shape[0]
         check_tensor(f"gt_labels[{image}]", labels[image], "integer", (num_objects,), device)
         if crowd is not None:
             check_tensor(f"gt_crowd[{image}]", crowd[image], "bool", (num_objects,), device)
-        offsets.append(offsets[-1] + num_objects)
-    check_count("gt_boxes", offsets[-1])
-    if batch_size == 0:
-        packed_boxes = torch.empty((0, 4), device=device)
-        packed_labels = torch.empty((0,), dtype=torch.int64, device=device)
-        packed_crowd = None
-    else:
-        # Rounded before packing: a float64 image must not change how its neighbours are rounded.
-        packed_boxes = torch.cat([box.float() for box in boxes])
-        packed_labels = torch.cat([label.long() for label in labels])
-        packed_crowd = None if crowd is None else torch.cat(list(crowd))
-    # The lengths are known here: a pinned, asynchronous copy brings them to a GPU without a synchronisation.
-    packed_offsets = torch.tensor(offsets, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    if device.type != "cpu":
-        packed_offsets = packed_offsets.to(device, non_blocking=True)
-    return packed_boxes, packed_labels, packed_offsets, packed_crowd
+        num_gt += num_objects
+    check_count("gt_boxes", num_gt)
 
 
 def check_list(name: str, value: object, batch_size: int) -> Sequence[Tensor]:
     """Raises unless value is a sequence of one element an image; their tensors are not looked at."""
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise TypeError(
-            f"{name}: expected a list of {batch_size} tensors, one an image, like gt_boxes, got {describe(value)}"
+            f"{name}: expected a list of {batch_size} tensors, one per image, like gt_boxes, got {describe(value)}"
         )
     if len(value) != batch_size:
-        raise ValueError(f"{name}: expected a list of {batch_size} tensors, one an image, got {len(value)}")
+        raise ValueError(f"{name}: expected a list of {batch_size} tensors, one per image, got {len(value)}")
     return value
 
 
@@ -261,6 +241,20 @@ def check_offsets(gt_offsets: Tensor, num_gt: int) -> None:
             raise ValueError(f"gt_offsets: must not decrease, got {start} then {end} for image {image}")
     if offsets[-1] > num_gt:
         raise ValueError(f"gt_offsets: must not exceed the {num_gt} packed objects, got {offsets[-1]}")
+
+
+def check_arguments(
+    anchors: object,
+    pred_boxes: object,
+    cls_scores: object,
+    gt_boxes: object,
+    gt_labels: object,
+    gt_offsets: object,
+    gt_crowd: object,
+) -> None:
+    """Raises unless the tensors are as `mg_ops.mutual_match` takes them, but for the values in them."""
+    batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)
+    check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
 
 
 def check_operator_arguments(
@@ -279,7 +273,7 @@ def check_operator_arguments(
     iou_ignored: float,
     crowd_overlap: float,
 ) -> None:
-    """The checks of csrc/check.h but for the offsets' values, for the operators that are written in Python."""
+    """The checks of csrc/check.h, for the operators that are written in Python; not of the offsets' values."""
     batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)
     check_packed_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
     if box_coder is not None:
@@ -293,83 +287,3 @@ def check_operator_arguments(
         if box_coder[4] != box_coder[4]:
             raise ValueError("box_coder: expected a number as clip, got NaN")
     check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
-
-
-def check_values(
-    anchors: Tensor,
-    pred_boxes: Tensor,
-    cls_scores: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    gt_crowd: Tensor | None,
-    box_coder: BoxCoder | None,
-) -> None:
-    """Raises ValueError naming the first value that `mutual_match` would otherwise pass over in silence.
-
-    Args:
-        box_coder: None where pred_boxes are boxes, which must not be inverted; else it must decode them to finite ones.
-    """
-    if anchors.is_meta:
-        raise ValueError("check: tensors on the meta device have no values to check, pass check=False")
-    check_offsets(gt_offsets, gt_boxes.shape[0])
-    offsets = gt_offsets.tolist()
-    anchors = anchors.float()
-    num_classes = cls_scores.shape[2]
-
-    ok = reference.is_object(anchors)
-    if not bool(ok.all()):
-        index = int((~ok).nonzero()[0])
-        raise ValueError(
-            f"anchors[{index}]: expected four finite coordinates with x2 > x1 and y2 > y1, "
-            f"got {anchors[index].tolist()}"
-        )
-    for image in range(cls_scores.shape[0]):
-        boxes = pred_boxes[image].float()
-        ok = reference.is_object(boxes) if box_coder is None else boxes.isfinite().all(-1)
-        if not bool(ok.all()):
-            index = int((~ok).nonzero()[0])
-            wanted = "four finite coordinates with x2 > x1 and y2 > y1" if box_coder is None else "four finite deltas"
-            raise ValueError(
-                f"pred_boxes: image {image}, anchor {index}: expected {wanted}, got {boxes[index].tolist()}"
-            )
-        if box_coder is not None:
-            decoded = box_coder.decode(anchors, boxes)
-            ok = decoded.isfinite().all(-1)
-            if not bool(ok.all()):
-                index = int((~ok).nonzero()[0])
-                raise ValueError(
-                    f"pred_boxes: image {image}, anchor {index}: the deltas {boxes[index].tolist()} decode to "
-                    f"{decoded[index].tolist()}, expected finite coordinates; lower the clip of the box coder"
-                )
-        bad = cls_scores[image].isnan()
-        if bool(bad.any()):
-            index, class_index = bad.nonzero()[0].tolist()
-            raise ValueError(f"cls_scores: image {image}, anchor {index}, class {class_index}: got NaN")
-        objects = gt_boxes[offsets[image] : offsets[image + 1]].float()
-        labels = gt_labels[offsets[image] : offsets[image + 1]]
-        crowd = (
-            torch.zeros_like(labels, dtype=torch.bool)
-            if gt_crowd is None
-            else gt_crowd[offsets[image] : offsets[image + 1]]
-        )
-        valid = reference.is_object(objects)
-        if not bool(valid.all()):
-            index = int((~valid).nonzero()[0])
-            raise ValueError(
-                f"gt_boxes: image {image}, object {index}: expected four finite coordinates with x2 > x1 and y2 > y1, "
-                f"got {objects[index].tolist()}"
-            )
-        known = ((labels >= 0) & (labels < num_classes)) | crowd
-        if not bool(known.all()):
-            index = int((~known).nonzero()[0])
-            raise ValueError(
-                f"gt_labels: image {image}, object {index}: expected a label in [0, {num_classes}), "
-                f"got {int(labels[index])}"
-            )
-        for index in (~crowd).nonzero().flatten().tolist():
-            if not bool((reference.box_iou(anchors, objects[index : index + 1]) > 0).any()):
-                raise ValueError(
-                    f"gt_boxes: image {image}, object {index}: no anchor overlaps {objects[index].tolist()}; "
-                    "are boxes and anchors in the same unit?"
-                )

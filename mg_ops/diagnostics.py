@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mg_ops.checks import check_count, check_list, check_num_classes, check_objects, check_tensor, describe
+from mg_ops.checks import check_count, check_list, check_num_classes, check_tensor, describe
 from mg_ops.matching import MutualMatch
+from mg_ops.objects import pack_objects
 from mg_ops.reference import IGNORED, area, autocast_type, is_object
 
 _SIZES = ("all", "small", "medium", "large")
@@ -112,7 +113,7 @@ def summarize(
     check_tensor("match.loc_match", match.loc_match, "integer", (batch_size, num_anchors), device)
     if gt_labels is None:
         gt_labels = _no_labels(gt_boxes, batch_size)
-    boxes, labels, offsets, crowd = check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
+    boxes, labels, offsets, crowd = pack_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
     num_gt = boxes.shape[0]
     check_tensor("match.num_pos", match.num_pos, "integer", ("N",), device)
     if len(match.num_pos) != num_gt:

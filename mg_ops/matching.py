@@ -1,17 +1,17 @@
-"""`mutual_match`: checks the arguments, picks a backend, runs it."""
+"""`mutual_match`: packs the objects, picks a backend, runs it, and explains what was wrong with a call that failed."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from mg_ops import library
+from mg_ops.backend_choice import operator_of
 from mg_ops.boxes import BoxCoder
-from mg_ops.checks import check_bool, check_objects, check_predictions, check_thresholds, check_values
+from mg_ops.checks import check_arguments, check_bool, check_thresholds
+from mg_ops.objects import Objects, pack_objects
+from mg_ops.validation import check_values
 
 
 class MutualMatch(NamedTuple):
@@ -34,26 +34,6 @@ STRATEGIES = {
     "mutual": (True, True),
 }
 """Strategy -> (classification by q_regressed, localisation by q_amplified); the rows of the paper's Table 1."""
-
-
-class BackendStatus(NamedTuple):
-    """Whether a backend can be used here."""
-
-    usable: bool
-    detail: str
-    """Where it runs, or why it cannot be used and what to do about it."""
-
-
-def backends() -> dict[str, BackendStatus]:
-    """The backends of `mutual_match` by name: which are usable here, and why the others are not.
-
-    Examples:
-        >>> mg_ops.backends()["eager"].usable
-        True
-    """
-    cuda_index = torch.cuda.current_device() if torch.cuda.is_available() else None
-    errors = {backend: _usage_error(backend, cuda_index) for backend in _DEVICES}
-    return {backend: BackendStatus(not error, error or _accepted(backend)) for backend, error in errors.items()}
 
 
 def mutual_match(
@@ -121,106 +101,42 @@ def mutual_match(
         >>> match.cls_match
         tensor([[ 0, -1, -1]])
     """
-    batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)
     if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     if box_coder is not None and not isinstance(box_coder, BoxCoder):
         raise TypeError(f"box_coder: expected mg_ops.BoxCoder or None, got {type(box_coder).__name__}")
-    numbers = check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
-    check_bool("check", check)
-    boxes, labels, offsets, crowd = check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
-    operator = _operator(backend, device)
-    if check:
-        check_values(anchors, pred_boxes, cls_scores, boxes, labels, offsets, crowd, box_coder)
-
-    classification_by_regressed, localization_by_amplified = STRATEGIES[strategy]
-    cls_match, loc_match, num_pos, num_total = operator(
-        anchors.detach(),
-        pred_boxes.detach(),
-        cls_scores.detach(),
-        boxes.detach(),
-        labels,
-        offsets,
-        crowd,
-        None if box_coder is None else [*box_coder.weights, box_coder.clip],
-        classification_by_regressed,
-        localization_by_amplified,
-        *numbers,
-    )
-    return MutualMatch(cls_match, loc_match, num_pos, num_total)
-
-
-_DEVICES: dict[str, tuple[str, ...]] = {
-    "cuda": ("cuda",),
-    "triton": library.TRITON_DEVICES,
-    "cpp": ("cpu",),
-    "eager": (),
-}
-"""Backend -> the types of device it takes, all of them if empty; on each device the first usable one is the default."""
-
-
-def _accepted(backend: str) -> str:
-    types = " and ".join(device.upper() for device in _DEVICES[backend])
-    return f"{types} tensors" if types else "tensors on any device"
-
-
-def _usage_error(backend: str, cuda_index: int | None) -> str:
-    """Why a backend cannot be used here, on this GPU where it needs one; an empty string if it can."""
-    if backend in ("cpp", "cuda") and library.load_error:
-        return library.load_error
-    if backend == "cuda" and not library.has_cuda:
-        return (
-            f"{library.LIBRARY_FILE.name} was built without CUDA: install nvcc 12.8 or newer, then run "
-            "`pip install --force-reinstall --no-deps --no-cache-dir .` in the checkout"
+    if not (type(sigma) is type(iou_positive) is type(iou_ignored) is type(crowd_overlap) is float):
+        # A bool or a tensor is no number here, whatever torch would make of it.
+        numbers = check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
+        sigma, iou_positive, iou_ignored, crowd_overlap = numbers
+    # The operator checks its arguments. Only where it, or what comes before it, fails are they looked at one by one,
+    # for an error that says which one is wrong, and how.
+    try:
+        device = anchors.device
+        if check_bool("check", check):
+            check_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd)
+        if isinstance(gt_boxes, Tensor):
+            objects = Objects.already_packed(gt_boxes, gt_labels, gt_offsets, gt_crowd)
+        else:
+            objects = pack_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, cls_scores.shape[0], device)
+        operator = operator_of(backend, device)
+        if check:
+            check_values(anchors, pred_boxes, cls_scores, *objects, box_coder)
+        result = operator(
+            anchors,
+            pred_boxes,
+            cls_scores,
+            *objects,
+            None if box_coder is None else [*box_coder.weights, box_coder.clip],
+            *STRATEGIES[strategy],
+            sigma,
+            iou_positive,
+            iou_ignored,
+            crowd_overlap,
         )
-    if backend == "triton" and library.triton_error:
-        return library.triton_error
-    return "" if "cpu" in _DEVICES[backend] or not _DEVICES[backend] else _gpu_error(backend, cuda_index)
-
-
-@functools.cache
-def _gpu_error(backend: str, cuda_index: int | None) -> str:
-    if cuda_index is None:
-        return "torch finds no GPU here (torch.cuda.is_available() is false)"
-    if backend == "cuda":
-        error = torch.ops.mg_ops.cuda_device_error(cuda_index)
-        return f"{library.LIBRARY_FILE.name} does not run on cuda:{cuda_index}: {error}" if error else ""
-    capability = torch.cuda.get_device_capability(cuda_index)
-    if torch.version.hip is None and capability < (8, 0):
-        return f"Triton needs compute capability 8.0, cuda:{cuda_index} has {capability[0]}.{capability[1]}"
-    return ""
-
-
-def _choose_backend(backend: str | None, device_type: str, device_index: int | None) -> str:
-    """The backend to use for tensors on this device: the one asked for, or the first that can be used."""
-    cuda_index = device_index if device_type == "cuda" else None
-    if backend is None:
-        # Triton's interpreter takes CPU tensors, but only on request.
-        fitting = (name for name in _DEVICES if not _DEVICES[name] or _DEVICES[name][-1] == device_type)
-        return next(name for name in fitting if not _usage_error(name, cuda_index))
-    if not isinstance(backend, str) or backend not in _DEVICES:
-        raise ValueError(f"backend: expected None or one of {', '.join(map(repr, _DEVICES))}, got {backend!r}")
-    if cuda_index is None and torch.cuda.is_available():
-        cuda_index = torch.cuda.current_device()
-    error = _usage_error(backend, cuda_index)
-    if not error and _DEVICES[backend] and device_type not in _DEVICES[backend]:
-        device = device_type if device_index is None else f"{device_type}:{device_index}"
-        error = f"it takes {_accepted(backend)}, the arguments are on {device}"
-    if error:
-        raise RuntimeError(f"backend {backend!r} cannot be used: {error}")
-    return backend
-
-
-# torch.compile calls it once, while it traces. This is what torch.compiler.assume_constant_result does, whose first use
-# would import all of the compiler with mg_ops, seconds of work.
-_choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _operator(backend: str | None, device: torch.device) -> torch._ops.OpOverload:
-    """The operator of a backend for tensors on this device; RuntimeError if it cannot be used."""
-    backend = _choose_backend(backend, device.type, device.index)
-    if backend == "eager":
-        return torch.ops.mg_ops.mutual_match_eager.default
-    if backend == "triton":
-        return torch.ops.mg_ops.mutual_match_triton.default
-    return torch.ops.mg_ops.mutual_match.default
+        return MutualMatch(*result)
+    except Exception as error:
+        failure = error
+    check_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd)
+    check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
+    raise failure

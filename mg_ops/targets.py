@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mg_ops.boxes import BoxCoder
-from mg_ops.checks import check_num_classes, check_objects, check_tensor, describe
+from mg_ops.checks import check_num_classes, check_tensor, describe
 from mg_ops.matching import MutualMatch
+from mg_ops.objects import pack_objects
 from mg_ops.reference import BACKGROUND, IGNORED, autocast_type
 
 
@@ -70,7 +71,7 @@ def encode_targets(
     check_tensor("match.cls_match", match.cls_match, "integer", ("B", num_anchors), device)
     batch_size = match.cls_match.shape[0]
     check_tensor("match.loc_match", match.loc_match, "integer", (batch_size, num_anchors), device)
-    boxes, labels, offsets, _ = check_objects(gt_boxes, gt_labels, gt_offsets, None, batch_size, device)
+    boxes, labels, offsets, _ = pack_objects(gt_boxes, gt_labels, gt_offsets, None, batch_size, device)
     labels = labels.long()
     num_gt = boxes.shape[0]
     check_tensor("match.num_pos", match.num_pos, "integer", ("N",), device)

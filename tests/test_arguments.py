@@ -194,6 +194,12 @@ FLOATING = "float16, bfloat16, float32 or float64"
             ValueError,
             r"^gt_labels\[0\]: expected shape \(2,\), got .*\(1,\)",
         ),
+        (  # as many labels as boxes in all
+            "gt_labels",
+            [torch.tensor([0]), torch.tensor([1, 3])],
+            ValueError,
+            r"^gt_labels\[0\]: expected shape \(2,\), got .*\(1,\)",
+        ),
         (
             "gt_labels",
             [torch.tensor([0, 1]), torch.tensor([[3]])],
@@ -207,20 +213,20 @@ FLOATING = "float16, bfloat16, float32 or float64"
             r"^gt_crowd\[1\]: expected shape \(1,\), got .*\(2,\)",
         ),
         # Lengths
-        ("gt_boxes", [], ValueError, r"^gt_boxes: expected a list of 2 tensors, one an image, got 0"),
+        ("gt_boxes", [], ValueError, r"^gt_boxes: expected a list of 2 tensors, one per image, got 0"),
         (
             "gt_boxes",
             [torch.zeros(1, 4)] * 3,
             ValueError,
-            r"^gt_boxes: expected a list of 2 tensors, one an image, got 3",
+            r"^gt_boxes: expected a list of 2 tensors, one per image, got 3",
         ),
         (
             "gt_labels",
             [torch.tensor([0, 1])],
             ValueError,
-            r"^gt_labels: expected a list of 2 tensors, one an image, got 1",
+            r"^gt_labels: expected a list of 2 tensors, one per image, got 1",
         ),
-        ("gt_crowd", [], ValueError, r"^gt_crowd: expected a list of 2 tensors, one an image, got 0"),
+        ("gt_crowd", [], ValueError, r"^gt_crowd: expected a list of 2 tensors, one per image, got 0"),
         ("gt_offsets", torch.tensor([0, 2, 3]), ValueError, r"^gt_offsets: only packed gt_boxes .* take offsets"),
         # Devices
         (

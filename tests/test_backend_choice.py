@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mg_ops
-from mg_ops import library, matching
+from mg_ops import backend_choice, library
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(library, "has_cuda", has_cuda and not load_error)
         monkeypatch.setattr(library, "triton_error", triton_error)
         monkeypatch.setattr(library, "TRITON_DEVICES", ("cuda",))
-        monkeypatch.setitem(matching._DEVICES, "triton", ("cuda",))
+        monkeypatch.setitem(backend_choice.DEVICES, "triton", ("cuda",))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         errors = gpu_errors or {}
         no_gpu = "torch finds no GPU here"
         monkeypatch.setattr(
-            matching, "_gpu_error", lambda backend, index: no_gpu if index is None else errors.get(backend, "")
+            backend_choice, "_gpu_error", lambda backend, index: no_gpu if index is None else errors.get(backend, "")
         )
 
     return make_up
@@ -55,9 +55,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 )
 def test_the_first_usable_backend_is_the_default(machine: Any, state: dict[str, Any], on_gpu: str, on_cpu: str) -> None:
     machine(**state)
-    assert matching._choose_backend(None, "cuda", 0) == on_gpu
-    assert matching._choose_backend(None, "cpu", None) == on_cpu
-    assert matching._choose_backend(None, "meta", None) == "eager"
+    assert backend_choice.choose_backend(None, "cuda", 0) == on_gpu
+    assert backend_choice.choose_backend(None, "cpu", None) == on_cpu
+    assert backend_choice.choose_backend(None, "meta", None) == "eager"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_forced_backend_says_why_it_cannot_be_used(
     machine(**state)
     index = 0 if device == "cuda" and state.get("has_gpu", True) else None
     with pytest.raises(RuntimeError, match=f"^backend '{backend}' cannot be used: .*{reason}"):
-        matching._choose_backend(backend, device, index)
+        backend_choice.choose_backend(backend, device, index)
     status = mg_ops.backends()[backend]
     assert not status.usable and reason.split(".*")[0] in status.detail
 
@@ -90,12 +90,12 @@ def test_a_forced_backend_takes_only_its_devices(machine: Any) -> None:
     with pytest.raises(
         RuntimeError, match=r"^backend 'cpp' cannot be used: it takes CPU tensors, the arguments are on cuda:0"
     ):
-        matching._choose_backend("cpp", "cuda", 0)
+        backend_choice.choose_backend("cpp", "cuda", 0)
     for backend in ("cuda", "triton"):
         message = f"^backend '{backend}' cannot be used: it takes CUDA tensors, the arguments are on cpu$"
         with pytest.raises(RuntimeError, match=message):
-            matching._choose_backend(backend, "cpu", None)
-    assert matching._choose_backend("eager", "cuda", 0) == "eager"
+            backend_choice.choose_backend(backend, "cpu", None)
+    assert backend_choice.choose_backend("eager", "cuda", 0) == "eager"
 
 
 def test_backends_are_listed_in_order_of_preference(machine: Any) -> None:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 import mg_ops
-from mg_ops.checks import check_objects
 from mg_ops.matching import STRATEGIES
+from mg_ops.objects import pack_objects
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -159,7 +159,7 @@ class Emulator:
         """
         batch_size, num_anchors, num_classes = cls_scores.shape
         if not clamp_offsets:
-            gt_boxes, gt_labels, gt_offsets, gt_crowd = check_objects(
+            gt_boxes, gt_labels, gt_offsets, gt_crowd = pack_objects(
                 gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, anchors.device
             )
         assert gt_offsets is not None
@@ -273,7 +273,7 @@ def check_wrong_offsets(emulator: Emulator, batches: range) -> int:
         arguments = dict(batch.arguments)
         objects = [arguments.pop(name, None) for name in ("gt_boxes", "gt_labels", "gt_offsets", "gt_crowd")]
         batch_size, _, _ = arguments["cls_scores"].shape
-        boxes, labels, _, crowd = check_objects(*objects, batch_size, torch.device("cpu"))
+        boxes, labels, _, crowd = pack_objects(*objects, batch_size, torch.device("cpu"))
         offsets = wrong_offsets(seed, batch_size, len(boxes))
         match = emulator.mutual_match(
             **arguments,
