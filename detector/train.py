@@ -33,19 +33,12 @@ import mg_ops
 from detector.anchors import BASE_SIZE
 from detector.augment import TrainingTransform
 from detector.backbone import BACKBONES, load_backbone_weights
+from detector.batches import TrainingBatch, TrainingImages, TrainingSampler, collate, decode_all
 from detector.checkpoint import MODELS, make_detector, read_checkpoint, save_atomically
-from detector.data import (
-    Defects,
-    TrainingBatch,
-    TrainingImages,
-    TrainingSampler,
-    collate,
-    decode_all,
-    default_splits,
-    read_data,
-)
-from detector.evaluate import evaluate, format_metrics
+from detector.data import Defects, default_splits, read_data
+from detector.evaluate import evaluate
 from detector.loss import BOX_LOSSES, detection_loss
+from detector.scores import format_metrics
 
 # Flags that say where and how fast a run goes, not what it computes: they may differ when it is resumed.
 FREE_ON_RESUME = {"data", "out", "resume", "backbone_weights", "backend", "device", "workers", "cache"}

@@ -19,8 +19,9 @@ from torchvision.transforms import v2
 
 import mg_ops
 from detector.checkpoint import load_detector
-from detector.data import AnnotatedImage, AnnotatedImages, decode_image, default_splits, read_data
-from detector.evaluate import Detections, detect
+from detector.data import AnnotatedImage, AnnotatedImages, default_splits, read_data
+from detector.images import decode_image
+from detector.inference import Detections, detect
 from detector.train import read_log
 
 RED, GREEN, YELLOW = "#e6194b", "#3cb44b", "#ffe119"

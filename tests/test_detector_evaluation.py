@@ -12,16 +12,14 @@ from small_data import write_coco, write_voc
 
 from detector.checkpoint import make_detector, save_atomically
 from detector.data import read_voc
-from detector.evaluate import (
-    Detections,
+from detector.evaluate import evaluate, main
+from detector.inference import Detections, select_detections
+from detector.scores import (
     coco_scores,
-    evaluate,
     evaluate_boxes,
     format_metrics,
-    main,
     score,
     score_iou_agreement,
-    select_detections,
     to_coco_detections,
     to_coco_ground_truth,
     voc_average_precision,
