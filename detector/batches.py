@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,22 +16,22 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from detector.augment import TrainingTransform
-from detector.data import AnnotatedImages
-from detector.images import decode_image
+from detector.data import AnnotatedImages, LoadedImage, load_image
+from detector.images import CANNOT_BE_DECODED, OTHER_PROPORTIONS, DecodedImage, Placement, decode, place_annotation
 
 
-def decode_all(data: AnnotatedImages) -> dict[int, Tensor]:
+def decode_all(data: AnnotatedImages) -> dict[int, DecodedImage]:
     """Every image of a split in memory, by its position; those that cannot be decoded are left out."""
 
-    def decode(index: int) -> Tensor | None:
+    def decode_one(index: int) -> DecodedImage | None:
         try:
-            return decode_image(data.images[index].path)
+            return decode(data.images[index].path)
         except OSError:
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = tqdm(
-            pool.map(decode, range(len(data.images))), f"decoding {data.name}", len(data.images), leave=False
+            pool.map(decode_one, range(len(data.images))), f"decoding {data.name}", len(data.images), leave=False
         )
         return {index: image for index, image in enumerate(decoded) if image is not None}
 
@@ -81,7 +81,11 @@ class TrainingImages(Dataset[TrainingSample]):
     """
 
     def __init__(
-        self, data: AnnotatedImages, transform: TrainingTransform, seed: int, decoded: dict[int, Tensor] | None = None
+        self,
+        data: AnnotatedImages,
+        transform: TrainingTransform,
+        seed: int,
+        decoded: dict[int, DecodedImage] | None = None,
     ) -> None:
         self.data, self.transform, self.seed, self.decoded = data, transform, seed, decoded
 
@@ -91,38 +95,34 @@ class TrainingImages(Dataset[TrainingSample]):
     def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
         index, epoch = key
         defects: list[tuple[str, str]] = []
-        image = self.load(index, defects)
+        loaded = self.load(index, defects)
         for _ in range(len(self.data.images)):
-            if image is not None:
+            if loaded is not None:
                 break
-            # The next image stands in for a broken one, so that every batch keeps its size.
+            # The next image stands in for one that cannot be used, so that every batch keeps its size.
             index = (index + 1) % len(self.data.images)
-            image = self.load(index, defects)
-        if image is None:
-            raise OSError(f"{self.data.name}: not one of {len(self.data.images)} images can be decoded")
-        annotated = self.data.images[index]
-        height, width = image.shape[-2:]
-        boxes, labels, crowd = annotated.boxes, annotated.labels, annotated.crowd
-        if (width, height) != (annotated.width, annotated.height):
-            defects.append(("image of another size than annotated: boxes clipped to it", annotated.name))
-            boxes = torch.minimum(boxes, torch.tensor([width, height, width, height]))
-            inside = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
-            boxes, labels, crowd = boxes[inside], labels[inside], crowd[inside]
+            loaded = self.load(index, defects)
+        if loaded is None:
+            reasons = "; ".join(sorted({kind for kind, _ in defects}))
+            raise OSError(f"{self.data.name}: not one of {len(self.data.images)} images can be used: {reasons}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
-            image, boxes, labels, crowd = self.transform(image, boxes, labels, crowd)
-        return TrainingSample(image, boxes, labels, crowd, annotated.name, defects)
+            image, boxes, labels, crowd = self.transform(loaded.pixels, loaded.boxes, loaded.labels, loaded.crowd)
+        return TrainingSample(image, boxes, labels, crowd, self.data.images[index].name, defects)
 
-    def load(self, index: int, defects: list[tuple[str, str]]) -> Tensor | None:
-        """The decoded image, or None and an entry in defects."""
-        if self.decoded is not None and index in self.decoded:
-            return self.decoded[index]
+    def load(self, index: int, defects: list[tuple[str, str]]) -> LoadedImage | None:
+        """The image and its objects, and entries in defects; None if nothing can be learned from it."""
         annotated = self.data.images[index]
+        loaded = None
         try:
-            return decode_image(annotated.path)
+            decoded = self.decoded.get(index) if self.decoded is not None else None
+            loaded = load_image(annotated, decoded or decode(annotated.path))
+            kinds = loaded.notes if loaded is not None else (OTHER_PROPORTIONS,)
         except OSError:
-            defects.append(("image that cannot be decoded: the next one trained on in its place", annotated.name))
-            return None
+            kinds = (CANNOT_BE_DECODED,)
+        stand_in = ": the next one trained on in its place" if loaded is None else ""
+        defects += [(kind + stand_in, annotated.name) for kind in kinds]
+        return loaded
 
 
 class TrainingSampler(Sampler[list[tuple[int, int]]]):
@@ -191,28 +191,55 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
             yield batch[self.rank :: self.num_processes]
 
 
-class EvaluationImages(Dataset[dict[str, Any]]):
-    """Images resized to the network's input, by index, with what it takes to bring detections back."""
+class EvaluationSample(NamedTuple):
+    """An image resized to the network's input, and what it takes to bring detections back; or why there is none."""
 
-    def __init__(self, paths: Sequence[Path], image_size: int) -> None:
-        self.paths = paths
+    index: int
+    image: Tensor | None
+    """(3, S, S) uint8; None if the image cannot be used."""
+    placement: Placement | None
+    """Of the image as annotated in the image as decoded."""
+    notes: tuple[str, ...]
+    """What was changed in reading it, or why it cannot be used."""
+
+
+class EvaluationImages(Dataset[EvaluationSample]):
+    """Images resized to the network's input, by index.
+
+    Args:
+        paths: of the images.
+        image_size: S, side of the input in pixels.
+        annotated_sizes: (width, height) of each as annotated, in which detections are to come back; without them they
+            come back as the images lie the right way up.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], image_size: int, annotated_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        self.paths, self.annotated_sizes = paths, annotated_sizes
         self.resize = v2.Resize((image_size, image_size), antialias=True)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> EvaluationSample:
         try:
-            image = decode_image(self.paths[index])
-        except OSError:
-            return {"index": index, "image": None}
-        return {"index": index, "image": self.resize(image), "width": image.shape[2], "height": image.shape[1]}
+            decoded = decode(self.paths[index])
+        except OSError as error:
+            return EvaluationSample(index, None, None, (f"{CANNOT_BE_DECODED}: {error}",))
+        height, width = decoded.pixels.shape[-2:]
+        placement: Placement | None = Placement((width, height), (width, height))
+        if self.annotated_sizes is not None:
+            placement = place_annotation(self.annotated_sizes[index], (width, height), decoded.orientation)
+        if placement is None:
+            return EvaluationSample(index, None, None, (OTHER_PROPORTIONS,))
+        return EvaluationSample(index, self.resize(decoded.pixels), placement, decoded.notes + placement.notes)
 
 
-def collate_evaluation(samples: list[dict[str, Any]]) -> tuple[Tensor | None, Tensor, list[int], list[int]]:
-    """-> images (B, 3, S, S) uint8, sizes (B, 2) (width, height), their indices, the indices that cannot be decoded."""
-    good = [sample for sample in samples if sample["image"] is not None]
-    broken = [sample["index"] for sample in samples if sample["image"] is None]
-    images = torch.stack([sample["image"] for sample in good]) if good else None
-    sizes = torch.tensor([[sample["width"], sample["height"]] for sample in good], dtype=torch.float32).reshape(-1, 2)
-    return images, sizes, [sample["index"] for sample in good], broken
+def collate_evaluation(samples: list[EvaluationSample]) -> tuple[Tensor | None, list[EvaluationSample]]:
+    """-> the usable images (B, 3, S, S) uint8, if any, and every sample, now without its pixels."""
+    images = [sample.image for sample in samples if sample.image is not None]
+    return (
+        torch.stack(images) if images else None,
+        [sample._replace(image=sample.image[:, :0, :0] if sample.image is not None else None) for sample in samples],
+    )

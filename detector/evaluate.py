@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from detector.annotations import Defects, read_json
 from detector.checkpoint import load_detector
 from detector.data import AnnotatedImages, default_splits, read_data
-from detector.inference import detect
+from detector.images import CANNOT_BE_DECODED, OTHER_PROPORTIONS
+from detector.inference import MAX_DETECTIONS, detect
 from detector.scores import format_metrics, score, to_coco_detections, to_coco_ground_truth
 
 
@@ -25,10 +27,23 @@ def evaluate(
     *,
     batch_size: int = 32,
     num_workers: int = 2,
+    max_detections: int | None = None,
     amp: torch.dtype | None = None,
     show_progress: bool = True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Detects in every image of a split and scores it; with torch.distributed every process takes a share of it.
+
+    What was changed or left out on the way is counted in data.defects.
+
+    Args:
+        model: FSSD, RetinaNet or RFBNet.
+        data: the split.
+        image_size: side of the model's input in pixels.
+        device: where the model is.
+        batch_size, num_workers: of the loader.
+        max_detections: as in `detector.scores.score`; also how many per image are kept, 300 at least.
+        amp: autocast to this type.
+        show_progress: a progress bar.
 
     Returns:
         The metrics, and the detections as COCO's result records. The same in every process.
@@ -36,7 +51,7 @@ def evaluate(
     paths = [image.path for image in data.images]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, num_processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    found, broken = detect(
+    found, left_out = detect(
         model,
         paths,
         image_size,
@@ -44,19 +59,26 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
         indices=list(range(rank, len(paths), num_processes)),
+        annotated_sizes=[(image.width, image.height) for image in data.images],
+        max_detections=max(MAX_DETECTIONS, max_detections or 0),
         amp=amp,
         show_progress=show_progress and rank == 0,
     )
     if distributed:
         gathered: list[Any] = [None] * num_processes
-        torch.distributed.all_gather_object(gathered, (found, broken))
+        torch.distributed.all_gather_object(gathered, (found, left_out))
         found = {index: detections for part, _ in gathered for index, detections in part.items()}
-        broken = sorted(index for _, part in gathered for index in part)
-    for index in broken:
-        data.defects.add("image that cannot be decoded: left out of the evaluation", data.images[index].name)
+        left_out = dict(sorted(entry for _, part in gathered for entry in part.items()))
+    for index, detections_of_image in sorted(found.items()):
+        for note in detections_of_image.notes:
+            data.defects.add(note, data.images[index].name)
+    for index, reason in left_out.items():
+        kind = OTHER_PROPORTIONS if reason == OTHER_PROPORTIONS else CANNOT_BE_DECODED
+        data.defects.add(f"{kind}: left out of the evaluation", data.images[index].name)
     detections = to_coco_detections(found, data)
-    metrics = score(to_coco_ground_truth(data, leave_out=broken), detections)
-    metrics["images_left_out"] = [data.images[index].name for index in broken]
+    ground_truth = to_coco_ground_truth(data, leave_out=list(left_out))
+    metrics = score(ground_truth, detections, data.defects, max_detections=max_detections)
+    metrics["images_left_out"] = [data.images[index].name for index in left_out]
     return metrics, detections
 
 
@@ -73,6 +95,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--split", help="the split to score; by default VOC2007/test, val2017 or val")
     parser.add_argument("--annotations", type=Path, help="COCO annotation file to score --detections against")
     parser.add_argument("--detections", type=Path, help="COCO result file to score instead of a checkpoint")
+    parser.add_argument(
+        "--max-detections",
+        type=int,
+        help="per image and class that count; by default 100, as COCO has it, or 300 where an image has more objects",
+    )
     parser.add_argument("--batch", type=int, default=32, help="images at once")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
     parser.add_argument(
@@ -84,8 +111,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.detections is not None:
         if args.annotations is None:
             parser.error("--detections needs --annotations")
-        metrics = score(json.loads(args.annotations.read_text()), json.loads(args.detections.read_text()))
-        detections = None
+        defects, detections = Defects(), None
+        try:
+            metrics = score(
+                read_json(args.annotations, "COCO's images, annotations and categories"),
+                read_json(args.detections, "COCO's list of results"),
+                defects,
+                max_detections=args.max_detections,
+                sources=(str(args.annotations), str(args.detections)),
+            )
+        except ValueError as error:
+            parser.error(str(error))
+        metrics["defects"] = defects.counts()
+        if defects.found:
+            print(defects.report())
     else:
         if args.checkpoint is None or args.data is None:
             parser.error("pass --checkpoint and --data, or --detections and --annotations")
@@ -96,6 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         except ValueError as error:
             parser.error(str(error))
         print(data.summary())
+        known = set(data.defects.found)
         start = time.perf_counter()
         metrics, detections = evaluate(
             model,
@@ -104,7 +144,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             args.device,
             batch_size=args.batch,
             num_workers=args.workers,
+            max_detections=args.max_detections,
         )
+        if data.defects.found.keys() - known:
+            print(f"met while evaluating:\n{data.defects.report(but=known)}")
         metrics["seconds"] = time.perf_counter() - start
         metrics["checkpoint"], metrics["step"], metrics["split"] = str(args.checkpoint), content["step"], split
         metrics["defects"] = data.defects.counts()

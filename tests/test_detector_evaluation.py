@@ -14,16 +14,7 @@ from detector.checkpoint import make_detector, save_atomically
 from detector.data import read_voc
 from detector.evaluate import evaluate, main
 from detector.inference import Detections, select_detections
-from detector.scores import (
-    coco_scores,
-    evaluate_boxes,
-    format_metrics,
-    score,
-    score_iou_agreement,
-    to_coco_detections,
-    to_coco_ground_truth,
-    voc_average_precision,
-)
+from detector.scores import format_metrics, score, to_coco_detections, to_coco_ground_truth
 
 
 def annotation(number: int, image: int, box: list[float], **flags: int) -> dict[str, Any]:
@@ -50,22 +41,20 @@ def test_a_ranking_worked_out_by_hand() -> None:
         detection(1, [100, 100, 40, 40], 0.8),
         detection(2, [50, 50, 40, 40], 0.7),
     ]
-    area, eleven = voc_average_precision(TWO_OBJECTS, found)[5]
-    assert area == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-    assert eleven == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)  # recalls 0 to 0.5, and 0.6 to 1
-    overall, per_category = coco_scores(evaluate_boxes(TWO_OBJECTS, found))
+    overall = score(TWO_OBJECTS, found)
+    of_class = overall["per_class"]["thing"]
+    assert overall["VOC_AP50"] == of_class["VOC_AP50"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert overall["VOC07_AP50"] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)  # recalls 0 to 0.5, and 0.6 to 1
     # COCO reads 101 recalls: 0 to 0.50 at precision 1, 0.51 to 1 at 2/3.
     assert overall["AP50"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101)
-    for value in (overall["AP75"], overall["AP"], overall["AP_medium"], per_category[5]["AP"], per_category[5]["AP75"]):
+    for value in (overall["AP75"], overall["AP"], overall["AP_medium"], of_class["AP"], of_class["AP75"]):
         assert value == pytest.approx(overall["AP50"])
     assert overall["AP_small"] is None and overall["AP_large"] is None
 
 
 def test_the_overlap_decides() -> None:
     # IoU 40 * 32 / (40 * 40) = 0.8 with object 1: right up to the threshold 0.80, wrong from 0.85 on.
-    overall, _ = coco_scores(
-        evaluate_boxes(ground_truth(annotation(1, 1, [10, 10, 40, 40])), [detection(1, [10, 10, 40, 32], 0.9)])
-    )
+    overall = score(ground_truth(annotation(1, 1, [10, 10, 40, 40])), [detection(1, [10, 10, 40, 32], 0.9)])
     assert overall["AP50"] == pytest.approx(1) and overall["AP75"] == pytest.approx(1)
     assert overall["AP"] == pytest.approx(0.7)
 
@@ -76,8 +65,7 @@ def test_a_second_detection_of_an_object_is_wrong() -> None:
         detection(1, [11, 10, 40, 40], 0.8),
         detection(2, [50, 50, 40, 40], 0.7),
     ]
-    area, _ = voc_average_precision(TWO_OBJECTS, found)[5]
-    assert area == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert score(TWO_OBJECTS, found)["VOC_AP50"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
 
 @pytest.mark.parametrize("flag", ["difficult", "iscrowd"])
@@ -99,10 +87,10 @@ def test_a_crowd_takes_any_number_of_detections_and_a_difficult_object_one() -> 
     inside = [detection(1, [100, 100, 30, 60], 0.9), detection(1, [130, 100, 30, 60], 0.8)]
     right = detection(1, [10, 10, 40, 40], 0.5)
     crowd = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 1, [100, 100, 60, 60], iscrowd=1))
-    assert coco_scores(evaluate_boxes(crowd, [*inside, right]))[0]["AP50"] == pytest.approx(1)
+    assert score(crowd, [*inside, right])["AP50"] == pytest.approx(1)
     difficult = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 1, [100, 100, 60, 60], difficult=1))
     # Each overlaps it by exactly half; only the first may.
-    assert coco_scores(evaluate_boxes(difficult, [*inside, right]))[0]["AP50"] == pytest.approx(0.5)
+    assert score(difficult, [*inside, right])["AP50"] == pytest.approx(0.5)
 
 
 def in_a_row(ious: list[float], scores: list[float]) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
@@ -117,11 +105,9 @@ def in_a_row(ious: list[float], scores: list[float]) -> tuple[dict[str, list[dic
 def test_agreement_of_scores_and_boxes_worked_out_by_hand() -> None:
     # Ranks 1 2 3 4 against 1 3 2 4: 1 - 6 * (1 + 1) / (4 * (16 - 1)) = 0.8.
     truth, found = in_a_row([0.6, 0.7, 0.8, 0.9], [0.1, 0.3, 0.2, 0.4])
-    overall, by_category = score_iou_agreement(evaluate_boxes(truth, found))
-    assert overall == by_category[5]
-    assert overall["score_iou_correlation"] == pytest.approx(0.8)
-    assert overall["matched_iou"] == pytest.approx(0.75)
     metrics = score(truth, found)
+    assert metrics["score_iou_correlation"] == pytest.approx(0.8)
+    assert metrics["matched_iou"] == pytest.approx(0.75)
     assert metrics["score_iou_correlation"] == metrics["per_class"]["thing"]["score_iou_correlation"]
     assert "mean IoU 0.750, its rank correlation with the score 0.800" in format_metrics(metrics)
     # Only the order of the scores counts, also that in which they come.
