@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_data import write_coco, write_voc
 
+from detector.annotations import Defects
 from detector.checkpoint import make_detector, save_atomically
 from detector.data import read_voc
 from detector.evaluate import evaluate, main
@@ -152,6 +153,115 @@ def test_without_an_order_there_is_no_agreement(ious: list[float], scores: list[
     assert metrics["score_iou_correlation"] is None
     assert metrics["matched_iou"] == (pytest.approx(sum(ious) / len(ious)) if ious else None)
     assert "score -" in format_metrics(metrics)
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [7, 7], [None, None], [2**60 + 1, 2**60 + 2], ["a", "b"], [0.0, "0"]])
+def test_the_ids_of_annotations_do_not_matter(ids: list[Any]) -> None:
+    truth = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 2, [50, 50, 40, 40]))
+    for entry, number in zip(truth["annotations"], ids, strict=True):
+        entry["id"] = number
+        if number is None:
+            del entry["id"]
+    found = [detection(1, [10, 10, 40, 40], 0.9), detection(2, [50, 50, 40, 40], 0.7)]
+    metrics = score(truth, found)
+    assert metrics["AP"] == metrics["VOC_AP50"] == pytest.approx(1)
+    assert metrics["matched_iou"] == pytest.approx(1)
+
+
+def test_what_annotations_may_leave_out_or_write_as_text() -> None:
+    truth = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 2, [50, 50, 40, 40], iscrowd="0"))
+    del truth["annotations"][0]["area"], truth["annotations"][0]["iscrowd"]
+    truth["images"][0]["id"] = "1"
+    found = [{**detection(1, [10, 10, 40, 40], 0.9), "score": "0.9"}, detection(2, [50, 50, 40, 40], 0.7)]
+    metrics = score(truth, found)
+    assert metrics["AP"] == pytest.approx(1) and metrics["AP_medium"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "x"])
+def test_a_detection_that_is_not_a_number_is_wrong(bad: Any) -> None:
+    right = [detection(1, [10, 10, 40, 40], 0.9), detection(2, [50, 50, 40, 40], 0.7)]
+    for wrong in ({**right[1], "bbox": [bad, 50, 40, 40], "score": 0.8}, {**right[1], "bbox": [50, 50, 40, bad]}):
+        defects = Defects()
+        metrics = score(TWO_OBJECTS, [right[0], wrong], defects)
+        assert metrics["VOC_AP50"] == pytest.approx(0.5) and metrics["AP50"] == pytest.approx(51 / 101)
+        assert sum(defects.counts().values()) == 1
+        json.dumps(metrics, allow_nan=False)
+    # A score that is no number comes after all others; a wrong detection before the right one costs precision.
+    metrics = score(TWO_OBJECTS, [right[0], {**right[1], "score": bad}, right[1]])
+    assert metrics["VOC_AP50"] == pytest.approx(1)
+    metrics = score(TWO_OBJECTS, [{**right[0], "bbox": [bad] * 4, "score": 1.0}, *right])
+    assert metrics["VOC_AP50"] == pytest.approx(2 / 3)
+
+
+def test_detections_of_unknown_images_and_classes_are_left_out_and_counted() -> None:
+    right = [detection(1, [10, 10, 40, 40], 0.9), detection(2, [50, 50, 40, 40], 0.7)]
+    strangers = [detection(77, [10, 10, 40, 40], 1.0), {**detection(1, [10, 10, 40, 40], 1.0), "category_id": 6}]
+    defects = Defects()
+    assert score(TWO_OBJECTS, [*strangers, *right], defects)["AP"] == pytest.approx(1)
+    assert defects.counts() == {
+        "detection of an image that is not in the annotations: left out": 1,
+        "detection of a class that is not in the annotations: left out": 1,
+    }
+    with pytest.raises(ValueError, match="none of the 2 detections is of an image and a category of the annotations"):
+        score(TWO_OBJECTS, strangers)
+
+
+@pytest.mark.parametrize(
+    ("detections", "message"),
+    [
+        ({"annotations": []}, "expected COCO's results, a list of .* got an object"),
+        ([{"image_id": 1, "category_id": 5, "bbox": [1, 2, 3, 4]}], r"\[0\]: score: expected a number"),
+        ([{"image_id": 1, "category_id": 5, "score": 1}], r"\[0\]: expected a box as bbox, and there is none"),
+        ([detection(1, [1, 2, 3], 1.0)], r"\[0\]: bbox: expected \[x, y, width, height\], got \[1, 2, 3\]"),
+        ([detection(1, [1, 2, 3, 4], 1.0), 7], r"\[1\]: expected an id as image_id"),
+        ([{**detection(1, [1, 2, 3, 4], 1.0), "image_id": 1.5}], r"expected an id as image_id, got 1\.5"),
+    ],
+)
+def test_results_that_are_not_cocos_are_named_in_one_line(detections: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        score(TWO_OBJECTS, detections, sources=("a.json", "d.json"))
+    assert str(raised.value).startswith("d.json") and "\n" not in str(raised.value)
+
+
+def crowded(count: int) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """So many objects of one class in an image, and each found exactly."""
+    boxes = [[10 * (k % 20), 10 * (k // 20), 8, 8] for k in range(count)]
+    truth = ground_truth(*[annotation(k + 1, 1, box) for k, box in enumerate(boxes)])
+    return truth, [detection(1, box, 1 - k / 1000) for k, box in enumerate(boxes)]
+
+
+def test_cocos_limit_of_100_detections_is_said_where_it_matters() -> None:
+    metrics = score(*crowded(100))
+    assert metrics["AP"] == pytest.approx(1) and metrics["max_detections"] == 100 and "AP_at_100" not in metrics
+    truth, found = crowded(250)
+    metrics = score(truth, found)
+    # 100 of 250: recall 0.4, so 41 of the 101 recalls that COCO reads have precision 1.
+    assert metrics["AP"] == pytest.approx(1) and metrics["AP_at_100"] == pytest.approx(41 / 101)
+    assert metrics["AR100"] == pytest.approx(0.4) and metrics["max_detections"] == 300
+    text = format_metrics(metrics)
+    assert "the best 300 detections per image and class (an image has 250 objects of one class)" in text
+    assert "with the best 100, COCO's limit, it is 40.6" in text
+    as_coco = score(truth, found, max_detections=100)
+    assert as_coco["AP"] == pytest.approx(41 / 101)
+    assert "no detector can find them all" in format_metrics(as_coco)
+
+
+def test_classes_of_one_name_are_told_apart() -> None:
+    truth = ground_truth(annotation(1, 1, [10, 10, 40, 40]))
+    truth["categories"].append({"id": 6, "name": "thing"})
+    assert list(score(truth, [])["per_class"]) == ["thing (id 5)", "thing (id 6)"]
+
+
+def test_the_command_line_says_what_is_wrong_with_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, cut, absent = tmp_path / "a.json", tmp_path / "cut.json", tmp_path / "none.json"
+    good.write_text(json.dumps(TWO_OBJECTS))
+    cut.write_text(json.dumps([detection(1, [10, 10, 40, 40], 0.9)])[:30])
+    for truth, found in ((good, cut), (good, absent), (absent, cut), (good, good)):
+        with pytest.raises(SystemExit) as raised:
+            main(["--annotations", str(truth), "--detections", str(found)])
+        assert raised.value.code == 2
+        wrong = truth if truth == absent else found
+        assert f"error: {wrong}: expected" in capsys.readouterr().err
 
 
 def test_no_detection_and_no_object() -> None:
