@@ -34,8 +34,9 @@ from detector.anchors import BASE_SIZE
 from detector.augment import TrainingTransform
 from detector.backbone import BACKBONES, load_backbone_weights
 from detector.batches import TrainingBatch, TrainingImages, TrainingSampler, collate, decode_all
-from detector.checkpoint import MODELS, make_detector, read_checkpoint, save_atomically
+from detector.checkpoint import read_checkpoint, save_atomically
 from detector.data import Defects, default_splits, note_small_objects, read_data
+from detector.detectors import MODELS, make_detector
 from detector.evaluate import evaluate
 from detector.loss import BOX_LOSSES, detection_loss
 from detector.scores import format_metrics

@@ -11,8 +11,9 @@ import torch
 from small_data import write_coco, write_voc
 
 from detector.annotations import Defects
-from detector.checkpoint import make_detector, save_atomically
+from detector.checkpoint import save_atomically
 from detector.data import read_voc
+from detector.detectors import make_detector
 from detector.evaluate import evaluate, main
 from detector.inference import Detections, select_detections
 from detector.scores import format_metrics, score, to_coco_detections, to_coco_ground_truth

@@ -14,8 +14,8 @@ from small_data import write_coco, write_voc
 from detector import visualize
 from detector.augment import TrainingTransform
 from detector.batches import EvaluationImages, TrainingImages, decode_all
-from detector.checkpoint import make_detector
 from detector.data import load_image, read_coco, read_voc
+from detector.detectors import make_detector
 from detector.evaluate import evaluate
 from detector.images import TURNS, Placement, decode, decode_image, place_annotation, read_image_size
 from detector.inference import NOT_FINITE, detect
