@@ -46,17 +46,9 @@ from benchmarks import baselines  # noqa: E402
 from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
 from benchmarks.objects import generate_voc  # noqa: E402
 from detector.augment import TrainingTransform  # noqa: E402
-from detector.checkpoint import make_detector  # noqa: E402
-from detector.data import (  # noqa: E402
-    AnnotatedImage,
-    AnnotatedImages,
-    TrainingBatch,
-    TrainingImages,
-    collate,
-    decode_all,
-    default_splits,
-    read_data,
-)
+from detector.batches import TrainingBatch, TrainingImages, collate, decode_all  # noqa: E402
+from detector.data import AnnotatedImage, AnnotatedImages, default_splits, read_data  # noqa: E402
+from detector.detectors import make_detector  # noqa: E402
 from detector.loss import detection_loss  # noqa: E402
 
 DETECTORS = ("fssd-resnet18", "fssd-vgg16", "retinanet-resnet18", "retinanet-vgg16", "rfbnet-vgg16")

@@ -1,4 +1,4 @@
-"""Building a detector by name, and checkpoints that are whole or not there."""
+"""Checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
@@ -10,38 +10,10 @@ from typing import Any
 import torch
 
 from detector.anchors import BASE_SIZE
-from detector.backbone import make_backbone
-from detector.fssd import FSSD
-from detector.retinanet import RetinaNet
-from detector.rfbnet import RFBNet
-
-MODELS = ("fssd", "retinanet", "rfbnet")
+from detector.detectors import OneStageDetector, make_detector
 
 ADDED_LATER = {"anchor_size": BASE_SIZE, "box_loss": "balanced_l1"}
 """Flags of detector.train that older checkpoints do not have, and what they were then."""
-
-
-def make_detector(
-    model: str, backbone: str, image_size: int, num_classes: int, anchor_size: float = BASE_SIZE
-) -> FSSD | RetinaNet | RFBNet:
-    """A detector with random weights, in channels-last memory.
-
-    Args:
-        model: one of MODELS.
-        backbone: one of `detector.backbone.BACKBONES`.
-        image_size: side of its input in pixels, a multiple of 32.
-        num_classes: C.
-        anchor_size: side in pixels of the smallest anchor.
-    """
-    if model == "fssd":
-        detector: FSSD | RetinaNet | RFBNet = FSSD(make_backbone(backbone), image_size, num_classes, anchor_size)
-    elif model == "retinanet":
-        detector = RetinaNet(make_backbone(backbone), image_size, num_classes, anchor_size)
-    elif model == "rfbnet":
-        detector = RFBNet(make_backbone(backbone), image_size, num_classes, anchor_size)
-    else:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
-    return detector.to(memory_format=torch.channels_last)
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
@@ -79,7 +51,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return content
 
 
-def load_detector(path: Path, device: torch.device | str) -> tuple[FSSD | RetinaNet | RFBNet, dict[str, Any]]:
+def load_detector(path: Path, device: torch.device | str) -> tuple[OneStageDetector, dict[str, Any]]:
     """A trained detector in evaluation mode (averaged weights where the run kept them), and its checkpoint."""
     content = read_checkpoint(path, device)
     arguments = content["arguments"]

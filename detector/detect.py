@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
 from detector.checkpoint import load_detector
-from detector.data import IMAGE_SUFFIXES, decode_image
-from detector.evaluate import Detections, detect
+from detector.images import IMAGE_SUFFIXES, decode_image
+from detector.inference import Detections, detect
 
 
 def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:

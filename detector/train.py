@@ -33,19 +33,13 @@ import mg_ops
 from detector.anchors import BASE_SIZE
 from detector.augment import TrainingTransform
 from detector.backbone import BACKBONES, load_backbone_weights
-from detector.checkpoint import MODELS, make_detector, read_checkpoint, save_atomically
-from detector.data import (
-    Defects,
-    TrainingBatch,
-    TrainingImages,
-    TrainingSampler,
-    collate,
-    decode_all,
-    default_splits,
-    read_data,
-)
-from detector.evaluate import evaluate, format_metrics
+from detector.batches import TrainingBatch, TrainingImages, TrainingSampler, collate, decode_all
+from detector.checkpoint import read_checkpoint, save_atomically
+from detector.data import Defects, default_splits, note_small_objects, read_data
+from detector.detectors import MODELS, make_detector
+from detector.evaluate import evaluate
 from detector.loss import BOX_LOSSES, detection_loss
+from detector.scores import format_metrics
 
 # Flags that say where and how fast a run goes, not what it computes: they may differ when it is resumed.
 FREE_ON_RESUME = {"data", "out", "resume", "backbone_weights", "backend", "device", "workers", "cache"}
@@ -270,6 +264,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     wanted_classes = args.classes.split(",") if args.classes else None
     train_data = read_data(args.data, args.format, args.train_split, wanted_classes)
     eval_data = read_data(args.data, args.format, args.eval_split, train_data.class_names)
+    note_small_objects(train_data, args.image_size)
     if resumed is not None and resumed["class_names"] != train_data.class_names:
         raise SystemExit(
             f"--resume: the run learned {resumed['class_names']}, the data now has {train_data.class_names}"

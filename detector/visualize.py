@@ -19,8 +19,9 @@ from torchvision.transforms import v2
 
 import mg_ops
 from detector.checkpoint import load_detector
-from detector.data import AnnotatedImage, AnnotatedImages, decode_image, default_splits, read_data
-from detector.evaluate import Detections, detect
+from detector.data import AnnotatedImage, AnnotatedImages, LoadedImage, default_splits, load_image, read_data
+from detector.images import OTHER_PROPORTIONS, decode
+from detector.inference import Detections, detect
 from detector.train import read_log
 
 RED, GREEN, YELLOW = "#e6194b", "#3cb44b", "#ffe119"
@@ -78,6 +79,14 @@ def show_image(axis: Axes, image: Tensor, title: str) -> None:
     axis.set_axis_off()
 
 
+def load(annotated: AnnotatedImage) -> LoadedImage:
+    """The pixels of an image and its objects; an OSError that names it if they cannot be brought together."""
+    loaded = load_image(annotated, decode(annotated.path))
+    if loaded is None:
+        raise OSError(f"{annotated.path}: {OTHER_PROPORTIONS}")
+    return loaded
+
+
 @torch.no_grad()
 def plot_assignment(
     model: torch.nn.Module, image_size: int, data: AnnotatedImages, positions: list[int], sigma: float
@@ -90,9 +99,10 @@ def plot_assignment(
     device = model.anchors.device
     for row, position in enumerate(positions):
         annotated = data.images[position]
-        image = resize(decode_image(annotated.path))
-        scale = torch.tensor([image_size / annotated.width, image_size / annotated.height]).repeat(2)
-        gt_boxes = annotated.boxes * scale
+        loaded = load(annotated)
+        height, width = loaded.pixels.shape[-2:]
+        image = resize(loaded.pixels)
+        gt_boxes = loaded.boxes * torch.tensor([image_size / width, image_size / height]).repeat(2)
         cls_logits, box_deltas = model(image[None].to(device))
         positives = {}
         for strategy in ("iou", "mutual"):
@@ -101,8 +111,8 @@ def plot_assignment(
                 box_deltas,
                 cls_logits,
                 [gt_boxes.to(device)],
-                [annotated.labels.to(device)],
-                gt_crowd=[annotated.crowd.to(device)],
+                [loaded.labels.to(device)],
+                gt_crowd=[loaded.crowd.to(device)],
                 box_coder=mg_ops.BoxCoder(),
                 strategy=strategy,
                 sigma=sigma,
@@ -164,12 +174,12 @@ def plot_detections(
     palette = mpl.colormaps["tab10" if len(present) <= 10 else "tab20"].colors
     color_of = {name: mpl.colors.to_hex(palette[place % len(palette)]) for place, name in enumerate(present)}
     for row, annotated in enumerate(images):
-        image = decode_image(annotated.path)
+        loaded = load(annotated)
         for column, name in enumerate(names):
             axis = axes[row, column]
             detections = found[column][row]
-            show_image(axis, image, f"{name}: {len(detections.labels)} detections in {annotated.name}")
-            draw_objects(axis, annotated.boxes)
+            show_image(axis, loaded.pixels, f"{name}: {len(detections.labels)} detections in {annotated.name}")
+            draw_objects(axis, loaded.boxes)
             for box, score, label in zip(
                 detections.boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True
             ):

@@ -113,7 +113,7 @@ def test_coco_json_is_read_with_crowds_empty_images_and_labels_by_category_id(tm
     file.write_text(json.dumps(COCO))
     read = read_objects(file)
     assert read.classes == ["car", "dog"]
-    assert read.notes == ["left out 1 of 3 images: no width and height"]
+    assert read.notes == ["  1 x image without a width and a height: left out (image 9)"]
     first, second = read.images
     assert (first.width, first.height) == (100, 50)
     assert first.boxes.tolist() == [[10, 20, 40, 25], [0, 0, 100, 50]]
@@ -126,7 +126,7 @@ def test_a_folder_of_json_passes_over_other_json_and_says_so(tmp_path: Path) -> 
     (tmp_path / "b.json").write_text(json.dumps({"000001": 3}))
     read = read_objects(tmp_path)
     assert len(read.images) == 2
-    assert read.notes[0].startswith("passed over b.json")
+    assert read.notes[0] == '  1 x file without "images" and "annotations": passed over (b.json)'
 
 
 @pytest.mark.parametrize("folder", ["", "Annotations"])
@@ -137,17 +137,17 @@ def test_voc_xml_is_read_from_its_folder_or_the_one_above(tmp_path: Path, folder
     assert read.classes == ["cat", "dog"]
     (image,) = read.images
     assert (image.width, image.height) == (60, 40)
-    assert image.boxes.tolist() == [[1, 2, 30, 40], [5.5, 6, 7, 8]] and image.labels.tolist() == [1, 0]
+    assert image.boxes.tolist() == [[0, 1, 30, 40], [4.5, 5, 7, 8]] and image.labels.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.json", "{", "is not JSON"),
-        ("a.json", "{}", "not COCO-style"),
+        ("a.json", "{}", "expected COCO's list of images"),
         ("a.json", '{"images": [], "annotations": []}', "no image with a width"),
-        ("a.xml", "<annotation>", "not a VOC annotation"),
-        ("a.xml", VOC.replace("<ymax>40</ymax>", ""), "not a VOC annotation"),
+        ("a.xml", "<annotation>", "annotation file that is not XML"),
+        ("a.xml", "<svg/>", "XML file that is not a VOC annotation"),
         ("a.txt", "", "holds no"),
     ],
 )
@@ -155,6 +155,18 @@ def test_what_is_not_annotations_is_refused_by_name(tmp_path: Path, name: str, c
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_objects(tmp_path / name if name.endswith("json") else tmp_path)
+
+
+def test_one_bad_file_or_object_does_not_cost_the_others(tmp_path: Path) -> None:
+    (tmp_path / "a.xml").write_text(VOC.replace("<ymax>40</ymax>", "<ymax>forty</ymax>"))
+    (tmp_path / "b.xml").write_text("<annotation>")
+    (tmp_path / "c.xml").write_text(VOC)
+    read = read_objects(tmp_path)
+    assert [len(image.labels) for image in read.images] == [1, 2]
+    assert read.notes == [
+        "  1 x object with a coordinate that is not a number: left out (a.xml object 0)",
+        "  1 x annotation file that is not XML: image skipped (b.xml)",
+    ]
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:

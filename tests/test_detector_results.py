@@ -11,7 +11,8 @@ from PIL import Image
 from small_data import write_voc
 
 from detector import detect, reproduce, visualize
-from detector.checkpoint import make_detector, save_atomically
+from detector.checkpoint import save_atomically
+from detector.detectors import make_detector
 
 
 @pytest.fixture(autouse=True)

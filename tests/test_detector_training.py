@@ -22,9 +22,11 @@ from torchvision.transforms import v2
 
 import detector.train
 import mg_ops
-from detector.checkpoint import ADDED_LATER, load_detector, make_detector, read_checkpoint, save_atomically
-from detector.data import decode_image, read_voc
+from detector.checkpoint import ADDED_LATER, load_detector, read_checkpoint, save_atomically
+from detector.data import read_voc
+from detector.detectors import make_detector
 from detector.evaluate import evaluate
+from detector.images import decode_image
 from detector.loss import BOX_LOSSES, detection_loss
 from detector.train import learning_rate, read_log
 

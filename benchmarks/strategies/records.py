@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.strategies.studies import PRETRAINED, Row, Run, Study, find_runs, is_complete
-from detector.evaluate import AGREEMENT_METRICS
 from detector.reproduce import METRICS
+from detector.scores import AGREEMENT_METRICS
 
 
 def join_flags(flags: dict[str, object]) -> list[str]:

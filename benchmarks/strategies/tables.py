@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.strategies.records import join_flags
 from benchmarks.strategies.studies import PRETRAINED, STUDIES, Study
-from detector.evaluate import AGREEMENT_METRICS
 from detector.reproduce import METRICS, format_mean
+from detector.scores import AGREEMENT_METRICS
 
 SCRIPT = "benchmarks/strategies/compare.py"
 MODEL_NAMES = {"fssd": "FSSD", "retinanet": "RetinaNet", "rfbnet": "RFBNet"}
