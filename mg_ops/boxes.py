@@ -16,6 +16,8 @@ from mg_ops.checks import MAX_FLOAT, check_tensor, describe, is_in_range
 class BoxCoder:
     """Regression deltas (dx, dy, dw, dh) <-> boxes (x1, y1, x2, y2), in torchvision's convention.
 
+    Tensors go by name: torchvision's class of this name takes them in the opposite order.
+
     Args:
         weights: what the deltas of x, y, w and h are multiplied by when encoding. The SSD variances (0.1, 0.2) are the
             default weights (10, 10, 5, 5).
@@ -28,7 +30,7 @@ class BoxCoder:
     Examples:
         >>> coder = BoxCoder()
         >>> anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
-        >>> coder.encode(anchors, torch.tensor([[5.0, 0.0, 15.0, 10.0]]))
+        >>> coder.encode(anchors=anchors, boxes=torch.tensor([[5.0, 0.0, 15.0, 10.0]]))
         tensor([[5., 0., 0., 0.]])
     """
 
@@ -52,7 +54,7 @@ class BoxCoder:
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "clip", clip)
 
-    def encode(self, anchors: Tensor, boxes: Tensor) -> Tensor:
+    def encode(self, *, anchors: Tensor, boxes: Tensor) -> Tensor:
         """The deltas that turn anchors into boxes.
 
         Args:
@@ -83,7 +85,7 @@ class BoxCoder:
         columns = zip(deltas.unbind(-1), self.weights, strict=True)
         return torch.stack([column * weight for column, weight in columns], dim=-1)
 
-    def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
+    def decode(self, *, anchors: Tensor, deltas: Tensor) -> Tensor:
         """The boxes that deltas make of anchors; the exact arithmetic `mutual_match` decodes with.
 
         Args:
@@ -102,6 +104,12 @@ class BoxCoder:
         clip = self.clip if abs(self.clip) <= MAX_FLOAT else math.copysign(math.inf, self.clip)
         with torch.no_grad():
             return reference.decode(anchors, deltas, self.weights, clip)
+
+
+def check_box_coder(value: object) -> None:
+    """Raises TypeError unless value is a box coder or None."""
+    if value is not None and not isinstance(value, BoxCoder):
+        raise TypeError(f"box_coder: expected mg_ops.BoxCoder or None, got {describe(value)}")
 
 
 def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:

@@ -18,6 +18,10 @@ DTYPES: dict[str, tuple[set[torch.dtype], str]] = {
         "float16, bfloat16, float32 or float64",
     ),
     "integer": ({torch.int64, torch.int32}, "int64 or int32"),
+    "label": (
+        {torch.int64, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64},
+        "int64, int32 or floating point",
+    ),
     "bool": ({torch.bool}, "bool"),
 }
 """What each kind of tensor may hold, and how a message says it."""
@@ -40,7 +44,7 @@ def check_tensor(
     device: torch.device | None,
     device_of: str = "anchors",
 ) -> Tensor:
-    """Raises unless value is a tensor of this kind ("floating point", "integer" or "bool"), shape and device.
+    """Raises unless value is a tensor of this kind ("floating point", "integer", "label" or "bool"), shape and device.
 
     Args:
         shape: a string names a size that may be anything; "..." at the beginning is any number of them.
@@ -157,14 +161,30 @@ def check_thresholds(
     return sigma, iou_positive, iou_ignored, crowd_overlap
 
 
-def check_predictions(anchors: object, pred_boxes: object, cls_scores: object) -> tuple[int, torch.device]:
-    """Raises unless they are (A, 4), (B, A, 4) and (B, A, C), floating, on one device; returns B and the device."""
+def check_predictions(
+    anchors: object,
+    pred_boxes: object,
+    cls_scores: object,
+    boxes_name: str = "pred_boxes",
+    scores_name: str = "cls_scores",
+) -> tuple[int | None, torch.device]:
+    """Raises unless they are (A, 4), (B, A, 4) and (B, A, C), floating, on one device; returns B and the device.
+
+    Args:
+        pred_boxes: None where there are none, like cls_scores. B is None where there are neither.
+        boxes_name: what the caller calls pred_boxes.
+        scores_name: what the caller calls cls_scores.
+    """
     anchors = check_tensor("anchors", anchors, "floating point", ("A", 4), None)
     device = anchors.device
     num_anchors = anchors.shape[0]
-    cls_scores = check_tensor("cls_scores", cls_scores, "floating point", ("B", num_anchors, "C"), device)
-    batch_size = cls_scores.shape[0]
-    check_tensor("pred_boxes", pred_boxes, "floating point", (batch_size, num_anchors, 4), device)
+    batch_size = None
+    if cls_scores is not None:
+        cls_scores = check_tensor(scores_name, cls_scores, "floating point", ("B", num_anchors, "C"), device)
+        batch_size = cls_scores.shape[0]
+    if pred_boxes is not None:
+        of_boxes: tuple[int | str, ...] = ("B" if batch_size is None else batch_size, num_anchors, 4)
+        batch_size = check_tensor(boxes_name, pred_boxes, "floating point", of_boxes, device).shape[0]
     check_count("anchors", num_anchors)
     return batch_size, device
 
@@ -176,12 +196,18 @@ def check_count(name: str, count: int) -> None:
 
 
 def check_packed_objects(
-    gt_boxes: object, gt_labels: object, gt_offsets: object, gt_crowd: object, batch_size: int, device: torch.device
+    gt_boxes: object,
+    gt_labels: object,
+    gt_offsets: object,
+    gt_crowd: object,
+    batch_size: int,
+    device: torch.device,
+    labels_kind: str = "integer",
 ) -> None:
     """Raises unless they are (N, 4), (N,), (B + 1,) and (N,) or None on this device."""
     gt_boxes = check_tensor("gt_boxes", gt_boxes, "floating point", ("N", 4), device)
     num_gt = gt_boxes.shape[0]
-    check_tensor("gt_labels", gt_labels, "integer", (num_gt,), device)
+    check_tensor("gt_labels", gt_labels, labels_kind, (num_gt,), device)
     check_tensor("gt_offsets", gt_offsets, "integer", (batch_size + 1,), device)
     if gt_crowd is not None:
         check_tensor("gt_crowd", gt_crowd, "bool", (num_gt,), device)
@@ -196,9 +222,9 @@ def check_objects(
         if gt_offsets is None:
             raise ValueError(
                 "gt_offsets: packed gt_boxes (N, 4) need gt_offsets (B + 1,); "
-                "without offsets pass gt_boxes as a list of B tensors (G, 4)"
+                "without offsets pass gt_boxes as a list of B tensors (G, 4), or padded (B, M, 4)"
             )
-        check_packed_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
+        check_packed_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device, "label")
         if isinstance(gt_offsets, Tensor) and device.type == "cpu" and not torch.compiler.is_compiling():
             check_offsets(gt_offsets, gt_boxes.shape[0])
         return
@@ -213,7 +239,7 @@ def check_objects(
     for image in range(batch_size):
         check_tensor(f"gt_boxes[{image}]", boxes[image], "floating point", ("G", 4), device)
         num_objects = boxes[image].shape[0]
-        check_tensor(f"gt_labels[{image}]", labels[image], "integer", (num_objects,), device)
+        check_tensor(f"gt_labels[{image}]", labels[image], "label", (num_objects,), device)
         if crowd is not None:
             check_tensor(f"gt_crowd[{image}]", crowd[image], "bool", (num_objects,), device)
         num_gt += num_objects
@@ -241,20 +267,6 @@ def check_offsets(gt_offsets: Tensor, num_gt: int) -> None:
             raise ValueError(f"gt_offsets: must not decrease, got {start} then {end} for image {image}")
     if offsets[-1] > num_gt:
         raise ValueError(f"gt_offsets: must not exceed the {num_gt} packed objects, got {offsets[-1]}")
-
-
-def check_arguments(
-    anchors: object,
-    pred_boxes: object,
-    cls_scores: object,
-    gt_boxes: object,
-    gt_labels: object,
-    gt_offsets: object,
-    gt_crowd: object,
-) -> None:
-    """Raises unless the tensors are as `mg_ops.mutual_match` takes them, but for the values in them."""
-    batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)
-    check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
 
 
 def check_operator_arguments(

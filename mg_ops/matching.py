@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from mg_ops.backend_choice import operator_of
-from mg_ops.boxes import BoxCoder
-from mg_ops.checks import check_arguments, check_bool, check_thresholds
+from mg_ops.boxes import BoxCoder, check_box_coder
+from mg_ops.checks import check_bool, check_predictions, check_thresholds, describe
 from mg_ops.objects import Objects, pack_objects
+from mg_ops.reference import IGNORED
 from mg_ops.validation import check_values
+
+Strategy: TypeAlias = Literal["iou", "localize_to_classify", "classify_to_localize", "mutual"]
+STRATEGIES: dict[str, tuple[bool, bool]] = {
+    "iou": (False, False),
+    "localize_to_classify": (True, False),
+    "classify_to_localize": (False, True),
+    "mutual": (True, True),
+}
+"""Strategy -> (classification by q_regressed, localization by q_amplified); the rows of the paper's Table 1."""
+
+Levels: TypeAlias = "Tensor | Sequence[Tensor]"
+"""A prediction, or the anchors, of all feature levels: one tensor, or one per level, which are concatenated."""
+GroundTruth: TypeAlias = "Tensor | Sequence[Tensor] | Sequence[dict[str, Tensor]]"
 
 
 class MutualMatch(NamedTuple):
@@ -22,31 +38,120 @@ class MutualMatch(NamedTuple):
     loc_match: Tensor
     """(B, A) int64: the index of the object within its image, or -1."""
     num_pos: Tensor
-    """(N,) int32: how many positives each object asks for (Np of the paper); 0 for one that cannot be matched."""
+    """(N,) int32, or (B, M) for padded objects: how many positives each object asks for (Np of the paper); 0 for one
+    that cannot be matched, and for padding."""
     num_total: Tensor
-    """(N,) int32: positives and ignored anchors each object asks for (Np + Ni); 0 for one that cannot be matched."""
+    """Like num_pos: positives and ignored anchors each object asks for (Np + Ni)."""
+
+    @property
+    def cls_positive(self) -> Tensor:
+        """(B, A) bool: the positives for classification."""
+        return self.cls_match >= 0
+
+    @property
+    def loc_positive(self) -> Tensor:
+        """(B, A) bool: the positives for localization, whose boxes are learned."""
+        return self.loc_match >= 0
+
+    @property
+    def ignored(self) -> Tensor:
+        """(B, A) bool: the anchors that the classification loss leaves out."""
+        return self.cls_match == IGNORED
 
 
-STRATEGIES = {
-    "iou": (False, False),
-    "localize_to_classify": (True, False),
-    "classify_to_localize": (False, True),
-    "mutual": (True, True),
-}
-"""Strategy -> (classification by q_regressed, localisation by q_amplified); the rows of the paper's Table 1."""
+@dataclass(frozen=True)
+class MutualMatcher:
+    """How to match: the options of `mutual_match`, to be set once and called with each batch.
+
+    Args:
+        strategy: as of `mutual_match`, like all that follow.
+        sigma: degree of amplification.
+        iou_positive: threshold of positives.
+        iou_ignored: threshold of ignored anchors.
+        crowd_overlap: threshold of crowd regions.
+        box_coder: decodes `box_deltas`.
+        gt_box_format: of the objects' boxes.
+        check: whether to raise on bad values.
+        backend: None for the best one.
+
+    Raises:
+        TypeError, ValueError: an option that makes no sense; the message names it.
+
+    Examples:
+        >>> matcher = mg_ops.MutualMatcher(sigma=3.0, box_coder=mg_ops.BoxCoder())
+        >>> match = matcher(anchors, gt_boxes, gt_labels, cls_logits=logits, box_deltas=deltas)
+    """
+
+    strategy: Strategy = "mutual"
+    sigma: float = 2.0
+    iou_positive: float = 0.5
+    iou_ignored: float = 0.4
+    crowd_overlap: float = 0.5
+    box_coder: BoxCoder | None = None
+    gt_box_format: str = "xyxy"
+    check: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        check_strategy(self.strategy)
+        check_thresholds(self.sigma, self.iou_positive, self.iou_ignored, self.crowd_overlap)
+        check_box_coder(self.box_coder)
+        check_bool("check", self.check)
+
+    def __call__(
+        self,
+        anchors: Levels,
+        gt_boxes: GroundTruth,
+        gt_labels: Tensor | Sequence[Tensor] | None = None,
+        gt_offsets: Tensor | None = None,
+        *,
+        cls_logits: Levels | None = None,
+        cls_probabilities: Levels | None = None,
+        pred_boxes: Levels | None = None,
+        box_deltas: Levels | None = None,
+        gt_crowd: Tensor | Sequence[Tensor] | None = None,
+        gt_mask: Tensor | None = None,
+    ) -> MutualMatch:
+        """`mutual_match` with these options. The box coder decodes `box_deltas`, and leaves `pred_boxes` alone."""
+        options = {option.name: getattr(self, option.name) for option in fields(self)}
+        if box_deltas is None:
+            options["box_coder"] = None
+        return mutual_match(
+            anchors,
+            gt_boxes,
+            gt_labels,
+            gt_offsets,
+            cls_logits=cls_logits,
+            cls_probabilities=cls_probabilities,
+            pred_boxes=pred_boxes,
+            box_deltas=box_deltas,
+            gt_crowd=gt_crowd,
+            gt_mask=gt_mask,
+            **options,
+        )
+
+
+def check_strategy(strategy: object) -> None:
+    """Raises ValueError unless it is one of the four."""
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
 
 
 def mutual_match(
-    anchors: Tensor,
-    pred_boxes: Tensor,
-    cls_scores: Tensor,
-    gt_boxes: Tensor | Sequence[Tensor],
-    gt_labels: Tensor | Sequence[Tensor],
+    anchors: Levels,
+    gt_boxes: GroundTruth,
+    gt_labels: Tensor | Sequence[Tensor] | None = None,
     gt_offsets: Tensor | None = None,
     *,
-    gt_crowd: Tensor | Sequence[Tensor] | None = None,
+    cls_logits: Levels | None = None,
+    cls_probabilities: Levels | None = None,
+    pred_boxes: Levels | None = None,
+    box_deltas: Levels | None = None,
     box_coder: BoxCoder | None = None,
-    strategy: str = "mutual",
+    gt_crowd: Tensor | Sequence[Tensor] | None = None,
+    gt_mask: Tensor | None = None,
+    gt_box_format: str = "xyxy",
+    strategy: Strategy = "mutual",
     sigma: float = 2.0,
     iou_positive: float = 0.5,
     iou_ignored: float = 0.4,
@@ -56,32 +161,47 @@ def mutual_match(
 ) -> MutualMatch:
     """Assigns anchors to objects by what the network predicts: Mutual Guidance (Zhang et al., ACCV 2020, section 3).
 
-    Anchors whose regressed boxes localise an object well become its positives for classification; anchors that classify
-    it well become its positives for localisation. Sizes: B images, A anchors, C classes, N objects in all. Boxes are
+    Anchors whose predicted boxes localize an object well become its positives for classification; anchors that classify
+    it well become its positives for localization. Sizes: B images, A anchors, C classes, N objects in all. Boxes are
     (x1, y1, x2, y2) in any one unit (pixels, or fractions of the image), the same for all arguments. Floating inputs
     may be float16, bfloat16, float32 or float64; all are rounded to float32 first. Any strides are read in place.
     Nothing is differentiated: inputs may require grad, and none flows.
 
+    The objects may come in the form in which you hold them:
+
+    - lists of one tensor per image, (G, 4) and (G,);
+    - a list of one dictionary per image with "boxes", "labels" and, if any, "iscrowd" (torchvision, DETR), as gt_boxes;
+    - padded, (B, M, 4) and (B, M), where a negative label, or gt_mask, tells what is padding;
+    - packed, (N, 4) and (N,), with gt_offsets (B + 1,): image b has the objects gt_offsets[b] to gt_offsets[b + 1].
+      Objects past gt_offsets[B] do not count, so buffers of a fixed capacity can be reused.
+
+    A prediction that the strategy does not read need not be passed: "iou" reads none, "localize_to_classify" the boxes,
+    "classify_to_localize" the scores. Anchors and predictions may be lists of one tensor per feature level.
+
     Args:
         anchors: (A, 4) floating, the anchor boxes.
-        pred_boxes: (B, A, 4) floating, the regressed boxes; with `box_coder` the raw regression deltas instead.
-        cls_scores: (B, A, C) floating, the classification logits; p = sigmoid(logit).
-        gt_boxes: a list of B tensors (G, 4), floating; or one packed tensor (N, 4) with `gt_offsets`.
-        gt_labels: a list of B tensors (G,), int64 or int32; or packed (N,).
-        gt_offsets: (B + 1,) int64 or int32, for packed objects: image b has objects gt_offsets[b] to gt_offsets[b + 1].
-            Objects past gt_offsets[B] do not count, so buffers of a fixed capacity can be reused.
-        gt_crowd: bool, like the labels: regions to ignore rather than objects to find.
-        box_coder: decodes `pred_boxes` as deltas of the anchors, inside the kernel.
+        gt_boxes: the boxes of the objects, floating, in one of the forms above.
+        gt_labels: their classes, int64, int32 or whole floating numbers, in the same form.
+        gt_offsets: (B + 1,) int64 or int32, for packed objects.
+        cls_logits: (B, A, C) floating, the classification logits; p = sigmoid(logit).
+        cls_probabilities: (B, A, C) floating in [0, 1], in place of cls_logits: p itself.
+        pred_boxes: (B, A, 4) floating, the predicted boxes.
+        box_deltas: (B, A, 4) floating, in place of pred_boxes: the regression deltas of the anchors.
+        box_coder: decodes box_deltas, inside the kernel.
+        gt_crowd: bool, in the form of the labels: regions to ignore rather than objects to find.
+        gt_mask: (B, M) bool, for padded objects: True for an object, False for padding.
+        gt_box_format: of gt_boxes, by torchvision's names: "xyxy", "xywh" or "cxcywh".
         strategy: by which quality each task ranks anchors, the rows of the paper's Table 1:
-            "iou" (both by the anchors' IoU), "localize_to_classify" (classification by the regressed boxes' IoU),
-            "classify_to_localize" (localisation by the amplified IoU), "mutual" (both).
+            "iou" (both by the anchors' IoU), "localize_to_classify" (classification by the predicted boxes' IoU),
+            "classify_to_localize" (localization by the amplified IoU), "mutual" (both).
         sigma: degree of amplification, above 1 (Eq. 1): q_amplified = q_anchor ** ((sigma - p) / sigma).
         iou_positive: anchors an object owns with at least this IoU count as positives (Np), in (0, 1].
         iou_ignored: those with at least this IoU count as positive or ignored (Np + Ni), in (0, iou_positive].
         crowd_overlap: background whose overlap with a crowd region is at least this share of the anchor's area becomes
             ignored, in (0, 1].
         check: raise on values that are otherwise passed over: boxes that are not finite or inverted, NaN scores,
-            unknown labels, objects that no anchor overlaps, wrong offsets. Costs a device synchronisation.
+            unknown labels, objects that no anchor overlaps, wrong offsets; warn of logits that look like probabilities,
+            and of boxes that look like deltas. Costs a device synchronization.
         backend: None for the best one of the tensors' device, or one of `mg_ops.backends()`.
 
     Returns:
@@ -89,54 +209,126 @@ def mutual_match(
 
     Raises:
         TypeError: a wrong type or dtype; the message names the argument.
-        ValueError: a wrong shape, device, length or number, a tensor whose memory has been freed, packed offsets (on
-            the CPU) that do not start at 0, decrease or exceed N, or with `check=True` a bad value.
+        ValueError: a wrong shape, device, length or number, a prediction that is missing or given twice, a tensor whose
+            memory has been freed, packed offsets (on the CPU) that do not start at 0, decrease or exceed N, or with
+            `check=True` a bad value.
         RuntimeError: the backend asked for cannot be used; the message says why.
 
     Examples:
         >>> anchors = torch.tensor([[0., 0., 10., 10.], [5., 0., 15., 10.], [40., 40., 50., 50.]])
-        >>> logits = torch.zeros(1, 3, 2)
-        >>> match = mg_ops.mutual_match(anchors, anchors[None], logits, [torch.tensor([[1., 0., 11., 10.]])],
-        ...                             [torch.tensor([1])])
+        >>> gt_boxes, gt_labels = [torch.tensor([[1., 0., 11., 10.]])], [torch.tensor([1])]
+        >>> match = mg_ops.mutual_match(anchors, gt_boxes, gt_labels, cls_logits=torch.zeros(1, 3, 2),
+        ...                             pred_boxes=anchors[None])
         >>> match.cls_match
         tensor([[ 0, -1, -1]])
     """
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
-    if box_coder is not None and not isinstance(box_coder, BoxCoder):
-        raise TypeError(f"box_coder: expected mg_ops.BoxCoder or None, got {type(box_coder).__name__}")
+    check_strategy(strategy)
+    check_box_coder(box_coder)
     if not (type(sigma) is type(iou_positive) is type(iou_ignored) is type(crowd_overlap) is float):
         # A bool or a tensor is no number here, whatever torch would make of it.
         numbers = check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
         sigma, iou_positive, iou_ignored, crowd_overlap = numbers
+    boxes_name, boxes = _one_of("pred_boxes", pred_boxes, "box_deltas", box_deltas)
+    scores_name, scores = _one_of("cls_logits", cls_logits, "cls_probabilities", cls_probabilities)
+    if (box_coder is None) != (boxes_name != "box_deltas"):
+        raise ValueError(
+            "box_coder: expected one with box_deltas, to decode them, such as mg_ops.BoxCoder()"
+            if box_coder is None
+            else "box_coder: expected none without box_deltas; boxes that are already decoded are pred_boxes"
+        )
+    by_regressed, by_amplified = STRATEGIES[strategy]
+    if by_regressed and boxes is None:
+        raise ValueError(f"pred_boxes: strategy {strategy!r} reads the predicted boxes; pass pred_boxes or box_deltas")
+    if by_amplified and scores is None:
+        raise ValueError(f"cls_logits: strategy {strategy!r} reads the scores; pass cls_logits or cls_probabilities")
+
     # The operator checks its arguments. Only where it, or what comes before it, fails are they looked at one by one,
     # for an error that says which one is wrong, and how.
     try:
+        anchors, boxes, scores = _joined(anchors, 0), _joined(boxes, 1), _joined(scores, 1)
         device = anchors.device
-        if check_bool("check", check):
-            check_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd)
-        if isinstance(gt_boxes, Tensor):
-            objects = Objects.already_packed(gt_boxes, gt_labels, gt_offsets, gt_crowd)
-        else:
-            objects = pack_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, cls_scores.shape[0], device)
-        operator = operator_of(backend, device)
+        num_images = next((len(given) for given in (boxes, scores) if given is not None), None)
+        if check_bool("check", check) and num_images is not None:
+            _check_predictions(anchors, boxes, scores, boxes_name, scores_name)
+        objects = _pack(gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, num_images, device)
+        if num_images is None:
+            num_images = objects.gt_offsets.shape[0] - 1
         if check:
-            check_values(anchors, pred_boxes, cls_scores, *objects, box_coder)
-        result = operator(
+            check_values(anchors, boxes, scores, objects, box_coder, scores_name)
+        # What the strategy does not read, the operator is given in the shape it expects, without memory of its own.
+        result = operator_of(backend, device)(
             anchors,
-            pred_boxes,
-            cls_scores,
-            *objects,
+            anchors.expand(num_images, *anchors.shape) if boxes is None else boxes,
+            anchors.new_zeros(()).expand(num_images, anchors.shape[0], 1) if scores is None else scores,
+            *objects[:4],
             None if box_coder is None else [*box_coder.weights, box_coder.clip],
-            *STRATEGIES[strategy],
+            scores_name == "cls_probabilities",
+            by_regressed,
+            by_amplified,
             sigma,
             iou_positive,
             iou_ignored,
             crowd_overlap,
         )
+        if objects.padded_shape is not None:
+            result = (*result[:2], *(counts.view(objects.padded_shape) for counts in result[2:]))
         return MutualMatch(*result)
     except Exception as error:
         failure = error
-    check_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd)
+    batch_size, device = _check_predictions(anchors, boxes, scores, boxes_name, scores_name)
+    pack_objects(
+        gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
+    )
     check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
     raise failure
+
+
+def _one_of(name: str, value: Any, other_name: str, other_value: Any) -> tuple[str, Any]:
+    """The prediction given, and its name; two forms of one prediction are an error."""
+    if value is not None and other_value is not None:
+        raise ValueError(f"{other_name}: expected {name} or {other_name}, got both; pass the one the network gives")
+    return (name, value) if other_value is None else (other_name, other_value)
+
+
+def _joined(levels: Any, dim: int) -> Any:
+    """One tensor of all feature levels."""
+    return torch.cat(tuple(levels), dim) if isinstance(levels, (list, tuple)) and len(levels) > 0 else levels
+
+
+def _pack(
+    gt_boxes: Any,
+    gt_labels: Any,
+    gt_offsets: Any,
+    gt_crowd: Any,
+    gt_mask: Any,
+    gt_box_format: str,
+    batch_size: int | None,
+    device: torch.device,
+) -> Objects:
+    """`pack_objects`, but that packed ones are left to the operator's own checks."""
+    if (
+        isinstance(gt_offsets, Tensor)
+        and isinstance(gt_boxes, Tensor)
+        and isinstance(gt_labels, Tensor)
+        and not gt_labels.is_floating_point()
+        and gt_mask is None
+        and gt_box_format == "xyxy"
+    ):
+        return Objects(gt_boxes, gt_labels, gt_offsets, gt_crowd)
+    return pack_objects(
+        gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
+    )
+
+
+def _check_predictions(
+    anchors: Any, boxes: Any, scores: Any, boxes_name: str, scores_name: str
+) -> tuple[int | None, torch.device]:
+    """Raises unless the anchors, and the predictions that were given, fit together; returns B, if they tell, and the
+    device."""
+    for name, value in (("anchors", anchors), (boxes_name, boxes), (scores_name, scores)):
+        if isinstance(value, (list, tuple)):
+            kinds = sorted({describe(level) for level in value}) or ["none"]
+            raise ValueError(
+                f"{name}: expected one tensor, or one tensor per feature level that fit together, got {kinds}"
+            )
+    return check_predictions(anchors, boxes, scores, boxes_name, scores_name)

@@ -8,56 +8,112 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mg_ops.checks import DTYPES, MAX_COUNT, check_objects, is_readable
+from mg_ops.checks import DTYPES, MAX_COUNT, check_count, check_objects, check_tensor, describe, is_readable
+
+
+BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
+"""Of objects' boxes, by torchvision's names: corners; a corner and the size; the center and the size."""
 
 
 class Objects(NamedTuple):
     """The objects of a batch, one image after the other: B images, N objects in all."""
 
     gt_boxes: Tensor
-    """(N, 4) floating."""
+    """(N, 4) floating, (x1, y1, x2, y2)."""
     gt_labels: Tensor
     """(N,) int64 or int32."""
     gt_offsets: Tensor
     """(B + 1,) int64 or int32: image b has the objects gt_offsets[b] to gt_offsets[b + 1]."""
     gt_crowd: Tensor | None
     """(N,) bool."""
-
-    @classmethod
-    def already_packed(cls, *arguments: Any) -> Objects:
-        """What a caller says is packed, unchecked."""
-        return cls(*arguments)
+    is_object: Tensor | None = None
+    """(N,) bool, false for padding; None where there is none."""
+    padded_shape: tuple[int, int] | None = None
+    """(B, M) of padded objects, N = B * M."""
 
 
 def pack_objects(
-    gt_boxes: Tensor | Sequence[Tensor],
-    gt_labels: Tensor | Sequence[Tensor],
-    gt_offsets: Tensor | None,
-    gt_crowd: Tensor | Sequence[Tensor] | None,
-    batch_size: int,
+    gt_boxes: Any,
+    gt_labels: Any,
+    gt_offsets: Any = None,
+    gt_crowd: Any = None,
+    gt_mask: Any = None,
+    gt_box_format: str = "xyxy",
+    *,
+    batch_size: int | None,
     device: torch.device,
 ) -> Objects:
-    """Packs lists of one tensor per image; packed objects come back as they are.
+    """Packs objects of any form; packed ones come back as they are, but for the format of their boxes.
 
     Args:
         gt_boxes: as `mg_ops.mutual_match` takes it, like the arguments after it.
         gt_labels: likewise.
         gt_offsets: likewise.
         gt_crowd: likewise.
-        batch_size: B.
+        gt_mask: likewise.
+        gt_box_format: likewise.
+        batch_size: B; None where only the objects tell.
         device: where all of them must be.
 
     Raises:
         TypeError, ValueError: naming the argument, and of a list the image.
     """
-    obviously_right = not isinstance(gt_boxes, Tensor) and not torch.compiler.is_compiling() and gt_offsets is None
+    if gt_box_format != "xyxy" and gt_box_format not in BOX_FORMATS:
+        raise ValueError(f"gt_box_format: expected one of {', '.join(map(repr, BOX_FORMATS))}, got {gt_box_format!r}")
+    if isinstance(gt_boxes, Tensor):
+        if gt_boxes.dim() == 3 and gt_offsets is None:
+            objects = _pack_padded(gt_boxes, gt_labels, gt_crowd, gt_mask, batch_size, device)
+        else:
+            _refuse_mask(gt_mask)
+            if batch_size is None:
+                batch_size = max(0, len(gt_offsets) - 1) if isinstance(gt_offsets, Tensor) and gt_offsets.dim() else 0
+            check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
+            objects = Objects(gt_boxes, gt_labels, gt_offsets, gt_crowd)
+    else:
+        _refuse_mask(gt_mask)
+        if isinstance(gt_boxes, (list, tuple)) and any(isinstance(target, dict) for target in gt_boxes):
+            gt_boxes, gt_labels, gt_crowd = _split_targets(gt_boxes, gt_labels, gt_offsets, gt_crowd)
+        objects = _pack_lists(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
+    if objects.gt_labels.is_floating_point() or gt_box_format != "xyxy":
+        boxes = objects.gt_boxes if gt_box_format == "xyxy" else _to_corners(objects.gt_boxes, gt_box_format)
+        objects = objects._replace(gt_boxes=boxes, gt_labels=_whole_labels(objects.gt_labels))
+    return objects
+
+
+def _refuse_mask(gt_mask: object) -> None:
+    if gt_mask is not None:
+        raise ValueError("gt_mask: only padded gt_boxes (B, M, 4) take a mask of their padding; pass gt_mask=None")
+
+
+def _split_targets(targets: Sequence[Any], gt_labels: object, gt_offsets: object, gt_crowd: object) -> tuple[Any, ...]:
+    """The lists of boxes, labels and crowd flags in a list of dictionaries, as torchvision and DETR have them."""
+    for name, value in (("gt_labels", gt_labels), ("gt_offsets", gt_offsets), ("gt_crowd", gt_crowd)):
+        if value is not None:
+            raise ValueError(f"{name}: gt_boxes is a list of dictionaries, which hold it; pass {name}=None")
+    for image, target in enumerate(targets):
+        if not isinstance(target, dict) or not {"boxes", "labels"} <= target.keys():
+            got = f"one with {sorted(map(str, target))}" if isinstance(target, dict) else describe(target)
+            raise TypeError(f'gt_boxes[{image}]: expected a dictionary with "boxes" and "labels", got {got}')
+    boxes, labels = [target["boxes"] for target in targets], [target["labels"] for target in targets]
+    if not any("iscrowd" in target for target in targets):
+        return boxes, labels, None
+    crowd = []
+    for image, target in enumerate(targets):
+        flags = target.get("iscrowd")
+        if flags is not None and not (isinstance(flags, Tensor) and not flags.is_floating_point()):
+            raise TypeError(f'gt_boxes[{image}]["iscrowd"]: expected an integer or bool tensor, got {describe(flags)}')
+        crowd.append(torch.zeros_like(labels[image], dtype=torch.bool) if flags is None else flags.bool())
+    return boxes, labels, crowd
+
+
+def _pack_lists(
+    gt_boxes: Any, gt_labels: Any, gt_offsets: Any, gt_crowd: Any, batch_size: int | None, device: torch.device
+) -> Objects:
+    if batch_size is None:
+        batch_size = len(gt_boxes) if isinstance(gt_boxes, Sequence) else 0
+    obviously_right = not torch.compiler.is_compiling() and gt_offsets is None
     if not (obviously_right and _fit(gt_boxes, gt_labels, gt_crowd, batch_size, device)):
         check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
-    if isinstance(gt_boxes, Tensor):
-        return Objects.already_packed(gt_boxes, gt_labels, gt_offsets, gt_crowd)
-    labels: Any = gt_labels
-    crowd: Any = gt_crowd
-
     offsets = [0]
     for boxes in gt_boxes:
         offsets.append(offsets[-1] + boxes.shape[0])
@@ -68,12 +124,44 @@ def pack_objects(
     if batch_size == 0:
         no_labels = torch.empty((0,), dtype=torch.int64, device=device)
         return Objects(torch.empty((0, 4), device=device), no_labels, packed_offsets, None)
-    return Objects(
-        _concatenate(gt_boxes, torch.float32),
-        _concatenate(labels, torch.int64),
-        packed_offsets,
-        None if crowd is None else _concatenate(crowd, torch.bool),
-    )
+    packed_crowd = None if gt_crowd is None else _concatenate(gt_crowd, torch.bool)
+    labels = [_whole_labels(labels) if labels.is_floating_point() else labels for labels in gt_labels]
+    return Objects(_concatenate(gt_boxes, torch.float32), _concatenate(labels, torch.int64), packed_offsets, packed_crowd)
+
+
+def _pack_padded(
+    gt_boxes: Tensor, gt_labels: Any, gt_crowd: Any, gt_mask: Any, batch_size: int | None, device: torch.device
+) -> Objects:
+    """(B, M, 4) and (B, M): padding becomes boxes of no size, which take no part."""
+    batch = "B" if batch_size is None else batch_size
+    gt_boxes = check_tensor("gt_boxes", gt_boxes, "floating point", (batch, "M", 4), device)
+    shape = gt_boxes.shape[0], gt_boxes.shape[1]
+    labels = check_tensor("gt_labels", gt_labels, "label", shape, device)
+    check_count("gt_boxes", shape[0] * shape[1])
+    if gt_mask is not None:
+        check_tensor("gt_mask", gt_mask, "bool", shape, device)
+    if gt_crowd is not None:
+        gt_crowd = check_tensor("gt_crowd", gt_crowd, "bool", shape, device).flatten()
+    is_object = labels >= 0 if gt_mask is None else gt_mask
+    boxes = torch.where(is_object.unsqueeze(-1), gt_boxes, 0.0).flatten(0, 1)
+    offsets = torch.arange(shape[0] + 1, device=device) * shape[1]
+    return Objects(boxes, labels.flatten(), offsets, gt_crowd, is_object.flatten(), shape)
+
+
+def _whole_labels(labels: Tensor) -> Tensor:
+    """Labels as integers; a floating one that is none becomes -1, an unknown label."""
+    if not labels.is_floating_point():
+        return labels
+    whole = (labels == labels.floor()) & (labels.abs() < MAX_COUNT)
+    return torch.where(whole, labels, -1.0).long()
+
+
+def _to_corners(boxes: Tensor, box_format: str) -> Tensor:
+    """Boxes (N, 4) of another format as (x1, y1, x2, y2), float32."""
+    first, size = boxes.float().split(2, dim=1)
+    if box_format == "cxcywh":
+        first = first - 0.5 * size
+    return torch.cat([first, first + size], dim=1)
 
 
 def _concatenate(tensors: Sequence[Tensor], common_dtype: torch.dtype) -> Tensor:
@@ -102,7 +190,7 @@ def _fit(boxes: Any, labels: Any, crowd: Any, batch_size: int, device: torch.dev
             and sum(counts) <= MAX_COUNT
             and shapes == [(count, 4) for count in counts]
             and _are_alike(boxes, "floating point", device)
-            and _are_columns(labels, counts, "integer", device)
+            and _are_columns(labels, counts, "label", device)
             and (crowd is None or _are_columns(crowd, counts, "bool", device))
         )
     except (AttributeError, IndexError, TypeError, RuntimeError):

@@ -2,89 +2,150 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from mg_ops import reference
 from mg_ops.boxes import BoxCoder
 from mg_ops.checks import check_offsets
+from mg_ops.objects import Objects
+
+CORNERS = "four finite coordinates with x2 > x1 and y2 > y1"
 
 
 def check_values(
     anchors: Tensor,
-    pred_boxes: Tensor,
-    cls_scores: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    gt_crowd: Tensor | None,
+    boxes: Tensor | None,
+    scores: Tensor | None,
+    objects: Objects,
     box_coder: BoxCoder | None,
+    scores_name: str,
 ) -> None:
     """Raises ValueError naming the first value that `mutual_match` would otherwise pass over in silence.
 
     Args:
-        box_coder: None where pred_boxes are boxes, which must not be inverted; else it must decode them to finite ones.
+        anchors: (A, 4).
+        boxes: (B, A, 4), pred_boxes or, with a box coder, box_deltas; None if not given.
+        scores: (B, A, C); None if not given.
+        objects: packed.
+        box_coder: None where boxes are boxes, which must not be inverted; else it must decode them to finite ones.
+        scores_name: "cls_logits" or "cls_probabilities".
     """
     if anchors.is_meta:
         raise ValueError("check: tensors on the meta device have no values to check, pass check=False")
-    check_offsets(gt_offsets, gt_boxes.shape[0])
-    offsets = gt_offsets.tolist()
+    check_offsets(objects.gt_offsets, objects.gt_boxes.shape[0])
     anchors = anchors.float()
-    num_classes = cls_scores.shape[2]
+    _check_corners("anchors", anchors, "anchors[{index}]")
+    if scores is not None:
+        _check_scores(scores, scores_name)
+    if boxes is not None and box_coder is None:
+        _check_pred_boxes(boxes, anchors)
+    elif boxes is not None and box_coder is not None:
+        _check_box_deltas(boxes, anchors, box_coder)
+    _check_objects(objects, anchors, None if scores is None else scores.shape[2])
 
-    ok = reference.is_object(anchors)
-    if not bool(ok.all()):
-        index = int((~ok).nonzero()[0])
+
+def _first(bad: Tensor) -> list[int]:
+    """The position of the first True."""
+    return bad.nonzero()[0].tolist()  # type: ignore[no-any-return]
+
+
+def _check_corners(name: str, boxes: Tensor, place: str, hint: str = "") -> None:
+    bad = ~reference.is_object(boxes)
+    if bool(bad.any()):
+        (index,) = _first(bad)
+        raise ValueError(f"{place.format(index=index)}: expected {CORNERS}, got {boxes[index].tolist()}{hint}")
+
+
+def _check_scores(scores: Tensor, name: str) -> None:
+    if bool(scores.isnan().any()):
+        image, index, label = _first(scores.isnan())
+        raise ValueError(f"{name}: image {image}, anchor {index}, class {label}: got NaN")
+    if scores.numel() == 0:
+        return
+    within = bool((scores >= 0).all()) and bool((scores <= 1).all())
+    if name == "cls_probabilities" and not within:
+        image, index, label = _first((scores < 0) | (scores > 1))
         raise ValueError(
-            f"anchors[{index}]: expected four finite coordinates with x2 > x1 and y2 > y1, "
-            f"got {anchors[index].tolist()}"
+            f"{name}: image {image}, anchor {index}, class {label}: expected a probability in [0, 1], "
+            f"got {float(scores[image, index, label])}; logits are passed as cls_logits"
         )
-    for image in range(cls_scores.shape[0]):
-        boxes = pred_boxes[image].float()
-        ok = reference.is_object(boxes) if box_coder is None else boxes.isfinite().all(-1)
-        if not bool(ok.all()):
-            index = int((~ok).nonzero()[0])
-            wanted = "four finite coordinates with x2 > x1 and y2 > y1" if box_coder is None else "four finite deltas"
-            raise ValueError(
-                f"pred_boxes: image {image}, anchor {index}: expected {wanted}, got {boxes[index].tolist()}"
-            )
-        if box_coder is not None:
-            decoded = box_coder.decode(anchors, boxes)
-            ok = decoded.isfinite().all(-1)
-            if not bool(ok.all()):
-                index = int((~ok).nonzero()[0])
-                raise ValueError(
-                    f"pred_boxes: image {image}, anchor {index}: the deltas {boxes[index].tolist()} decode to "
-                    f"{decoded[index].tolist()}, expected finite coordinates; lower the clip of the box coder"
-                )
-        bad = cls_scores[image].isnan()
-        if bool(bad.any()):
-            index, class_index = bad.nonzero()[0].tolist()
-            raise ValueError(f"cls_scores: image {image}, anchor {index}, class {class_index}: got NaN")
-        objects = gt_boxes[offsets[image] : offsets[image + 1]].float()
-        labels = gt_labels[offsets[image] : offsets[image + 1]]
-        crowd = (
-            torch.zeros_like(labels, dtype=torch.bool)
-            if gt_crowd is None
-            else gt_crowd[offsets[image] : offsets[image + 1]]
+    if name == "cls_logits" and within and bool((scores != scores.flatten()[0]).any()):
+        warnings.warn(
+            "cls_logits: all values lie between 0 and 1: are they probabilities? Then pass them as cls_probabilities",
+            UserWarning,
+            stacklevel=4,
         )
-        valid = reference.is_object(objects)
-        if not bool(valid.all()):
-            index = int((~valid).nonzero()[0])
+
+
+def _check_pred_boxes(boxes: Tensor, anchors: Tensor) -> None:
+    for image in range(boxes.shape[0]):
+        of_image = boxes[image].float()
+        inverted = ((of_image[:, 2:] <= of_image[:, :2]).any(1) & of_image.isfinite().all(1)).float().mean()
+        hint = "; are they deltas? Then pass them as box_deltas, with box_coder" if float(inverted) > 0.25 else ""
+        _check_corners("pred_boxes", of_image, f"pred_boxes: image {image}, anchor {{index}}", hint)
+    if boxes.numel() > 0 and float(boxes.abs().max()) < 0.1 * float(anchors.abs().max()):
+        warnings.warn(
+            "pred_boxes: the largest coordinate is less than a tenth of the anchors': are they deltas, or fractions of "
+            "the image? Deltas are passed as box_deltas, with box_coder; boxes need the anchors' unit",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _check_box_deltas(deltas: Tensor, anchors: Tensor, box_coder: BoxCoder) -> None:
+    for image in range(deltas.shape[0]):
+        of_image = deltas[image].float()
+        if not bool(of_image.isfinite().all()):
+            (index,) = _first(~of_image.isfinite().all(-1))
             raise ValueError(
-                f"gt_boxes: image {image}, object {index}: expected four finite coordinates with x2 > x1 and y2 > y1, "
-                f"got {objects[index].tolist()}"
+                f"box_deltas: image {image}, anchor {index}: expected four finite deltas, got {of_image[index].tolist()}"
             )
-        known = ((labels >= 0) & (labels < num_classes)) | crowd
-        if not bool(known.all()):
-            index = int((~known).nonzero()[0])
+        decoded = box_coder.decode(anchors=anchors, deltas=of_image)
+        if not bool(decoded.isfinite().all()):
+            (index,) = _first(~decoded.isfinite().all(-1))
             raise ValueError(
-                f"gt_labels: image {image}, object {index}: expected a label in [0, {num_classes}), "
-                f"got {int(labels[index])}"
+                f"box_deltas: image {image}, anchor {index}: the deltas {of_image[index].tolist()} decode to "
+                f"{decoded[index].tolist()}, expected finite coordinates; lower the clip of the box coder"
             )
-        for index in (~crowd).nonzero().flatten().tolist():
-            if not bool((reference.box_iou(anchors, objects[index : index + 1]) > 0).any()):
+    if deltas.numel() > 0 and float(deltas.float().abs().median()) > 20:
+        warnings.warn(
+            "box_deltas: half of the values are above 20: are they boxes? Then pass them as pred_boxes, without box_coder",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _check_objects(objects: Objects, anchors: Tensor, num_classes: int | None) -> None:
+    offsets = objects.gt_offsets.tolist()
+    counted = torch.zeros(objects.gt_boxes.shape[0], dtype=torch.bool, device=anchors.device)
+    counted[: offsets[-1]] = True
+    if objects.is_object is not None:
+        counted &= objects.is_object
+    boxes = objects.gt_boxes.float()
+    if bool(counted.any()) and len(anchors) > 0:
+        largest, reach = float(boxes[counted].abs().max()), float(anchors.abs().max())
+        if largest <= 1 and reach >= 16:
+            raise ValueError(
+                f"gt_boxes: no coordinate is above 1, and the anchors reach {reach:g}: expected both in one unit; "
+                "multiply fractions of the image by its width and height"
+            )
+    for image, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for index in range(start, end):
+            if not bool(counted[index]):
+                continue
+            place = f"image {image}, object {index - start}"
+            box = boxes[index : index + 1]
+            if not bool(reference.is_object(box)):
+                raise ValueError(f"gt_boxes: {place}: expected {CORNERS}, got {box[0].tolist()}")
+            if objects.gt_crowd is not None and bool(objects.gt_crowd[index]):
+                continue
+            label = int(objects.gt_labels[index])
+            if num_classes is not None and not 0 <= label < num_classes:
+                raise ValueError(f"gt_labels: {place}: expected a label in [0, {num_classes}), got {label}")
+            if not bool((reference.box_iou(anchors, box) > 0).any()):
                 raise ValueError(
-                    f"gt_boxes: image {image}, object {index}: no anchor overlaps {objects[index].tolist()}; "
-                    "are boxes and anchors in the same unit?"
+                    f"gt_boxes: {place}: no anchor overlaps {box[0].tolist()}; are boxes and anchors in the same unit?"
                 )
