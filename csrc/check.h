@@ -72,7 +72,9 @@ inline bool is_readable(const Tensor& tensor) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &num_bytes));
   int64_t last = tensor.storage_offset();
   for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) == 0) return true;
+    if (tensor.size(d) == 0) {
+      return true;
+    }
     last += (tensor.size(d) - 1) * tensor.stride(d);
   }
   return last < num_bytes / static_cast<int64_t>(tensor.element_size());

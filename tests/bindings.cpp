@@ -25,7 +25,9 @@ py::array_t<Result> map_elements(const Array<Argument>& x, Function function) {
   py::array_t<Result> result(x.size());
   const Argument* in = x.data();
   Result* out = result.mutable_data();
-  for (py::ssize_t i = 0; i < x.size(); ++i) out[i] = function(in[i]);
+  for (py::ssize_t i = 0; i < x.size(); ++i) {
+    out[i] = function(in[i]);
+  }
   return result;
 }
 
@@ -47,7 +49,9 @@ py::array_t<float> class_probability(const Array<float>& logits) {
 
 // log2_q and p: (M,).
 py::array_t<float> amplified_exponent(const Array<float>& log2_q, const Array<float>& p, float sigma) {
-  if (log2_q.size() != p.size()) throw py::value_error("p: expected as many as log2_q");
+  if (log2_q.size() != p.size()) {
+    throw py::value_error("p: expected as many as log2_q");
+  }
   py::array_t<float> result(p.size());
   for (py::ssize_t i = 0; i < p.size(); ++i) {
     result.mutable_data()[i] = mg_ops::amplified_exponent(log2_q.data()[i], p.data()[i], sigma);
@@ -74,7 +78,9 @@ py::array_t<float> box_iou(const Array<float>& boxes_1, const Array<float>& boxe
 py::array_t<bool> is_object(const Array<float>& boxes) {
   const mg_ops::Box* box = boxes_of(boxes, "boxes");
   py::array_t<bool> result(boxes.shape(0));
-  for (py::ssize_t i = 0; i < boxes.shape(0); ++i) result.mutable_data()[i] = mg_ops::is_object(box[i]);
+  for (py::ssize_t i = 0; i < boxes.shape(0); ++i) {
+    result.mutable_data()[i] = mg_ops::is_object(box[i]);
+  }
   return result;
 }
 
@@ -83,7 +89,9 @@ py::array_t<float> decode_box(const Array<float>& anchors, const Array<float>& d
                               float weight_w, float weight_h, float clip) {
   const mg_ops::Box* anchor = boxes_of(anchors, "anchors");
   const mg_ops::Box* delta = boxes_of(deltas, "deltas");
-  if (anchors.shape(0) != deltas.shape(0)) throw py::value_error("deltas: expected as many as anchors");
+  if (anchors.shape(0) != deltas.shape(0)) {
+    throw py::value_error("deltas: expected as many as anchors");
+  }
   const mg_ops::BoxCoder coder = {weight_x, weight_y, weight_w, weight_h, clip};
   py::array_t<float> result({anchors.shape(0), kBoxSize});
   mg_ops::Box* out = reinterpret_cast<mg_ops::Box*>(result.mutable_data());
@@ -103,7 +111,9 @@ py::array_t<uint32_t> exponent_order(const Array<float>& exponent) {
 
 // orders and indices: (M,).
 py::array_t<uint64_t> claim_key(const Array<uint32_t>& orders, const Array<uint32_t>& indices) {
-  if (orders.size() != indices.size()) throw py::value_error("indices: expected as many as orders");
+  if (orders.size() != indices.size()) {
+    throw py::value_error("indices: expected as many as orders");
+  }
   py::array_t<uint64_t> result(orders.size());
   for (py::ssize_t i = 0; i < orders.size(); ++i) {
     result.mutable_data()[i] = mg_ops::claim_key(orders.data()[i], indices.data()[i]);

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNEL = ROOT / "csrc" / "cpu" / "mutual_match_kernel.cpp"
+PARTS = [KERNEL, *(KERNEL.parent / name for name in ("tile.h", "image_work.h", "claim.h", "select.h"))]
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2"],
@@ -32,7 +33,10 @@ def test_loops_marked_as_vector_loops_are_vectorised(instruction_set: str, tmp_p
         pytest.skip(f"{instruction_set} is of x86-64, this machine is {target.strip()}")
 
     marked = {
-        number for number, line in enumerate(KERNEL.read_text().splitlines(), 1) if line.endswith("// vector loop")
+        (part.name, number)
+        for part in PARTS
+        for number, line in enumerate(part.read_text().splitlines(), 1)
+        if line.endswith("// vector loop")
     }
     assert len(marked) >= 10, "the marks of the vector loops are gone"
     # The flags of CMakeLists.txt.
@@ -54,7 +58,7 @@ def test_loops_marked_as_vector_loops_are_vectorised(instruction_set: str, tmp_p
         check=True,
     ).stderr
     vectorised = {
-        int(line) for line in re.findall(r"mutual_match_kernel\.cpp:(\d+):\d+: optimized: loop vectorized", report)
+        (name, int(line)) for name, line in re.findall(r"(\w+\.\w+):(\d+):\d+: optimized: loop vectorized", report)
     }
     missing = sorted(marked - vectorised)
-    assert not missing, f"not vectorised for {instruction_set}: lines {missing}\n{report}"
+    assert not missing, f"not vectorised for {instruction_set}: {missing}\n{report}"

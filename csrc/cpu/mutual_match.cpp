@@ -4,12 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <pthread.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -22,6 +16,7 @@
 
 #include "../mutual_match.h"
 #include "mutual_match_kernel.h"
+#include "os.h"
 
 namespace mg_ops {
 namespace {
@@ -45,50 +40,12 @@ const MatchKernels& kernels() {
   return chosen;
 }
 
-// Brings the pages of fresh memory in with one system call: touched one by one, their page faults can cost as much as
-// the whole matching. Memory that the allocator hands out again has its pages; the first one tells. Only advice: where
-// the kernel (before Linux 5.14) does not know it, nothing changes.
-void populate_pages(void* begin, size_t bytes) {
-#if defined(__linux__)
-#if !defined(MADV_POPULATE_WRITE)
-  constexpr int MADV_POPULATE_WRITE = 23;
-#endif
-  static const uintptr_t page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page_size - 1) & ~(page_size - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) & ~(page_size - 1);
-  unsigned char resident = 0;
-  if (first >= last || (mincore(reinterpret_cast<void*>(first), page_size, &resident) == 0 && (resident & 1) != 0))
-    return;
-  static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE));
-#else
-  static_cast<void>(begin), static_cast<void>(bytes);
-#endif
-}
-
-// Large outputs are written whole, so they may as well come in huge pages, a five-hundredth of the page faults.
-void advise_huge_pages(void* output, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(output);
-  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (begin + bytes) & ~(kHugePage - 1);
-  if (first < last) static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
-#else
-  static_cast<void>(output), static_cast<void>(bytes);
-#endif
-}
-
 // The rows of an image's results, about to be written.
 void populate_rows(const MatchProblem& problem, int64_t image) {
   const size_t bytes = static_cast<size_t>(problem.num_anchors) * sizeof(int64_t);
   populate_pages(problem.cls_match + image * problem.num_anchors, bytes);
   populate_pages(problem.loc_match + image * problem.num_anchors, bytes);
 }
-
-// A process forked from one that has used torch's threads has none of them, but does not know: torch would wait for
-// them forever. Data loaders and multiprocessing fork.
-bool in_forked_process = false;
-const int fork_is_noticed = pthread_atfork(nullptr, nullptr, [] { in_forked_process = true; });
 
 // Calls work(begin, end) for parts of this range, on as many threads as torch uses.
 template <typename Function>
@@ -112,9 +69,13 @@ void share_out(int64_t begin, int64_t end, const Function& work) {
       } catch (const std::exception&) {  // no thread to be had: the work is done here
       }
     }
-    if (!started) work(first, stop);
+    if (!started) {
+      work(first, stop);
+    }
   }
-  for (std::thread& thread : threads) thread.join();
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
 }
 
 using Work = std::unique_ptr<ImageWork, void (*)(ImageWork*)>;
@@ -133,21 +94,33 @@ bool match_images(const MatchProblem& problem, const BoxTile* anchor_tiles, int6
   std::atomic<bool> enough_memory{true};
   share_out(0, num_threads, [&](int64_t, int64_t) {
     const Work work(run.create_work(problem, anchor_tiles), run.destroy_work);
-    if (work == nullptr) enough_memory = false;
+    if (work == nullptr) {
+      enough_memory = false;
+    }
     while (enough_memory) {
       const int64_t place = next_image++;
-      if (place >= problem.batch_size) break;
+      if (place >= problem.batch_size) {
+        break;
+      }
       const int64_t image = order[static_cast<size_t>(place)];
       populate_rows(problem, image);
-      if (!run.begin_image(*work, image)) enough_memory = false;
-      if (!enough_memory) break;
+      if (!run.begin_image(*work, image)) {
+        enough_memory = false;
+      }
+      if (!enough_memory) {
+        break;
+      }
       run.claim_by_anchors(*work, 0, num_tiles);
-      if (!run.count_positives(*work)) enough_memory = false;
-      if (!enough_memory) break;
+      if (!run.finish_claim_by_anchors(*work)) {
+        enough_memory = false;
+      }
+      if (!enough_memory) {
+        break;
+      }
       run.claim_by_regressed(*work, 0, num_tiles);
-      run.label_classification(*work);
+      run.finish_claim_by_regressed(*work);
       run.claim_by_amplified(*work, 0, num_tiles);
-      run.label_localization(*work);
+      run.finish_claim_by_amplified(*work);
     }
   });
   return enough_memory;
@@ -160,11 +133,15 @@ bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles
   for (int64_t image = 0; image < problem.batch_size; ++image) {
     works.emplace_back(run.create_work(problem, anchor_tiles), run.destroy_work);
     populate_rows(problem, image);
-    if (works.back() == nullptr || !run.begin_image(*works.back(), image)) return false;
+    if (works.back() == nullptr || !run.begin_image(*works.back(), image)) {
+      return false;
+    }
   }
   const auto for_images = [&](auto step) {
     share_out(0, problem.batch_size, [&](int64_t begin, int64_t end) {
-      for (int64_t image = begin; image < end; ++image) step(*works[static_cast<size_t>(image)]);
+      for (int64_t image = begin; image < end; ++image) {
+        step(*works[static_cast<size_t>(image)]);
+      }
     });
   };
   // The tiles of all images are one range, which the threads divide evenly.
@@ -181,13 +158,17 @@ bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles
   std::atomic<bool> enough_memory{true};
   for_tiles(run.claim_by_anchors);
   for_images([&](ImageWork& work) {
-    if (!run.count_positives(work)) enough_memory = false;
+    if (!run.finish_claim_by_anchors(work)) {
+      enough_memory = false;
+    }
   });
-  if (!enough_memory) return false;
+  if (!enough_memory) {
+    return false;
+  }
   for_tiles(run.claim_by_regressed);
-  for_images(run.label_classification);
+  for_images(run.finish_claim_by_regressed);
   for_tiles(run.claim_by_amplified);
-  for_images(run.label_localization);
+  for_images(run.finish_claim_by_amplified);
   return true;
 }
 
@@ -215,7 +196,9 @@ void mutual_match_cpu(const MatchProblem& problem, const Tensor&) {
     std::memset(problem.num_pos, 0, static_cast<size_t>(problem.num_gt) * sizeof(int32_t));
     std::memset(problem.num_total, 0, static_cast<size_t>(problem.num_gt) * sizeof(int32_t));
   }
-  if (problem.batch_size == 0 || problem.num_anchors == 0) return;
+  if (problem.batch_size == 0 || problem.num_anchors == 0) {
+    return;
+  }
 
   const size_t match_bytes = static_cast<size_t>(problem.batch_size * problem.num_anchors) * sizeof(int64_t);
   advise_huge_pages(problem.cls_match, match_bytes);

@@ -40,11 +40,11 @@ struct MatchKernels {
   void (*destroy_work)(ImageWork*);
   bool (*begin_image)(ImageWork&, int64_t image);
   void (*claim_by_anchors)(ImageWork&, int64_t tile_begin, int64_t tile_end);
-  bool (*count_positives)(ImageWork&);
+  bool (*finish_claim_by_anchors)(ImageWork&);
   void (*claim_by_regressed)(ImageWork&, int64_t tile_begin, int64_t tile_end);
-  void (*label_classification)(ImageWork&);
+  void (*finish_claim_by_regressed)(ImageWork&);
   void (*claim_by_amplified)(ImageWork&, int64_t tile_begin, int64_t tile_end);
-  void (*label_localization)(ImageWork&);
+  void (*finish_claim_by_amplified)(ImageWork&);
 };
 
 namespace baseline {
