@@ -18,10 +18,10 @@ struct MatchParams {
   float crowd_overlap;
 };
 
-// p = sigmoid(logit); a NaN logit counts as p = 0.
-MG_OPS_INLINE float class_probability(float logit) {
-  const float p = det_sigmoid(logit);
-  return p == p ? p : 0.0f;
+// p of a score: sigmoid(score) of a logit, or the score itself, kept within [0, 1]. NaN counts as p = 0.
+MG_OPS_INLINE float class_probability(float score, bool is_probability) {
+  const float p = is_probability ? (score > 1.0f ? 1.0f : score) : det_sigmoid(score);
+  return p > 0.0f ? p : 0.0f;
 }
 
 // log2 of q_amplified = q ** ((sigma - p) / sigma) (Eq. 1), for q > 0: never above 0, and exactly 0 at q = 1. Amplified

@@ -62,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor p
                                                         Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
                                                         const std::optional<Tensor>& gt_crowd,
                                                         const std::optional<std::vector<double>>& box_coder,
+                                                        bool scores_are_probabilities,
                                                         bool classification_by_regressed,
                                                         bool localization_by_amplified, double sigma,
                                                         double iou_positive, double iou_ignored, double crowd_overlap) {
@@ -86,6 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor p
   problem.num_anchors = cls_scores.size(1);
   problem.num_classes = cls_scores.size(2);
   problem.num_gt = gt_boxes.size(0);
+  problem.scores_are_probabilities = scores_are_probabilities;
   problem.decode = box_coder.has_value();
   if (problem.decode) {
     const auto number = [&](size_t i) { return static_cast<float>((*box_coder)[i]); };

@@ -40,13 +40,13 @@ MG_OPS_INLINE float bfloat16_to_float(uint32_t bits) { return bits_float(bits <<
 struct MatchProblem {
   FloatInput anchors;                  // (A, 4)
   FloatInput pred_boxes;               // (B, A, 4) boxes, or deltas where `decode`
-  FloatInput cls_scores;               // (B, A, C) logits
+  FloatInput cls_scores;               // (B, A, C) logits, or probabilities where `scores_are_probabilities`
   FloatInput gt_boxes;                 // (N, 4)
   IntegerInput gt_labels, gt_offsets;  // (N,), (B + 1,)
   const uint8_t* gt_crowd;             // (N,); null: none is
   int64_t crowd_stride;
   int64_t batch_size, num_anchors, num_classes, num_gt;
-  bool decode;
+  bool decode, scores_are_probabilities;
   BoxCoder coder;
   MatchParams params;
   int64_t *cls_match, *loc_match;  // (B, A)

@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
   //
   //   anchors     (A, 4) floating      boxes (x1, y1, x2, y2), in the one unit that all boxes share
   //   pred_boxes  (B, A, 4) floating   regressed boxes; with `box_coder` the regression deltas (dx, dy, dw, dh) instead
-  //   cls_scores  (B, A, C) floating   logits
+  //   cls_scores  (B, A, C) floating   logits, or probabilities with `scores_are_probabilities`
   //   gt_boxes    (N, 4) floating      objects of all images, one image after the other
   //   gt_labels   (N,) int64 or int32  a label outside [0, C) has probability 0
   //   gt_offsets  (B + 1,) int64/int32 image b has the objects gt_offsets[b] to gt_offsets[b + 1]; those past the last
@@ -29,7 +29,8 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
   m.def(
       "mutual_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
       "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
-      "float[]? box_coder, bool classification_by_regressed, bool localization_by_amplified, "
+      "float[]? box_coder, bool scores_are_probabilities, "
+      "bool classification_by_regressed, bool localization_by_amplified, "
       "float sigma, float iou_positive, float iou_ignored, float crowd_overlap) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 

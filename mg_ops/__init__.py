@@ -3,7 +3,7 @@
 from mg_ops.backend_choice import backends
 from mg_ops.boxes import BoxCoder, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
-from mg_ops.matching import MutualMatch, mutual_match
+from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
 from mg_ops.targets import Targets, encode_targets
 
@@ -13,6 +13,7 @@ __all__ = [
     "BoxCoder",
     "MatchSummary",
     "MutualMatch",
+    "MutualMatcher",
     "Targets",
     "backends",
     "box_iou",

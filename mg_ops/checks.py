@@ -278,6 +278,7 @@ def check_operator_arguments(
     gt_offsets: object,
     gt_crowd: object,
     box_coder: Sequence[float] | None,
+    scores_are_probabilities: bool,
     classification_by_regressed: bool,
     localization_by_amplified: bool,
     sigma: float,
@@ -287,6 +288,7 @@ def check_operator_arguments(
 ) -> None:
     """The checks of csrc/check.h, for the operators that are written in Python; not of the offsets' values."""
     batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)
+    assert batch_size is not None
     check_packed_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
     if box_coder is not None:
         if len(box_coder) != 5:

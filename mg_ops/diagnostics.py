@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mg_ops.checks import check_count, check_list, check_num_classes, check_tensor, describe
-from mg_ops.matching import MutualMatch
-from mg_ops.objects import pack_objects
-from mg_ops.reference import IGNORED, area, autocast_type, is_object
+from mg_ops.matching import GroundTruth, MutualMatch, check_counts
+from mg_ops.objects import holds_dictionaries, pack_objects
+from mg_ops.reference import area, autocast_type, is_object
 
 _SIZES = ("all", "small", "medium", "large")
 
@@ -65,11 +65,13 @@ class MatchSummary(NamedTuple):
 
 def summarize(
     match: MutualMatch,
-    gt_boxes: Tensor | Sequence[Tensor],
+    gt_boxes: GroundTruth,
     gt_labels: Tensor | Sequence[Tensor] | None = None,
     gt_offsets: Tensor | None = None,
     *,
     gt_crowd: Tensor | Sequence[Tensor] | None = None,
+    gt_mask: Tensor | None = None,
+    gt_box_format: str = "xyxy",
     num_classes: int | None = None,
     size_limits: tuple[float, float] = (32.0, 96.0),
 ) -> MatchSummary:
@@ -80,10 +82,12 @@ def summarize(
 
     Args:
         match: what `mutual_match` returned for these objects.
-        gt_boxes: the boxes, as given to `mutual_match`.
-        gt_labels: the labels, as given to `mutual_match`, for the counts by class; needs `num_classes`.
-        gt_offsets: the offsets of packed objects, as given to `mutual_match`.
-        gt_crowd: the crowd regions, as given to `mutual_match`.
+        gt_boxes: the boxes, as given to `mutual_match`, like the arguments after it.
+        gt_labels: the labels, for the counts by class; needs `num_classes`.
+        gt_offsets: the offsets of packed objects.
+        gt_crowd: the crowd regions.
+        gt_mask: the mask of padded objects.
+        gt_box_format: the format of gt_boxes.
         num_classes: C. Objects with other labels are in no class.
         size_limits: an object is small if the square root of its area is below the first, large if not below the
             second, in the boxes' unit: COCO's sizes for boxes in the pixels of its images.
@@ -102,7 +106,8 @@ def summarize(
     """
     if not isinstance(match, MutualMatch):
         raise TypeError(f"match: expected what mg_ops.mutual_match returned, got {describe(match)}")
-    if (gt_labels is None) != (num_classes is None):
+    in_dictionaries = holds_dictionaries(gt_boxes)
+    if not in_dictionaries and (gt_labels is None) != (num_classes is None):
         raise ValueError("gt_labels, num_classes: the counts by class need both, got only one")
     if num_classes is not None:
         check_num_classes(num_classes)
@@ -111,23 +116,23 @@ def summarize(
     batch_size, num_anchors = match.cls_match.shape
     device = match.cls_match.device
     check_tensor("match.loc_match", match.loc_match, "integer", (batch_size, num_anchors), device)
-    if gt_labels is None:
-        gt_labels = _no_labels(gt_boxes, batch_size)
-    boxes, labels, offsets, crowd = pack_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
+    if gt_labels is None and not in_dictionaries:
+        gt_labels = _no_labels(gt_boxes, gt_mask, batch_size)
+    objects = pack_objects(
+        gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
+    )
+    boxes, labels, offsets = objects.gt_boxes, objects.gt_labels, objects.gt_offsets
     num_gt = boxes.shape[0]
-    check_tensor("match.num_pos", match.num_pos, "integer", ("N",), device)
-    if len(match.num_pos) != num_gt:
-        raise ValueError(
-            f"match: made for {len(match.num_pos)} objects, but gt_boxes has {num_gt}; "
-            "pass the objects it was made with"
-        )
+    check_counts(match, num_gt, device)
 
     with torch.no_grad(), torch.autocast(autocast_type(device), enabled=False):
         boxes = boxes.float()
         # Packed buffers may hold more objects than count.
         counted = torch.arange(num_gt, device=device) < offsets[-1]
-        if crowd is not None:
-            counted = counted & ~crowd
+        if objects.gt_crowd is not None:
+            counted = counted & ~objects.gt_crowd
+        if objects.is_object is not None:
+            counted = counted & objects.is_object
         size = area(boxes)
         box = is_object(boxes)
         groups = torch.stack(
@@ -140,7 +145,7 @@ def summarize(
         cls_count = _count_positives(match.cls_match, starts, num_gt)
         loc_count = _count_positives(match.loc_match, starts, num_gt)
 
-        either = (match.cls_match >= 0) | (match.loc_match >= 0)
+        either = match.cls_positive | match.loc_positive
         differ = either & (match.cls_match != match.loc_match)
         class_counts = None
         if num_classes is not None:
@@ -149,12 +154,12 @@ def summarize(
             class_counts = columns.new_zeros(num_classes + 1, 3).index_add_(0, labels, columns)[:num_classes]
         return MatchSummary(
             num_objects=groups.sum(1),
-            unmatchable=(groups & (match.num_pos == 0)).sum(1),
+            unmatchable=(groups & (match.num_pos.flatten() == 0)).sum(1),
             without_cls_positive=(groups & (cls_count == 0)).sum(1),
             without_loc_positive=(groups & (loc_count == 0)).sum(1),
             cls_positives=(groups * cls_count).sum(1),
             loc_positives=(groups * loc_count).sum(1),
-            ignored_share=(match.cls_match == IGNORED).sum() / max(1, match.cls_match.numel()),
+            ignored_share=match.ignored.sum() / max(1, match.cls_match.numel()),
             disagreement=differ.sum() / either.sum().clamp(min=1),
             class_counts=class_counts,
         )
@@ -171,8 +176,12 @@ def _check_size_limits(size_limits: object) -> tuple[float, float]:
     return size_limits[0], size_limits[1]
 
 
-def _no_labels(gt_boxes: Tensor | Sequence[Tensor], batch_size: int) -> Tensor | list[Tensor]:
+def _no_labels(gt_boxes: Any, gt_mask: Tensor | None, batch_size: int) -> Tensor | list[Tensor]:
     """A label 0 for each object."""
+    if isinstance(gt_boxes, Tensor) and gt_boxes.dim() == 3:
+        if gt_mask is None:
+            raise ValueError("gt_mask: of padded gt_boxes (B, M, 4), pass gt_mask or gt_labels to tell the padding")
+        return torch.zeros(gt_boxes.shape[:2], dtype=torch.int64, device=gt_boxes.device)
 
     def zeros(name: str, boxes: Tensor) -> Tensor:
         check_tensor(name, boxes, "floating point", ("G", 4), None)

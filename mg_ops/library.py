@@ -22,7 +22,8 @@ from mg_ops.checks import check_offsets, check_operator_arguments
 _SIGNATURE = (
     "(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
     "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
-    "float[]? box_coder, bool classification_by_regressed, bool localization_by_amplified, "
+    "float[]? box_coder, bool scores_are_probabilities, "
+    "bool classification_by_regressed, bool localization_by_amplified, "
     "float sigma, float iou_positive, float iou_ignored, float crowd_overlap) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mg_ops.backend_choice import operator_of
 from mg_ops.boxes import BoxCoder, check_box_coder
-from mg_ops.checks import check_bool, check_predictions, check_thresholds, describe
+from mg_ops.checks import check_bool, check_predictions, check_tensor, check_thresholds, describe
 from mg_ops.objects import Objects, pack_objects
 from mg_ops.reference import IGNORED
 from mg_ops.validation import check_values
@@ -131,6 +131,16 @@ class MutualMatcher:
         )
 
 
+def check_counts(match: MutualMatch, num_gt: int, device: torch.device) -> None:
+    """Raises unless the match was made for so many objects."""
+    check_tensor("match.num_pos", match.num_pos.flatten(), "integer", ("N",), device)
+    if match.num_pos.numel() != num_gt:
+        raise ValueError(
+            f"match: made for {match.num_pos.numel()} objects, but gt_boxes has {num_gt}; "
+            "pass the objects it was made with"
+        )
+
+
 def check_strategy(strategy: object) -> None:
     """Raises ValueError unless it is one of the four."""
     if not isinstance(strategy, str) or strategy not in STRATEGIES:
@@ -245,21 +255,21 @@ def mutual_match(
     # The operator checks its arguments. Only where it, or what comes before it, fails are they looked at one by one,
     # for an error that says which one is wrong, and how.
     try:
-        anchors, boxes, scores = _joined(anchors, 0), _joined(boxes, 1), _joined(scores, 1)
-        device = anchors.device
+        all_anchors, boxes, scores = _joined(anchors, 0), _joined(boxes, 1), _joined(scores, 1)
+        device = all_anchors.device
         num_images = next((len(given) for given in (boxes, scores) if given is not None), None)
         if check_bool("check", check) and num_images is not None:
-            _check_predictions(anchors, boxes, scores, boxes_name, scores_name)
+            _check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
         objects = _pack(gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, num_images, device)
         if num_images is None:
             num_images = objects.gt_offsets.shape[0] - 1
         if check:
-            check_values(anchors, boxes, scores, objects, box_coder, scores_name)
+            check_values(all_anchors, boxes, scores, objects, box_coder, scores_name)
         # What the strategy does not read, the operator is given in the shape it expects, without memory of its own.
         result = operator_of(backend, device)(
-            anchors,
-            anchors.expand(num_images, *anchors.shape) if boxes is None else boxes,
-            anchors.new_zeros(()).expand(num_images, anchors.shape[0], 1) if scores is None else scores,
+            all_anchors,
+            all_anchors.expand(num_images, *all_anchors.shape) if boxes is None else boxes,
+            all_anchors.new_zeros(()).expand(num_images, all_anchors.shape[0], 1) if scores is None else scores,
             *objects[:4],
             None if box_coder is None else [*box_coder.weights, box_coder.clip],
             scores_name == "cls_probabilities",

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mg_ops.checks import DTYPES, MAX_COUNT, check_count, check_objects, check_tensor, describe, is_readable
 
-
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
 """Of objects' boxes, by torchvision's names: corners; a corner and the size; the center and the size."""
 
@@ -71,13 +70,18 @@ def pack_objects(
             objects = Objects(gt_boxes, gt_labels, gt_offsets, gt_crowd)
     else:
         _refuse_mask(gt_mask)
-        if isinstance(gt_boxes, (list, tuple)) and any(isinstance(target, dict) for target in gt_boxes):
+        if holds_dictionaries(gt_boxes):
             gt_boxes, gt_labels, gt_crowd = _split_targets(gt_boxes, gt_labels, gt_offsets, gt_crowd)
         objects = _pack_lists(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
     if objects.gt_labels.is_floating_point() or gt_box_format != "xyxy":
         boxes = objects.gt_boxes if gt_box_format == "xyxy" else _to_corners(objects.gt_boxes, gt_box_format)
         objects = objects._replace(gt_boxes=boxes, gt_labels=_whole_labels(objects.gt_labels))
     return objects
+
+
+def holds_dictionaries(gt_boxes: object) -> bool:
+    """Whether it is a list of one dictionary per image, boxes and labels together."""
+    return isinstance(gt_boxes, (list, tuple)) and len(gt_boxes) > 0 and isinstance(gt_boxes[0], dict)
 
 
 def _refuse_mask(gt_mask: object) -> None:
@@ -126,7 +130,9 @@ def _pack_lists(
         return Objects(torch.empty((0, 4), device=device), no_labels, packed_offsets, None)
     packed_crowd = None if gt_crowd is None else _concatenate(gt_crowd, torch.bool)
     labels = [_whole_labels(labels) if labels.is_floating_point() else labels for labels in gt_labels]
-    return Objects(_concatenate(gt_boxes, torch.float32), _concatenate(labels, torch.int64), packed_offsets, packed_crowd)
+    return Objects(
+        _concatenate(gt_boxes, torch.float32), _concatenate(labels, torch.int64), packed_offsets, packed_crowd
+    )
 
 
 def _pack_padded(

@@ -200,6 +200,7 @@ def match_image(
     gt_boxes: Tensor,
     gt_labels: Tensor,
     gt_crowd: Tensor,
+    scores_are_probabilities: bool,
     classification_by_regressed: bool,
     localization_by_amplified: bool,
     sigma: float,
@@ -242,7 +243,8 @@ def match_image(
         known_label = (gt_labels >= 0) & (gt_labels < num_classes)
         p = torch.zeros_like(q_anchor)
         if num_classes > 0:
-            p = sigmoid(cls_scores[:, torch.where(known_label, gt_labels, 0)].float())
+            score = cls_scores[:, torch.where(known_label, gt_labels, 0)].float()
+            p = score.clamp(0, 1) if scores_are_probabilities else sigmoid(score)
             p = torch.where(known_label & ~p.isnan(), p, 0.0)
         # A division by a Python number becomes a multiplication by its reciprocal on CUDA: divide by a tensor.
         amplification = (sigma - p) / torch.full_like(p, sigma)
@@ -272,6 +274,7 @@ def mutual_match(
     gt_offsets: Tensor,
     gt_crowd: Tensor | None,
     box_coder: Sequence[float] | None,
+    scores_are_probabilities: bool,
     classification_by_regressed: bool,
     localization_by_amplified: bool,
     sigma: float,
@@ -310,6 +313,7 @@ def mutual_match(
                 gt_boxes[start:end],
                 gt_labels[start:end],
                 gt_crowd[start:end],
+                scores_are_probabilities,
                 classification_by_regressed,
                 localization_by_amplified,
                 sigma,

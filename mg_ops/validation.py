@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import torch
@@ -49,7 +50,7 @@ def check_values(
 
 def _first(bad: Tensor) -> list[int]:
     """The position of the first True."""
-    return bad.nonzero()[0].tolist()  # type: ignore[no-any-return]
+    return bad.nonzero()[0].tolist()
 
 
 def _check_corners(name: str, boxes: Tensor, place: str, hint: str = "") -> None:
@@ -101,7 +102,8 @@ def _check_box_deltas(deltas: Tensor, anchors: Tensor, box_coder: BoxCoder) -> N
         if not bool(of_image.isfinite().all()):
             (index,) = _first(~of_image.isfinite().all(-1))
             raise ValueError(
-                f"box_deltas: image {image}, anchor {index}: expected four finite deltas, got {of_image[index].tolist()}"
+                f"box_deltas: image {image}, anchor {index}: expected four finite deltas, "
+                f"got {of_image[index].tolist()}"
             )
         decoded = box_coder.decode(anchors=anchors, deltas=of_image)
         if not bool(decoded.isfinite().all()):
@@ -112,7 +114,7 @@ def _check_box_deltas(deltas: Tensor, anchors: Tensor, box_coder: BoxCoder) -> N
             )
     if deltas.numel() > 0 and float(deltas.float().abs().median()) > 20:
         warnings.warn(
-            "box_deltas: half of the values are above 20: are they boxes? Then pass them as pred_boxes, without box_coder",
+            "box_deltas: half of the values are above 20: are they boxes? Then pass them as pred_boxes, without coder",
             UserWarning,
             stacklevel=4,
         )
@@ -132,7 +134,7 @@ def _check_objects(objects: Objects, anchors: Tensor, num_classes: int | None) -
                 f"gt_boxes: no coordinate is above 1, and the anchors reach {reach:g}: expected both in one unit; "
                 "multiply fractions of the image by its width and height"
             )
-    for image, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for image, (start, end) in enumerate(itertools.pairwise(offsets)):
         for index in range(start, end):
             if not bool(counted[index]):
                 continue

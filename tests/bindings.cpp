@@ -43,8 +43,8 @@ py::array_t<float> det_sigmoid(const Array<float>& x) {
   return map_elements<float, float>(x, [](float v) { return mg_ops::det_sigmoid(v); });
 }
 
-py::array_t<float> class_probability(const Array<float>& logits) {
-  return map_elements<float, float>(logits, [](float v) { return mg_ops::class_probability(v); });
+py::array_t<float> class_probability(const Array<float>& scores, bool is_probability) {
+  return map_elements<float, float>(scores, [=](float v) { return mg_ops::class_probability(v, is_probability); });
 }
 
 // log2_q and p: (M,).
@@ -140,7 +140,7 @@ PYBIND11_MODULE(mg_ops_headers, module) {
   module.def("det_exp", &det_exp, py::arg("x"));
   module.def("det_log2", &det_log2, py::arg("x"));
   module.def("det_sigmoid", &det_sigmoid, py::arg("x"));
-  module.def("class_probability", &class_probability, py::arg("logits"));
+  module.def("class_probability", &class_probability, py::arg("scores"), py::arg("is_probability"));
   module.def("amplified_exponent", &amplified_exponent, py::arg("log2_q"), py::arg("p"), py::arg("sigma"));
   module.def("box_iou", &box_iou, py::arg("boxes_1"), py::arg("boxes_2"));
   module.def("is_object", &is_object, py::arg("boxes"));

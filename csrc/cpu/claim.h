@@ -136,34 +136,36 @@ struct PairBatch {
   int size = 0;
   int32_t slot[kCapacity];
   uint32_t anchor[kCapacity];
-  int64_t score[kCapacity];  // where its logit lies; negative for an unknown label
+  int64_t score[kCapacity];  // where its score lies; negative for an unknown label
   alignas(64) float iou[kCapacity];
-  alignas(64) float logit[kCapacity];
+  alignas(64) float value[kCapacity];  // of its score
   alignas(64) uint32_t order[kCapacity];
 };
 
-static void evaluate_pairs(PairBatch& pairs, const FloatInput& cls_scores, float sigma) {
+static void evaluate_pairs(PairBatch& pairs, const FloatInput& cls_scores, bool scores_are_probabilities,
+                           float sigma) {
   with_type(cls_scores, [&](auto* data) {
-    // An unknown label has p = 0, which is what a NaN logit stands for.
+    // An unknown label has p = 0, which is what a NaN score stands for.
     const float unknown = bits_float(0x7fc00000u);
     for (int i = 0; i < pairs.size; ++i) {
-      pairs.logit[i] = pairs.score[i] < 0 ? unknown : to_float(data[pairs.score[i]]);
+      pairs.value[i] = pairs.score[i] < 0 ? unknown : to_float(data[pairs.score[i]]);
     }
   });
   const int padded = (pairs.size + 15) & ~15;
   for (int i = pairs.size; i < padded; ++i) {
     pairs.iou[i] = 1.0f;
-    pairs.logit[i] = 0.0f;
+    pairs.value[i] = 0.0f;
   }
   for (int i = 0; i < padded; ++i) {  // vector loop
-    const float p = class_probability(pairs.logit[i]);
+    const float p = class_probability(pairs.value[i], scores_are_probabilities);
     pairs.order[i] = exponent_order(amplified_exponent(det_log2(pairs.iou[i]), p, sigma));
   }
 }
 
 // Evaluates the pairs gathered, lets them compete for their anchors and to be their slots' best, and empties the batch.
 static void compete(ImageWork& work, PairBatch& pairs) {
-  evaluate_pairs(pairs, work.problem->cls_scores, work.problem->params.sigma);
+  const MatchProblem& problem = *work.problem;
+  evaluate_pairs(pairs, problem.cls_scores, problem.scores_are_probabilities, problem.params.sigma);
   for (int i = 0; i < pairs.size; ++i) {
     const int32_t slot = pairs.slot[i];
     const uint32_t anchor = pairs.anchor[i], order = pairs.order[i];

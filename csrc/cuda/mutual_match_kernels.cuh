@@ -254,7 +254,7 @@ MG_OPS_DEVICE float load_probability(const LaunchedProblem& problem, int64_t ima
   }
   const FloatInput& scores = problem.cls_scores;
   const int64_t element = image * scores.image_stride + anchor * scores.row_stride + label * scores.column_stride;
-  return class_probability(load_float(scores, element));
+  return class_probability(load_float(scores, element), problem.scores_are_probabilities);
 }
 
 // Copies the objects of an image from number `first_object` on, as many as fit. Returns how many. Every thread must

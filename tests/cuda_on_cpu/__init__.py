@@ -57,6 +57,7 @@ class EmulatedCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch_size", "num_anchors", "num_classes", "num_gt")),
         ("decode", ctypes.c_int32),
         *((name, ctypes.c_float) for name in ("weight_x", "weight_y", "weight_w", "weight_h", "clip")),
+        ("scores_are_probabilities", ctypes.c_int32),
         ("classification_by_regressed", ctypes.c_int32),
         ("localization_by_amplified", ctypes.c_int32),
         *((name, ctypes.c_float) for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap")),

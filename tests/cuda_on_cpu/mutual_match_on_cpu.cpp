@@ -21,7 +21,7 @@ struct EmulatedCall {
   int64_t batch_size, num_anchors, num_classes, num_gt;
   int32_t decode;
   float weight_x, weight_y, weight_w, weight_h, clip;
-  int32_t classification_by_regressed, localization_by_amplified;
+  int32_t scores_are_probabilities, classification_by_regressed, localization_by_amplified;
   float sigma, iou_positive, iou_ignored, crowd_overlap;
   int64_t *cls_match, *loc_match;
   int32_t *num_pos, *num_total;
@@ -65,6 +65,7 @@ void match(EmulatedCall& call) {
   problem.num_classes = call.num_classes;
   problem.num_gt = call.num_gt;
   problem.decode = call.decode != 0;
+  problem.scores_are_probabilities = call.scores_are_probabilities != 0;
   problem.coder = {call.weight_x, call.weight_y, call.weight_w, call.weight_h, call.clip};
   problem.params = {call.classification_by_regressed != 0,
                     call.localization_by_amplified != 0,
