@@ -254,6 +254,7 @@ def mutual_match(
 
     # The operator checks its arguments. Only where it, or what comes before it, fails are they looked at one by one,
     # for an error that says which one is wrong, and how.
+    all_anchors: Any = anchors
     try:
         all_anchors, boxes, scores = _joined(anchors, 0), _joined(boxes, 1), _joined(scores, 1)
         device = all_anchors.device
@@ -285,7 +286,7 @@ def mutual_match(
         return MutualMatch(*result)
     except Exception as error:
         failure = error
-    batch_size, device = _check_predictions(anchors, boxes, scores, boxes_name, scores_name)
+    batch_size, device = _check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
     pack_objects(
         gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
     )
