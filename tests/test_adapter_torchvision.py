@@ -342,7 +342,7 @@ def test_removing_gives_torchvisions_loss_back(make_model: Callable[[], nn.Modul
 def test_wrong_models_and_options_say_so() -> None:
     with pytest.raises(TypeError, match="expected torchvision's RetinaNet or SSD, got Linear"):
         use_mutual_guidance(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="matcher: expected mg_ops.MutualMatcher or None, got str"):
+    with pytest.raises(TypeError, match=r"matcher: expected mg_ops\.MutualMatcher or None, got str"):
         use_mutual_guidance(small_retinanet(), "mutual")
 
 
