@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import io
 import json
 import pkgutil
 import re
 import runpy
 import subprocess
+import sys
 import textwrap
 import tokenize
 from pathlib import Path
@@ -235,3 +237,29 @@ def test_a_citation_of_a_page_that_does_not_exist_would_be_seen() -> None:
     cited = ["docs/no_such_page.md", "no_such_file.py", "docs/figures/nothing", "docs/api/nothing.md"]
     assert wrong_citations(text, files) == cited
     assert wrong_citations("docs/api/*.md, csrc/cpu, box.h, benchmarks/results/<gpu>/, a/b, runs/x.json", files) == []
+
+
+def imported_distributions(folder: Path) -> set[str]:
+    """What pip must install for the modules of a folder, beside torch and mg_ops."""
+    modules = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules.add(node.module)
+    if "torch.utils.tensorboard" in modules:  # imports a package that torch does not bring
+        modules.add("tensorboard")
+    packages = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"torch", "mg_ops", folder.name}
+    distributions = importlib.metadata.packages_distributions()
+    return {distributions.get(package, [package])[0].lower() for package in packages}
+
+
+def test_the_install_line_of_the_detectors_brings_what_they_import() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    assert "pip install --editable '.[detector]'" in (ROOT / "docs/detector.md").read_text()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extra = set(settings["project"]["optional-dependencies"]["detector"])
+    assert extra == imported_distributions(ROOT / "detector")
+    # `make` installs torchvision with torch.
+    assert extra - set(settings["dependency-groups"]["dev"]) == {"torchvision"}
