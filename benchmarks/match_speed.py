@@ -198,15 +198,15 @@ class Methods:
         for name in names:
             reference = {"pair_bytes": 90.0, "per_image": True} if name == "eager" else {}
             add(f"{name}", f"mg_ops {name}", lambda b, n=name: match(b, n), "mutual", subject=True, **reference)
-        if best != "eager" and not sweep:
-            add(
-                f"{best}-lists",
-                f"mg_ops {best}, objects as lists",
-                lambda b: match(b, best, lists=True),
-                "mutual",
-                subject=True,
-                captured=False,
-            )
+            if name == best != "eager" and not sweep:  # beside the packed objects: their turns follow each other
+                add(
+                    f"{best}-lists",
+                    f"mg_ops {best}, objects as lists",
+                    lambda b: match(b, best, lists=True),
+                    "mutual",
+                    subject=True,
+                    captured=False,
+                )
         add(LOOP, "(a) loop over images and objects", match_loop, "mutual")
         if not sweep:
             add(TUNED_LOOP, "(a2) the loop, tuned by hand", match_tuned_loop, "mutual")
@@ -940,6 +940,9 @@ def verdict_lines(cases: dict[str, dict]) -> list[str]:
         replay = subject.get("cuda", {}).get("graph_replay_seconds")
         if replay:
             time_text += f" ({format_seconds(replay)} on the device)"
+        lists = next((method for key, method in case["methods"].items() if key.endswith("-lists")), None)
+        if lists and lists["median_seconds"]:
+            time_text += f", objects as lists {format_seconds(lists['median_seconds'])}"
         extra = format_memory(subject, case["sizes"]["B"] * case["sizes"]["A"])
         threads = f"{loop['threads']} thread{'' if loop['threads'] == 1 else 's'}"
         memory = f"extra memory {extra} for each anchor of the batch"
