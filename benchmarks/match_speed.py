@@ -806,6 +806,11 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
+def format_ratio(ratio: float) -> str:
+    """Three digits, or all of them before the point."""
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+
+
 def format_bytes(size: float) -> str:
     """Three digits and a unit, in powers of 1000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -828,7 +833,7 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
     sizes, objects = case["sizes"], case["objects_per_image"]
     batches = f", {sizes['batches']} batches in turn" if sizes["batches"] > 1 else ""
     table = Table(
-        title=f"[bold]{name}[/]  B = {sizes['B']}, A = {sizes['A']:,}, C = {sizes['C']}; objects an image: mean "
+        title=f"[bold]{name}[/]  B = {sizes['B']}, A = {sizes['A']:,}, C = {sizes['C']}; objects per image: mean "
         f"{objects['mean']:.1f}, max {objects['max']} ({case['objects_from']}){batches}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -859,7 +864,7 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
             label,
             format_seconds(method["median_seconds"]),
             f"{format_seconds(quartiles[0])} - {format_seconds(quartiles[1])}" if quartiles else "one call",
-            f"{ratio:.3g}x" if ratio else "",
+            f"{format_ratio(ratio)}x" if ratio else "",
         ]
         if on_cuda:
             replay, over = cuda["graph_replay_seconds"], cuda["ratio_to_floor"]
@@ -942,18 +947,18 @@ def verdict_lines(cases: dict[str, dict]) -> list[str]:
             time_text += f" ({format_seconds(replay)} on the device)"
         lists = next((method for key, method in case["methods"].items() if key.endswith("-lists")), None)
         if lists and lists["median_seconds"]:
-            time_text += f", objects as lists {format_seconds(lists['median_seconds'])}"
+            time_text += f" (objects as lists: {format_seconds(lists['median_seconds'])})"
         extra = format_memory(subject, case["sizes"]["B"] * case["sizes"]["A"])
         threads = f"{loop['threads']} thread{'' if loop['threads'] == 1 else 's'}"
-        memory = f"extra memory {extra} for each anchor of the batch"
+        memory = f"extra memory {extra} per anchor of the batch"
         tuned = case["methods"].get(TUNED_LOOP, {}).get("median_seconds")
         against_tuned = ""
         if tuned:
             ratio = tuned / subject["median_seconds"]
-            against_tuned = f", {ratio:.3g} times as fast as (a2) ({format_seconds(tuned)})"
+            against_tuned = f", {format_ratio(ratio)} times as fast as (a2) ({format_seconds(tuned)})"
         lines.append(
-            f"{name}: {subject['label']} {time_text}, {subject['loop_over_this']:.3g} times as fast as the loop (a) "
-            f"({format_seconds(loop['median_seconds'])}, {threads}){against_tuned}; {memory}"
+            f"{name}: {subject['label']} {time_text}, {format_ratio(subject['loop_over_this'])} times as fast as the "
+            f"loop (a) ({format_seconds(loop['median_seconds'])}, {threads}){against_tuned}; {memory}"
         )
     return lines
 
