@@ -273,21 +273,3 @@ def test_the_workflow_tests_the_wheel_in_the_same_environments() -> None:
     workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
     environments = re.findall(r'\{ torch: "?([\w.]+)"?, python: "([\d.]+)" \}', workflow)
     assert environments == [tuple(environment) for environment in wheel_matrix.MATRIX]
-
-
-@pytest.mark.parametrize("flags", [[], ["--record"]])
-def test_a_run_of_the_wheel_tests_changes_the_recorded_table_only_if_asked(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RESULTS", "README"):
-        monkeypatch.setattr(wheel_matrix, name, Path(shutil.copy(getattr(wheel_matrix, name), tmp_path)))
-    before = {path: path.read_text() for path in tmp_path.iterdir()}
-    outcome = {"torch": "2.13.0+cpu", "python": "3.11.7", "passed": 12345, "failed": 0, "skipped": 0}
-    monkeypatch.setattr(wheel_matrix, "run_environment", lambda *arguments: dict(outcome))
-    wheel = tmp_path / "mg_ops.whl"
-    wheel.touch()
-    words = ["wheel_matrix.py", str(wheel), "--only", "2.13.0", "--logs", str(tmp_path / "logs"), *flags]
-    monkeypatch.setattr(sys, "argv", words)
-    wheel_matrix.main()
-    changed = {path.name: "12345" in path.read_text() for path, text in before.items() if path.read_text() != text}
-    assert changed == ({"wheel_matrix.json": True, "README.md": True} if flags else {})

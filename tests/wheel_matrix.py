@@ -1,7 +1,7 @@
 """Runs the tests with one wheel in fresh environments, one for each pair of torch and Python: `make test-wheels`.
 
 Each environment is made from nothing (venv, pip install), used and deleted, so a few GB of disk are enough. The tests
-run from a copy outside the checkout: what they import is what pip installed. `--record` keeps the results in
+run from a copy outside the checkout: what they import is what pip installed. Results are kept in
 docs/wheel_matrix.json, one entry an environment, and in the table of the README.
 
     python tests/wheel_matrix.py dist/mg_ops-*.whl                # all of it
@@ -264,7 +264,7 @@ def main() -> None:
         "--find-links", metavar="FOLDER", help="a folder of further wheels, a torch without CUDA perhaps"
     )
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "wheel_matrix", metavar="FOLDER")
-    parser.add_argument("--record", action="store_true", help="write the results to docs/wheel_matrix.json and README")
+    parser.add_argument("--no-record", action="store_true", help="leave docs/wheel_matrix.json and the README alone")
     parser.add_argument("--table", action="store_true", help="only write the README's table again")
     arguments = parser.parse_args()
     if arguments.table:
@@ -294,7 +294,7 @@ def main() -> None:
         for failure in result.get("failures", []):
             print(f"  FAILED {failure}", flush=True)
         good = good and result.get("failed") == 0
-        if arguments.record:
+        if not arguments.no_record:
             record(result)
     if not good:
         sys.exit(f"Not every environment passed; the logs are in {arguments.logs}")
