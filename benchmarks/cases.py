@@ -191,7 +191,7 @@ def make_batches(
             quality, owner = best_overlaps(anchors, image_boxes)
             near = (quality >= 0.3).nonzero().squeeze(1)
             trained = torch.empty(len(near), 1).uniform_(0.3, 1.0, generator=generator)
-            deltas[index, near] += trained * CODER.encode(anchors[near], image_boxes[owner[near]])
+            deltas[index, near] += trained * CODER.encode(anchors=anchors[near], boxes=image_boxes[owner[near]])
             near = (quality >= 0.4).nonzero().squeeze(1)
             raised = torch.empty(len(near)).uniform_(0.0, 1.0, generator=generator)
             logits[index, near, image_labels[owner[near]]] += 2 + 8 * (quality[near] - 0.4) / 0.6 * raised

@@ -150,7 +150,13 @@ def match(batch: Batch, backend: str | None, strategy: str = "mutual", lists: bo
         objects = {"gt_boxes": batch.gt_boxes, "gt_labels": batch.gt_labels, "gt_crowd": batch.gt_crowd}
         objects["gt_offsets"] = batch.gt_offsets
     return mg_ops.mutual_match(
-        batch.anchors, batch.deltas, batch.logits, box_coder=CODER, strategy=strategy, backend=backend, **objects
+        batch.anchors,
+        **objects,
+        cls_logits=batch.logits,
+        box_deltas=batch.deltas,
+        box_coder=CODER,
+        strategy=strategy,
+        backend=backend,
     )
 
 
@@ -321,15 +327,16 @@ def check_backends(batch: Batch, backends: list[str]) -> str:
         "gt_boxes": [boxes[i][s] for i, s in enumerate(subset)],
         "gt_labels": [labels[i][s] for i, s in enumerate(subset)],
         "gt_crowd": None if crowds is None else [crowds[i][s] for i, s in enumerate(subset)],
+        "cls_logits": batch.logits[:num_images],
+        "box_deltas": batch.deltas[:num_images],
         "box_coder": CODER,
     }
-    deltas, logits = batch.deltas[:num_images], batch.logits[:num_images]
     for strategy in ("mutual", "iou"):
-        expected = mg_ops.mutual_match(batch.anchors, deltas, logits, backend="eager", strategy=strategy, **arguments)
+        expected = mg_ops.mutual_match(batch.anchors, **arguments, backend="eager", strategy=strategy)
         for backend in backends:
             if backend == "eager":
                 continue
-            got = mg_ops.mutual_match(batch.anchors, deltas, logits, backend=backend, strategy=strategy, **arguments)
+            got = mg_ops.mutual_match(batch.anchors, **arguments, backend=backend, strategy=strategy)
             for name, a, b in zip(expected._fields, expected, got, strict=True):
                 if not torch.equal(a, b):
                     raise RuntimeError(

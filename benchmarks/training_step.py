@@ -100,11 +100,11 @@ def match_by_backend(backend: str) -> Matching:
     def match(model: nn.Module, deltas: Tensor, logits: Tensor, batch: Batch) -> mg_ops.MutualMatch:
         return mg_ops.mutual_match(
             model.anchors,
-            deltas,
-            logits,
             batch.gt_boxes,
             batch.gt_labels,
             batch.gt_offsets,
+            cls_logits=logits,
+            box_deltas=deltas,
             gt_crowd=batch.gt_crowd,
             box_coder=CODER,
             backend=backend,
@@ -282,11 +282,11 @@ class Trainer:
         cls_logits, box_deltas = self.forward(batch.images.to(self.device))
         expected = mg_ops.mutual_match(
             self.model.anchors,
-            box_deltas,
-            cls_logits,
             batch.gt_boxes,
             batch.gt_labels,
             batch.gt_offsets,
+            cls_logits=cls_logits,
+            box_deltas=box_deltas,
             gt_crowd=batch.gt_crowd,
             box_coder=CODER,
         )

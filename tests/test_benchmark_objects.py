@@ -306,9 +306,16 @@ def test_the_benchmark_runs_checks_and_writes_its_figures(tmp_path: Path) -> Non
 
 def match(batch: Batch, strategy: str = "mutual") -> mg_ops.MutualMatch:
     return mg_ops.mutual_match(
-        batch.anchors, batch.deltas, batch.logits, batch.gt_boxes, batch.gt_labels, batch.gt_offsets,
-        gt_crowd=batch.gt_crowd, box_coder=CODER, strategy=strategy,
-    )  # fmt: skip
+        batch.anchors,
+        batch.gt_boxes,
+        batch.gt_labels,
+        batch.gt_offsets,
+        cls_logits=batch.logits,
+        box_deltas=batch.deltas,
+        gt_crowd=batch.gt_crowd,
+        box_coder=CODER,
+        strategy=strategy,
+    )
 
 
 def assert_nearly_equal(expected: mg_ops.MutualMatch, answer: baselines.Match) -> None:
