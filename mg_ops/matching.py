@@ -174,8 +174,8 @@ def mutual_match(
     Anchors whose predicted boxes localize an object well become its positives for classification; anchors that classify
     it well become its positives for localization. Sizes: B images, A anchors, C classes, N objects in all. Boxes are
     (x1, y1, x2, y2) in any one unit (pixels, or fractions of the image), the same for all arguments. Floating inputs
-    may be float16, bfloat16, float32 or float64; all are rounded to float32 first. Any strides are read in place.
-    Nothing is differentiated: inputs may require grad, and none flows.
+    may be float16, bfloat16, float32 or float64; all are rounded to float32 first. Predictions are read in place,
+    whatever their strides. Nothing is differentiated: inputs may require grad, and none flows.
 
     The objects may come in the form in which you hold them:
 
