@@ -43,6 +43,7 @@ NUMBERS = {**dict.fromkeys(("sigma", "iou_positive", "iou_ignored", "crowd_overl
 def compile_kernel(kernel: str, chip: str, flags: dict[str, bool], floating: str = "fp32", integer: str = "i64") -> Any:
     """A kernel as `mg_ops.triton.mutual_match` launches it, for inputs of these types."""
     function = getattr(mutual_match, f"{kernel}_kernel")
+    flags = {"PROBABILITIES": False, **flags}
     constants = {name: value for name, value in flags.items() if name in function.arg_names}
     constants["BLOCK"] = getattr(mutual_match, f"{kernel.upper()}_BLOCK")
     signature: dict[str, Any] = {}
@@ -124,6 +125,11 @@ def test_divisions_are_there_to_be_exact() -> None:
 @pytest.mark.parametrize("kernel", ["claim", "own"])
 def test_every_dtype_compiles(kernel: str, floating: str) -> None:
     compiled = compile_kernel(kernel, "sm_90", ALL_ON, floating, integer="i32")
+    assert_exact(compiled, "sm_90")
+
+
+def test_probabilities_compile() -> None:
+    compiled = compile_kernel("claim", "sm_90", {**ALL_ON, "PROBABILITIES": True})
     assert_exact(compiled, "sm_90")
 
 
