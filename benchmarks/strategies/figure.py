@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.strategies.studies import PRETRAINED
-from benchmarks.strategies.tables import label_model, mean_and_error, pair_differences, read_values
+from benchmarks.strategies.studies import STUDIES
+from benchmarks.strategies.tables import label_model
+from detector.tables import mean_and_error, pair_differences, read_values
 
 PANELS = (
     ("AP", "AP, points", 100.0, 0),
@@ -49,7 +50,7 @@ def find_leads(contents: Sequence[dict[str, Any]]) -> list[Lead]:
                 values, baseline = (read_values(each, "test", metric) for each in (row, against))
                 differences[metric] = pair_differences(values, baseline)
             if differences["AP"]:
-                pretrained = "pretrained" if row["backbone"] in PRETRAINED else ""
+                pretrained = "pretrained" if row["backbone"] in STUDIES[content["study"]].pretrained else ""
                 label = ", ".join(filter(None, [label_model(row), pretrained, row["note"]]))
                 leads[key] = Lead(f"{setting['data']} {setting['flags']['image-size']}", label, differences)
     return list(leads.values())
