@@ -10,7 +10,6 @@ import argparse
 import datetime
 import json
 import os
-import queue
 import shlex
 import signal
 import subprocess
@@ -167,18 +166,6 @@ def read_scores(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{file}: expected a detector's scores ({error!r}); remove it to have it made anew") from error
 
 
-def check_arguments(run: Run, arguments: dict[str, Any]) -> None:
-    """Raises ValueError for a run that was started with other flags than the study's, those not named among them."""
-    differences = [
-        f"--{name.replace('_', '-')} {arguments[name]!r} where the study has {value!r}"
-        for name, value in run.arguments().items()
-        if (name not in FREE_ON_RESUME and arguments.get(name, value) != value)
-        or (name == "backbone_weights" and (arguments[name] == "none") != (value == "none"))
-    ]
-    if differences:
-        raise ValueError(f"{run.name} was started with other flags: {', '.join(differences)}")
-
-
 def read_run(run: Run) -> dict[str, Any]:
     """The record of a complete run.
 
@@ -186,20 +173,26 @@ def read_run(run: Run) -> dict[str, Any]:
         ValueError: its flags are not the study's, or its test scores are of another checkpoint.
     """
     results, val = read_scores(run.folder / "results.json")
-    check_arguments(run, results["arguments"])
+    arguments = results["arguments"]
+    differences = [
+        f"--{name.replace('_', '-')} {arguments[name]!r} where the study has {value!r}"
+        for name, value in run.arguments().items()  # those that the study does not name among them
+        if (name not in FREE_ON_RESUME and arguments.get(name, value) != value)
+        or (name == "backbone_weights" and (arguments[name] == "none") != (value == "none"))
+    ]
+    if differences:
+        raise ValueError(f"{run.name} was started with other flags: {', '.join(differences)}")
     log = read_log(run.folder / "log.jsonl")
     # Without evaluations and what came before the first step: each entry gives the speed since the entry before.
     seconds, images, step_before = 0.0, 0, -1
     for entry in (entry for entry in log if "images_per_second" in entry):
-        new = (entry["step"] - step_before) * results["arguments"]["batch"]
+        new = (entry["step"] - step_before) * arguments["batch"]
         seconds, images, step_before = seconds + new / entry["images_per_second"], images + new, entry["step"]
     file = run.folder / "provenance.json"
     if file.is_file():
         starts = json.loads(file.read_text())
-        provenance = {
-            **starts[-1],
-            "commit": ", ".join(dict.fromkeys(start.get("commit", "not recorded") for start in starts)),
-        }
+        commits = dict.fromkeys(start.get("commit", "not recorded") for start in starts)
+        provenance = {**starts[-1], "commit": ", ".join(commits)}
     else:  # it was started by hand
         written = datetime.datetime.fromtimestamp((run.folder / "results.json").stat().st_mtime, datetime.timezone.utc)
         provenance = dict.fromkeys(("device", "torch", "mg_ops", "commit"), "not recorded")
@@ -247,18 +240,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 def training_command(run: Run, python: list[str], data: str, weights: str, device: dict[str, str]) -> list[str]:
     """`detector.train` for a run; --resume starts one that is not there."""
-    flags = {"data": data, **run.flags(weights), **device, "out": str(run.folder)}
-    return [*python, "detector.train", "--resume", *run.study.words, *join_flags(flags)]
+    flags = {"data": data, **run.flags(weights), "out": str(run.folder)}
+    return [*python, "detector.train", "--resume", *join_flags(device), *run.study.words, *join_flags(flags)]
 
 
 def commands_of(run: Run, args: argparse.Namespace, num_cores: int) -> list[list[str]]:
     """What is still to do for a run: training, and evaluation of its last checkpoint on the test split."""
     python, data = [sys.executable, "-m"], str(args.data)
     torchrun = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}", "-m"]
-    device = {"device": args.device}
-    if "--workers" not in run.study.words:
-        # On a CPU the network has the cores; a GPU leaves them to the loader.
-        device["workers"] = str(min(12, max(1, num_cores // args.processes)) if args.device == "cuda" else 0)
+    # On a CPU the network has the cores; a GPU leaves them to the loader.
+    workers = min(12, max(1, num_cores // args.processes)) if args.device == "cuda" else 0
+    device = {"device": args.device, "workers": str(workers)}
     commands = []
     if not run.is_trained:
         launcher = torchrun if args.processes > 1 else python
@@ -286,12 +278,12 @@ def share_machine(index: int, args: argparse.Namespace) -> tuple[list[int], dict
     return cores, environment
 
 
-def note_start(run: Run, provenance: dict[str, Any]) -> None:
+def note_start(run: Run, start: dict[str, Any]) -> None:
     """Adds to the run's provenance.json where, when and from which commit it was started or resumed."""
     file = run.folder / "provenance.json"
     starts = json.loads(file.read_text()) if file.is_file() else []
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write_atomically(file, json.dumps([*starts, {**provenance, "date": now}], indent=1) + "\n")
+    write_atomically(file, json.dumps([*starts, {**start, "date": now}], indent=1) + "\n")
 
 
 def execute(
@@ -302,58 +294,55 @@ def execute(
     Returns:
         0, 1 if a run failed, 130 after SIGINT or SIGTERM, when every run has saved its step and ended.
     """
-    shares: queue.SimpleQueue[tuple[list[int], dict[str, str]]] = queue.SimpleQueue()
-    for index in range(args.parallel):
-        shares.put(share_machine(index, args))
+    shares = [share_machine(index, args) for index in range(args.parallel)]
     processes: list[subprocess.Popen[bytes]] = []
     starting, stopping = threading.Lock(), threading.Event()
 
     def complete(run: Run) -> int:
-        cores, environment = share = shares.get()
+        cores, environment = share = shares.pop()
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)  # of this thread, and so of the processes that it starts
-        code = 0
         tqdm.write(f"started {run.name}; what it prints: {run.log}")
         if not run.is_trained:
             note_start(run, {**provenance, "threads": int(environment["OMP_NUM_THREADS"])})
+        code = 0
         for command in commands_of(run, args, len(cores)):
             with starting, run.log.open("ab") as log:
-                if stopping.is_set():
-                    return 130
+                if code != 0 or stopping.is_set():
+                    break
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
                 processes.append(process)
             code = process.wait()
-            if code != 0:
-                break
-        shares.put(share)
+        shares.append(share)
         return code
 
     failed = False
+    pool = ThreadPoolExecutor(args.parallel)
     terminate_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as SIGINT is
     try:
-        with ThreadPoolExecutor(args.parallel) as pool:
-            futures = {pool.submit(complete, run): run for run in runs if not run.is_complete}
-            try:
-                for future in tqdm(as_completed(futures), total=len(futures), unit="run", disable=None):
-                    run, code = futures[future], future.result()
-                    if code == 0:
-                        tqdm.write(f"finished {run.name}")
-                        after_each()
-                    else:
-                        failed = True
-                        last_line = "".join(run.log.read_text(errors="replace").splitlines()[-1:])
-                        tqdm.write(f"failed {run.name}, exit status {code}: {last_line}")
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                with starting:
-                    stopping.set()
-                for process in processes:
-                    process.terminate()  # detector.train saves its step and exits
-                raise
-    except KeyboardInterrupt:
+        futures = {pool.submit(complete, run): run for run in runs if not run.is_complete}
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run", disable=None):
+            run, code = futures[future], future.result()
+            if code == 0:
+                tqdm.write(f"finished {run.name}")
+                after_each()
+            else:
+                failed = True
+                last_line = "".join(run.log.read_text(errors="replace").splitlines()[-1:])
+                tqdm.write(f"failed {run.name}, exit status {code}: {last_line}")
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        with starting:
+            stopping.set()
+        for process in processes:
+            process.terminate()  # detector.train saves its step and exits
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        pool.shutdown()
         print("interrupted: every run has saved its step; the same command continues")
         return 130
     finally:
+        pool.shutdown()
         signal.signal(signal.SIGTERM, terminate_handler)
     return int(failed)
 
@@ -398,14 +387,10 @@ def choose_rows(study: Study, args: argparse.Namespace) -> list[Row]:
 def run_study(
     study: Study, args: argparse.Namespace, folder: Path, provenance: dict[str, Any], write: Callable[[Any], Any]
 ) -> int:
-    """Runs the rows that a command line asks for.
+    """Runs the rows that a command line (of `add_arguments`) asks for, in a folder that has one for each setting.
 
-    Args:
-        study: what to run.
-        args: the command line, see `add_arguments`.
-        folder: where the settings' folders are.
-        provenance: what is noted of each start, beside its date and number of threads.
-        write: keeps the study's records; called before the first run and after each.
+    `provenance` is noted at each start, beside date and number of threads; `write` keeps the study's records, before
+    the first run and after each.
 
     Returns:
         0, 1 if a run failed, 130 after a signal.
@@ -418,18 +403,15 @@ def run_study(
     for flag in ("parallel", "processes"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag}: expected at least 1, got {getattr(args, flag)}")
-    args.data, folder = args.data.resolve(), folder.resolve()
-    if Path(args.backbone_weights).is_file():
-        args.backbone_weights = str(Path(args.backbone_weights).resolve())
-    runs = find_runs(study, choose_rows(study, args), args.seeds or study.seeds, folder)
+    runs = find_runs(study, choose_rows(study, args), list(dict.fromkeys(args.seeds or study.seeds)), folder)
     for run in runs:
         run.arguments()
     content = collect(study, folder)
-    if args.dry_run:
-        for run in runs:
-            print(f"# {run.name}: {'complete' if run.is_complete else 'trained' if run.is_trained else 'to do'}")
-            for command in commands_of(run, args, 1) if not run.is_complete else ():
-                print(shlex.join(command))
-        return 0
-    write(content)
-    return execute(runs, args, provenance, lambda: write(collect(study, folder)))
+    if not args.dry_run:
+        write(content)
+        return execute(runs, args, provenance, lambda: write(collect(study, folder)))
+    for run in runs:
+        print(f"# {run.name}: {'complete' if run.is_complete else 'trained' if run.is_trained else 'to do'}")
+        for command in commands_of(run, args, 1) if not run.is_complete else ():
+            print(shlex.join(command))
+    return 0

@@ -343,7 +343,7 @@ def test_a_row_is_trained_once_and_stands_beside_the_papers_number(
     assert reproduce.main([*PAPER[:3], "--strategy", "classify_to_localize", "--dry-run"]) == 0
     assert (place / "runs/reproduce/table1/table.md").read_text() == table
     said = capsys.readouterr().out
-    assert said.count("detector.train --resume") == 5 and "| fssd resnet18 | mutual | 2 |" in said
+    assert said.count("classify_to_localize-seed0: to do") == 5 and "| fssd resnet18 | mutual | 2 |" in said
     assert reproduce.main(PAPER) == 0
     assert "started" not in capsys.readouterr().out
 
@@ -351,7 +351,7 @@ def test_a_row_is_trained_once_and_stands_beside_the_papers_number(
 def test_the_papers_rows_are_trained_with_the_released_losses_and_what_the_user_adds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    extra = ["--dry-run", "--image-size=160", "--cache", "--focal-gamma", "1.5", "--workers", "3", "--processes", "2"]
+    extra = ["--dry-run", "--image-size=160", "--cache", "--focal-gamma", "1.5", "--workers=3", "--processes", "2"]
     assert reproduce.main([*PAPER, *extra, "--backbone-weights", "none"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[3])
     assert "torch.distributed.run" in words and "--nproc-per-node=2" in words

@@ -32,46 +32,39 @@ RELEASED_BOX_LOSS, RELEASED_GAMMA = "--box-loss released_balanced_l1", "--focal-
 
 
 def make_rows(
-    variants: Iterable[tuple[str, str]], strategies: Iterable[str] = ("iou", "mutual"), detector: str = "fssd resnet18"
+    variants: dict[str, str], strategies: Iterable[str] = ("iou", "mutual"), detector: str = "fssd resnet18"
 ) -> tuple[Row, ...]:
-    """Every variant, (flags, note), with every strategy."""
-    return tuple(
-        Row(*detector.split(), strategy, parse_flags(flags), note)
-        for flags, note in variants
-        for strategy in strategies
-    )
+    """Every variant, flags by note, with every strategy."""
+    flags = {note: parse_flags(text) for note, text in variants.items()}
+    return tuple(Row(*detector.split(), strategy, flags[note], note) for note in flags for strategy in strategies)
 
 
-DETECTORS = ("fssd vgg16", "retinanet vgg16", "rfbnet vgg16", "fssd resnet18")
-EVERY_DETECTOR = tuple(row for detector in DETECTORS for row in make_rows([("", "")], STRATEGIES, detector))
-BY_NOTE = ("iou", None)
-
+EVERY_DETECTOR = tuple(
+    row
+    for detector in ("fssd vgg16", "retinanet vgg16", "rfbnet vgg16", "fssd resnet18")
+    for row in make_rows({"": ""}, STRATEGIES, detector)
+)
 ALL = (
     Study(
         "bccd-learning-rate",
         "BCCD at 160 pixels: the learning rate, chosen on val by shorter runs",
         BCCD_160,
-        make_rows((f"--epochs 25 --lr {lr}", f"lr {lr}") for lr in ("0.01", "0.02")),
+        make_rows({f"lr {lr}": f"--epochs 25 --lr {lr}" for lr in ("0.01", "0.02")}),
         (0,),
         split="val",
         baseline=None,
     ),
-    Study("bccd-fssd-resnet18", "BCCD at 160 pixels: the four strategies", BCCD_160, make_rows([(LR, "")], STRATEGIES)),
+    Study("bccd-fssd-resnet18", "BCCD at 160 pixels: the four strategies", BCCD_160, make_rows({"": LR}, STRATEGIES)),
     Study(
         "bccd-sigma",
         "BCCD at 160 pixels: the degree of amplification",
         BCCD_160,
         (
-            # 2 is the default, and not in the name: the runs of bccd-fssd-resnet18 are these.
-            *make_rows(
-                (
-                    (LR if sigma == "2" else f"{LR} --sigma {sigma}", f"sigma {sigma}")
-                    for sigma in ("1.5", "2", "3", "5")
-                ),
-                ["mutual"],
-            ),
+            *make_rows({"sigma 1.5": f"{LR} --sigma 1.5"}, ["mutual"]),
+            *make_rows({"sigma 2": LR}, ["mutual"]),  # the default: the runs of bccd-fssd-resnet18 are these
+            *make_rows({f"sigma {sigma}": f"{LR} --sigma {sigma}" for sigma in (3, 5)}, ["mutual"]),
             # Localisation by the anchors' own IoU, classification by regressed boxes: mutual without amplification.
-            *make_rows([(LR, "no amplification")], ["localize_to_classify"]),
+            *make_rows({"no amplification": LR}, ["localize_to_classify"]),
         ),
         baseline=("localize_to_classify", "no amplification"),
     ),
@@ -80,41 +73,41 @@ ALL = (
         "BCCD at 160 pixels: with the losses of the paper's released code",
         BCCD_160,
         make_rows(
-            [
-                (LR, ""),
-                (f"{RELEASED_BOX_LOSS} {LR}", "released Balanced L1"),
-                (f"{RELEASED_GAMMA} {LR}", "gamma 1"),
-                (f"{RELEASED_BOX_LOSS} {RELEASED_GAMMA} {LR}", "released losses"),
-            ]
+            {
+                "": LR,
+                "released Balanced L1": f"{RELEASED_BOX_LOSS} {LR}",
+                "gamma 1": f"{RELEASED_GAMMA} {LR}",
+                "released losses": f"{RELEASED_BOX_LOSS} {RELEASED_GAMMA} {LR}",
+            }
         ),
-        baseline=BY_NOTE,
+        baseline=("iou", None),
     ),
     Study(
         "bccd-schedule",
         "BCCD at 160 pixels: shorter and longer schedules",
         BCCD_160,
         make_rows(
-            [
-                (f"--epochs 10 {LR}", "10 epochs"),
-                (f"--epochs 20 {LR}", "20 epochs"),
-                (LR, ""),
-                (f"--epochs 80 {LR}", "80 epochs"),
-                (f"{RELEASED_BOX_LOSS} {RELEASED_GAMMA} {LR}", "released losses"),
-                (f"{RELEASED_BOX_LOSS} {RELEASED_GAMMA} --epochs 80 {LR}", "released losses, 80 epochs"),
-            ]
+            {
+                "10 epochs": f"--epochs 10 {LR}",
+                "20 epochs": f"--epochs 20 {LR}",
+                "": LR,
+                "80 epochs": f"--epochs 80 {LR}",
+                "released losses": f"{RELEASED_BOX_LOSS} {RELEASED_GAMMA} {LR}",
+                "released losses, 80 epochs": f"{RELEASED_BOX_LOSS} {RELEASED_GAMMA} --epochs 80 {LR}",
+            }
         ),
-        baseline=BY_NOTE,
+        baseline=("iou", None),
     ),
     Study(
         "bccd-detectors",
         "BCCD at 160 pixels: other detectors, and a pretrained backbone",
         BCCD_160,
         (
-            *make_rows([(LR, "")]),
-            *make_rows([(LR, ""), (f"--epochs 80 {LR}", "80 epochs")], detector="retinanet resnet18"),
-            *make_rows([(f"--epochs 15 {PUBLISHED_LR}", "15 epochs"), (PUBLISHED_LR, "")], detector="rfbnet vgg16"),
+            *make_rows({"": LR}),
+            *make_rows({"": LR, "80 epochs": f"--epochs 80 {LR}"}, detector="retinanet resnet18"),
+            *make_rows({"15 epochs": f"--epochs 15 {PUBLISHED_LR}", "": PUBLISHED_LR}, detector="rfbnet vgg16"),
         ),
-        baseline=BY_NOTE,
+        baseline=("iou", None),
     ),
     Study("aquarium", "Aquarium at 320 pixels: every detector", AQUARIUM_320, EVERY_DETECTOR),
     Study("bccd", "BCCD at 320 pixels: every detector", BCCD_320, EVERY_DETECTOR),
