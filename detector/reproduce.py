@@ -59,11 +59,6 @@ def make_study(args: argparse.Namespace, train_words: list[str]) -> Study:
     )
 
 
-def label_model(row: dict[str, Any]) -> str:
-    """As the tables name it."""
-    return f"{row['model']} {row['backbone']}"
-
-
 def render(content: dict[str, Any], asked: set[str]) -> str:
     """What was measured (mean and standard deviation over seeds) beside the paper's numbers, and paired differences.
 
@@ -73,8 +68,10 @@ def render(content: dict[str, Any], asked: set[str]) -> str:
     for row in content["rows"]:
         if row["runs"] or row["name"] in asked:
             cells = [f"{format_mean(read_values(row, 'val', metric))} ({row['paper'][metric]})" for metric in METRICS]
-            lines.append(f"| {label_model(row)} | {row['strategy']} | {len(row['runs'])} | {' | '.join(cells)} |")
-    differences = format_differences(content, ("iou", ""), label_model)
+            lines.append(
+                f"| {row['model']} {row['backbone']} | {row['strategy']} | {len(row['runs'])} | {' | '.join(cells)} |"
+            )
+    differences = format_differences(content, ("iou", ""))
     return "\n".join([*lines, *([""] if differences else []), *differences]) + "\n"
 
 

@@ -27,10 +27,44 @@ sys.path.append(str(ROOT))
 from benchmarks.machine import describe_machine  # noqa: E402
 from benchmarks.strategies.figure import draw_leads, find_leads  # noqa: E402
 from benchmarks.strategies.studies import STUDIES  # noqa: E402
-from benchmarks.strategies.tables import SCRIPT, render, replace_section  # noqa: E402
-from detector.runs import Study, add_arguments, collect, run_study, write_atomically  # noqa: E402
+from detector import tables  # noqa: E402
+from detector.runs import Study, add_arguments, collect, join_flags, run_study, write_atomically  # noqa: E402
 
+SCRIPT = "benchmarks/strategies/compare.py"
 RESULTS, DOCUMENT = ROOT / "benchmarks/strategies/results", ROOT / "docs/results.md"
+
+
+def render(content: dict[str, Any], study: Study) -> str:
+    """A study's part of docs/results.md, in Markdown."""
+    pretrained = any(row.backbone in study.pretrained for row in study.rows)
+    weights = " --backbone-weights VGG16_WEIGHTS" if pretrained else ""
+    flags = " ".join(join_flags({**dict(study.setting.flags), **({} if pretrained else {"backbone-weights": "none"})}))
+    parts = [
+        [
+            f"`python {SCRIPT} --study {study.name} --data {study.setting.data}{weights}`; each run is "
+            f"`detector.train` with `{flags}` and the flags in its row's name; the JSON file has whole commands."
+        ],
+        tables.format_provenance(content),
+        tables.format_scores(content),
+        tables.format_differences(content, study.baseline) if study.baseline is not None else [],
+        tables.format_classes(content),
+        tables.format_agreement(content, study.baseline),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def replace_section(document: str, name: str, text: str) -> str:
+    """A document with what stands between the markers of a study replaced.
+
+    Raises:
+        ValueError: the document does not have the study's markers.
+    """
+    begin, end = f"<!-- begin {name}: written by {SCRIPT} -->\n", f"<!-- end {name} -->\n"
+    before, found_begin, rest = document.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"expected the lines {begin.strip()!r} and {end.strip()!r} in the document")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def write_tables(study: Study, content: dict[str, Any]) -> None:
