@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 
 import mg_ops
 from detector.data import default_splits
-from detector.runs import METRICS, Row, Setting, Study, add_arguments, choose_rows, collect, run_study, write_atomically
+from detector.program import run_program
+from detector.runs import METRICS, Row, Setting, Study, add_arguments, choose_rows, collect, run_study, write_text
 from detector.tables import format_differences, format_mean, read_values
 
 STRATEGIES = ("iou", "localize_to_classify", "classify_to_localize", "mutual")
@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     asked, folder = {row.name for row in choose_rows(study, args)}, args.out / args.table
 
     def write(content: dict[str, Any]) -> None:
-        write_atomically(folder / "table.json", json.dumps(content, indent=1))
-        write_atomically(folder / "table.md", render(content, asked))
+        write_text(folder / "table.json", json.dumps(content, indent=1))
+        write_text(folder / "table.md", render(content, asked))
 
     code = run_study(study, args, args.out, {"torch": torch.__version__, "mg_ops": mg_ops.__version__}, write)
     print(render(collect(study, args.out), asked))
@@ -102,8 +102,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        print(f"python -m detector.reproduce: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

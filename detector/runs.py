@@ -23,8 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from detector.batches import MAX_SEED
+from detector.checkpoint import FREE_ON_RESUME
+from detector.outputs import whole_file
+from detector.program import default_device, whole_number
+from detector.run_log import read_log
 from detector.scores import AGREEMENT_METRICS
-from detector.train import FREE_ON_RESUME, parse_arguments, read_log
+from detector.train import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("AP", "AP50", "AP75")
@@ -226,12 +231,11 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
     return {"study": study.name, "title": study.title, "split": study.split, "setting": setting, "rows": rows}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file is the old one or the new one, always whole."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one piece, and its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +287,7 @@ def note_start(run: Run, start: dict[str, Any]) -> None:
     file = run.folder / "provenance.json"
     starts = json.loads(file.read_text()) if file.is_file() else []
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write_atomically(file, json.dumps([*starts, {**start, "date": now}], indent=1) + "\n")
+    write_text(file, json.dumps([*starts, {**start, "date": now}], indent=1) + "\n")
 
 
 def execute(
@@ -357,16 +361,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every program that runs a study has."""
     parser.add_argument("--data", type=Path, help="folder of the study's data set, or of any set to run its rows on")
     parser.add_argument("--format", choices=("voc", "coco"), help="how it is laid out, if not as the study says")
-    parser.add_argument("--seeds", nargs="+", type=int, help="each row once per seed; by default the study's")
+    parser.add_argument(
+        "--seeds", nargs="+", type=whole_number(0, MAX_SEED), help="each row once per seed; by default the study's"
+    )
     for flag, field in CHOICES.items():
         # Under both names: what is taken for a flag of detector.train would be the row's to set.
         parser.add_argument(f"--{flag}", f"--{field}", nargs="+", metavar="NAME", help="only rows with one of these")
     weights = "of backbones that start from pretrained ones: imagenet (downloaded) or the file of a state dict"
     parser.add_argument("--backbone-weights", default="imagenet", help=weights)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="where to train (%(default)s)")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at once, each with its share of cores and GPUs")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs that one run takes, through torchrun")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=default_device(), help="where to train (%(default)s)"
+    )
+    parser.add_argument(
+        "--parallel", type=whole_number(1), default=1, help="runs at once, each with its share of cores and GPUs"
+    )
+    parser.add_argument(
+        "--processes", type=whole_number(1), default=1, help="GPUs that one run takes, through torchrun"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left; write nothing")
 
 
@@ -400,9 +411,6 @@ def run_study(
     """
     if args.data is None:
         raise ValueError(f"--data is needed: the folder of {study.setting.data}")
-    for flag in ("parallel", "processes"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag}: expected at least 1, got {getattr(args, flag)}")
     runs = find_runs(study, choose_rows(study, args), list(dict.fromkeys(args.seeds or study.seeds)), folder)
     for run in runs:
         run.arguments()

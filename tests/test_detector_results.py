@@ -115,5 +115,5 @@ def test_figures_are_of_the_kind_their_suffix_says(suffix: str, start: bytes, tm
 
 
 def test_a_run_without_a_log_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="there is no log"):
         visualize.main(["curves", "--runs", str(tmp_path), "--out", str(tmp_path / "figure.png")])

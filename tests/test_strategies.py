@@ -33,7 +33,7 @@ TINY = Setting(
 )
 STUDY = Study("tiny", "Tiny", TINY, tuple(Row("fssd", "resnet18", strategy) for strategy in ("iou", "mutual")), (0, 1))
 IOU, MUTUAL = STUDY.rows
-COLLECT = ["--study", "tiny", "--collect"]
+COLLECT = ["--study", "tiny", "--record", "--collect"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(STUDIES, "tiny", STUDY)
-    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(compare, "RECORDS", tmp_path / "results")
     monkeypatch.setattr(compare, "DOCUMENT", tmp_path / "results.md")
     (tmp_path / "results.md").write_text(
         f"above\n<!-- begin tiny: written by {compare.SCRIPT} -->\nold\n<!-- end tiny -->\nbelow\n"
@@ -215,6 +215,16 @@ def test_finished_runs_are_collected_whatever_their_seeds_and_unfinished_ones_ar
         assert f"{path}/" not in text + document
 
 
+def test_without_record_results_stay_beside_the_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finish_all(place / "runs/strategies", {MUTUAL: {0: 0.2}})
+    document = (place / "results.md").read_text()
+    assert compare.main(["--study", "tiny", "--collect"]) == 0
+    assert json.loads((place / "runs/strategies/tiny.json").read_text())["study"] == "tiny"
+    text = (place / "runs/strategies/tiny.md").read_text()
+    assert "| mutual | 0 | 20.0 |" in text and text in capsys.readouterr().out
+    assert not (place / "results").exists() and (place / "results.md").read_text() == document
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -228,7 +238,7 @@ def test_a_run_with_other_flags_is_refused_before_anything_is_run(
     changed: dict[str, object], message: str, place: Path
 ) -> None:
     finish(Run(STUDY, IOU, 0, place / "runs/strategies/tiny-64/fssd-resnet18-iou-seed0"), 0.2, changed)
-    for command in (COLLECT, ["--study", "tiny", "--data", "."]):
+    for command in (COLLECT, ["--study", "tiny", "--record", "--data", "."]):
         with pytest.raises(ValueError, match=f"fssd-resnet18-iou-seed0 was started with other flags.*{message}"):
             compare.main(command)
     assert not (place / "results").exists()
@@ -254,7 +264,7 @@ def test_a_dry_run_prints_what_is_left_to_do_and_writes_nothing(
     finish_all(place / "runs/strategies", {IOU: {0: 0.2}, MUTUAL: {0: 0.2}})
     (place / "runs/strategies/tiny-64/fssd-resnet18-mutual-seed0/test/metrics.json").unlink()
     before = sorted(place.rglob("*"))
-    flags = ["--study", "tiny", "--data", ".", "--dry-run", "--device", "cpu"]
+    flags = ["--study", "tiny", "--record", "--data", ".", "--dry-run", "--device", "cpu"]
     assert compare.main([*flags, "--seeds", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["# fssd-resnet18-iou-seed0: complete", "# fssd-resnet18-mutual-seed0: trained"]
@@ -284,7 +294,7 @@ def test_runs_go_side_by_side_and_a_failure_stops_no_other(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runs, "commands_of", finish_quickly)
-    flags = ["--study", "tiny", "--data", ".", "--device", "cpu", "--parallel", "2"]
+    flags = ["--study", "tiny", "--record", "--data", ".", "--device", "cpu", "--parallel", "2"]
     assert compare.main(flags) == 1
     said = capsys.readouterr().out
     assert said.count("started ") == 4 and said.count("finished ") == 3
@@ -317,7 +327,7 @@ def test_a_signal_ends_every_run_and_waits_for_it(
 
     watcher = threading.Thread(target=interrupt_when_ready)
     watcher.start()
-    assert compare.main(["--study", "tiny", "--data", ".", "--device", "cpu", "--parallel", "2"]) == 130
+    assert compare.main(["--study", "tiny", "--record", "--data", ".", "--device", "cpu", "--parallel", "2"]) == 130
     watcher.join()
     assert all((run.folder / "saved").exists() for run in started)
     assert "the same command continues" in capsys.readouterr().out
@@ -369,7 +379,7 @@ def test_the_papers_rows_are_trained_with_the_released_losses_and_what_the_user_
         ("table1 --data . --strategies iou mutaul", "--strategies: mutaul not in table1; it has iou, localize_to"),
         ("table2 --data . --strategies localize_to_classify", "not in table2; it has iou, mutual"),
         ("table1 --data . --models rfbnet --backbones resnet18", "no row with all of these"),
-        ("table1 --data . --parallel 0", "--parallel: expected at least 1, got 0"),
+        ("table1 --data . --parallel 0", "argument --parallel: expected a whole number, 1 or more"),
         ("table1 --data . --image-sise 160", "unrecognized arguments: --image-sise"),
         ("table1", "--data is needed"),
     ],
@@ -393,7 +403,7 @@ def test_the_tables_are_the_papers() -> None:
 @pytest.mark.slow
 def test_the_detectors_own_runs_fill_the_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data", str(write_voc(place / "voc", {"train": 4, "val": 2, "test": 2})), "--device", "cpu"]
-    assert compare.main(["--study", "tiny", *data, "--seeds", "0", "--rows", "fssd-resnet18-mutual"]) == 0
+    assert compare.main(["--study", "tiny", "--record", *data, "--seeds", "0", "--rows", "fssd-resnet18-mutual"]) == 0
     trained = json.loads((place / "runs/strategies/tiny-64/fssd-resnet18-mutual-seed0/results.json").read_text())
     record = json.loads((place / "results/tiny.json").read_text())["rows"][1]["runs"][0]
     assert record["val"]["AP"] == trained["AP"] and record["training_seconds"] > 0 and record["steps"] == 1

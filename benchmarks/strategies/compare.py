@@ -2,13 +2,14 @@
 
     python benchmarks/strategies/compare.py --study bccd-fssd-resnet18 --data BCCD --parallel 2
     python benchmarks/strategies/compare.py --study bccd-fssd-resnet18 --data BCCD --dry-run   # the commands alone
-    python benchmarks/strategies/compare.py --render   # docs/results.md from the JSON files
+    python benchmarks/strategies/compare.py --render   # docs/results.md from the recorded JSON files
     python benchmarks/strategies/compare.py --plot docs/figures/leads.png   # and its first picture
 
 A study is a list of rows (what is trained) in a setting (what all of them have in common); each row is trained once a
 seed, by `detector.train`, and its last checkpoint is scored by `detector.evaluate`. Runs that are complete are not run
 again, interrupted ones are resumed, and a run that several studies ask for is shared by them. After each run the
-study's JSON file in benchmarks/strategies/results/ and its tables in docs/results.md are written anew.
+study's JSON file and its tables are written anew, beside the runs in runs/strategies/, which git ignores; with --record
+to benchmarks/strategies/results/ and docs/results.md.
 
 Whatever is tuned is chosen by the val split, for both strategies with the same budget, and reported on test.
 """
@@ -22,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "benchmarks/strategies/results"
+DOCUMENT = ROOT / "docs/results.md"
 sys.path.append(str(ROOT))
 
 from benchmarks.machine import describe_machine  # noqa: E402
 from benchmarks.strategies.figure import draw_leads, find_leads  # noqa: E402
 from benchmarks.strategies.studies import STUDIES  # noqa: E402
 from detector import tables  # noqa: E402
-from detector.runs import Study, add_arguments, collect, join_flags, run_study, write_atomically  # noqa: E402
+from detector.program import run_program  # noqa: E402
+from detector.runs import Study, add_arguments, collect, join_flags, run_study, write_text  # noqa: E402
 
 SCRIPT = "benchmarks/strategies/compare.py"
-RESULTS, DOCUMENT = ROOT / "benchmarks/strategies/results", ROOT / "docs/results.md"
 
 
 def render(content: dict[str, Any], study: Study) -> str:
@@ -54,7 +57,7 @@ def render(content: dict[str, Any], study: Study) -> str:
 
 
 def replace_section(document: str, name: str, text: str) -> str:
-    """A document with what stands between the markers of a study replaced.
+    """A document with new text between the markers of a study.
 
     Raises:
         ValueError: the document does not have the study's markers.
@@ -65,11 +68,6 @@ def replace_section(document: str, name: str, text: str) -> str:
     if not found_begin or not found_end:
         raise ValueError(f"expected the lines {begin.strip()!r} and {end.strip()!r} in the document")
     return f"{before}{begin}\n{text}\n{end}{after}"
-
-
-def write_tables(study: Study, content: dict[str, Any]) -> None:
-    """A study's tables in docs/results.md."""
-    write_atomically(DOCUMENT, replace_section(DOCUMENT.read_text(), study.name, render(content, study)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,15 +85,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--study", choices=STUDIES, help="which table; see below")
     add_arguments(parser)
     parser.add_argument("--runs", type=Path, default=Path("runs/strategies"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--record", action="store_true", help="write the results that docs/results.md shows")
     parser.add_argument("--collect", action="store_true", help="run nothing: read the runs that are there and write")
     parser.add_argument("--render", action="store_true", help="run and read nothing: tables from the JSON files")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="likewise: mutual less iou in every setting, drawn")
     args = parser.parse_args(argv)
     if args.render or args.plot is not None:
-        files = [RESULTS / f"{name}.json" for name in STUDIES]
+        files = [RECORDS / f"{name}.json" for name in STUDIES]
         contents = [json.loads(file.read_text()) for file in files if file.is_file()]
         for content in contents if args.render else ():
-            write_tables(STUDIES[content["study"]], content)
+            name = content["study"]
+            write_text(DOCUMENT, replace_section(DOCUMENT.read_text(), name, render(content, STUDIES[name])))
         if args.plot is not None:
             draw_leads(find_leads(contents), args.plot)
         return 0
@@ -105,10 +105,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.format is not None:
         study = study._replace(setting=study.setting._replace(layout=args.format))
 
+    files = [RECORDS / f"{study.name}.json", DOCUMENT]
+    if not args.record:
+        files = [args.runs / f"{study.name}.json", args.runs / f"{study.name}.md"]
+
     def write(content: dict[str, Any]) -> None:
         if any(row["runs"] for row in content["rows"]):  # else the results that are there stay
-            write_atomically(RESULTS / f"{study.name}.json", json.dumps(content, indent=1) + "\n")
-            write_tables(study, content)
+            write_text(files[0], json.dumps(content, indent=1) + "\n")
+            text = render(content, study)
+            write_text(files[1], replace_section(DOCUMENT.read_text(), study.name, text) if args.record else text)
 
     if args.collect:
         write(collect(study, args.runs))
@@ -119,13 +124,9 @@ def main(argv: list[str] | None = None) -> int:
         code = run_study(study, args, args.runs, provenance, write)
     if not args.dry_run:
         print(render(collect(study, args.runs), study))
-        print(f"written to {RESULTS / study.name}.json and {DOCUMENT}")
+        print(f"written to {files[0]} and {files[1]}")
     return code
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        print(f"python {SCRIPT}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main)
