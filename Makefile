@@ -153,16 +153,21 @@ test-wheel: wheel build/wheel-venv/.installed  ## the wheel in a clean environme
 	build/wheel-venv/bin/python -m pip --disable-pip-version-check install --quiet --force-reinstall --no-deps dist/*.whl
 	build/wheel-venv/bin/python -I tests/try_installed_wheel.py
 
-docs: $(VENV)/.docs  ## the documentation site in build/site, without a warning and with every link checked
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
-	$(PY) docs/check_site.py build/site
-$(VENV)/.docs: $(VENV)/.installed
-	$(PIP) install --group docs
+# In an environment of its own, without torch: the API pages are made from the source, which is not imported.
+DOCS_VENV := build/docs-venv
+docs: $(DOCS_VENV)/.installed  ## the documentation site in build/site, without a warning and with every link checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	$(DOCS_VENV)/bin/lychee --offline --include-fragments --no-progress --root-dir $(CURDIR)/build/site 'build/site/**/*.html'
+$(DOCS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --group docs
 	@touch $@
 
-# Needs a few GB of disk at a time, and an interpreter for each Python version (on PATH or pyenv's).
+# Needs 6 GB of disk at a time. uv takes the Python versions from PATH (with pyenv: `PYENV_VERSION=3.10.13:3.11.7:...`) or
+# downloads them.
 test-wheels: wheel  ## the test suite with the wheel under every supported torch and Python; options in WHEEL_TEST_ARGS
-	OMP_NUM_THREADS=1 $(PY) tests/wheel_matrix.py dist/*.whl $(WHEEL_TEST_ARGS)
+	PATH="$(VENV)/bin:$$PATH" nox $(WHEEL_TEST_ARGS)
 
 lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format and the workflows' linters, without changing anything
 	$(VENV)/bin/ruff check .
