@@ -169,12 +169,14 @@ $(DOCS_VENV)/.installed: pyproject.toml
 test-wheels: wheel  ## the test suite with the wheel under every supported torch and Python; options in WHEEL_TEST_ARGS
 	PATH="$(VENV)/bin:$$PATH" nox $(WHEEL_TEST_ARGS)
 
-lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format and the workflows' linters, without changing anything
+lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format, and linters of the workflows and the citation file, without changing anything
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy mg_ops
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(VENV)/bin/zizmor --offline --quiet .github
 
 format: $(VENV)/.installed  ## rewrites what ruff and clang-format can

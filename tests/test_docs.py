@@ -172,6 +172,11 @@ def test_the_installation_page_shows_every_environment_the_wheel_is_tested_in() 
     assert len(rows) == len(environments)
 
 
+def test_the_citation_file_names_this_version() -> None:
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == mg_ops.__version__
+
+
 @pytest.mark.parametrize(
     "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/results/NOTES.md"], ids=name_of
 )
