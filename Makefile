@@ -110,7 +110,7 @@ test-asan: asan-checkout  ## the C++ backend's tests under AddressSanitizer and 
 fuzz: asan-checkout  ## FUZZ_CALLS right and wrong calls of everything public under the sanitizers
 	$(SANITIZED) $(PY) tests/wrong_calls.py --calls $(FUZZ_CALLS) --first $(FUZZ_FIRST) --backends cpp cpp cpp eager
 
-# Needs g++'s libtsan, and leave to switch off the randomisation of addresses, which it does not always cope with.
+# Needs g++'s libtsan, and leave to switch off the randomization of addresses, which it cannot always handle.
 races: $(VENV)/.installed  ## calls on several threads under ThreadSanitizer; options in RACES_ARGS
 	$(CMAKE) -S . -B build/tsan -G Ninja -DPython_EXECUTABLE=$(PY) -DMG_OPS_SANITIZE_THREADS=ON
 	$(CMAKE) --build build/tsan --target mg_ops
