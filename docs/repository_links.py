@@ -71,7 +71,7 @@ def source_page(path: str) -> str:
         )
         return f"# `{path}`\n\nThis folder of the repository holds\n\n" + "".join(f"- `{name}`\n" for name in names)
     language = LANGUAGES.get(Path(path).suffix, "text")
-    return f"---\nhide: [toc]\n---\n# `{path}`\n\n````{language}\n{(ROOT / path).read_text()}\n````\n"
+    return f"---\nhide: [toc]\nsearch: {{boost: 0.2}}\n---\n# `{path}`\n\n````{language}\n{(ROOT / path).read_text()}\n````\n"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
