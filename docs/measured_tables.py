@@ -61,11 +61,12 @@ def method_row(method: dict[str, Any]) -> str:
 def case_section(name: str, case: dict[str, Any]) -> list[str]:
     """The table of one case."""
     sizes, objects = case["sizes"], case["objects_per_image"]
+    mean = f"{objects['mean']:,.0f}" if objects["mean"] >= 100 else f"{objects['mean']:.3g}"
     return [
         f"#### {name}",
         "",
-        f"B = {sizes['B']} images, A = {sizes['A']:,} anchors, C = {sizes['C']} classes; {objects['mean']:.3g} "
-        f"objects an image (at most {objects['max']:,}), {case['objects_from']}. "
+        f"B = {sizes['B']} images, A = {sizes['A']:,} anchors, C = {sizes['C']} classes; {mean} "
+        f"objects per image (at most {objects['max']:,}), {case['objects_from']}. "
         f"Checked before it was timed: {case['checked']}.",
         "",
         "| method | median | quartiles | against (a) | extra memory | notes |",
@@ -141,8 +142,10 @@ def wheel_table() -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Puts the tables in place of their marks: those of all machines, GPUs among them as soon as one was measured."""
+    """Puts the tables in place of their marks: those of all machines, GPUs among them once one is measured."""
     if MARK in markdown:
         sections = [machine_section(path) for path in sorted(RESULTS.glob("*/match_speed.json"))]
         markdown = markdown.replace(MARK, "\n\n".join(sections))
-    return markdown.replace(WHEELS_MARK, wheel_table()) if WHEELS_MARK in markdown else markdown
+    if WHEELS_MARK in markdown:
+        markdown = markdown.replace(WHEELS_MARK, wheel_table())
+    return markdown.replace(" ± ", "\u00a0±\u00a0")  # a value and its error stay on one line
