@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torchvision.ops import box_iou
 import mg_ops
 from benchmarks import anchors as anchor_grids
 from benchmarks.objects import ImageObjects, generate_coco, generate_dense, generate_voc
+from detector.anchors import make_anchors as make_detector_anchors
 
 CODER = mg_ops.BoxCoder()
 
@@ -59,7 +61,7 @@ def _case(
     name: str, batch_size: int, grid: str, objects: str, per_image: int | None = None, num_classes: int = 80
 ) -> Case:
     make_anchors, image_size, keep_aspect = {
-        "ssd": (anchor_grids.make_ssd_anchors, (320, 320), False),
+        "ssd": (partial(make_detector_anchors, 320), (320, 320), False),
         "retinanet": (anchor_grids.make_retinanet_anchors, (1333, 800), True),
         "dense": (anchor_grids.make_dense_anchors, (608, 800), True),
     }[grid]

@@ -7,7 +7,7 @@
 Every answer is checked before it is timed: each backend against backend="eager" integer by integer, each baseline by
 its share of equal labels (native arithmetic may differ on ties; under 99.9 percent the run fails). Methods take
 turns, so that noise hits all alike, and each call reads another batch. Baselines: benchmarks/baselines.py; how
-batches are made: benchmarks/cases.py and objects.py. Prints tables, writes JSON and a plot.
+batches are made: benchmarks/cases.py and objects.py. Prints tables, and writes JSON and a plot to runs/benchmarks/.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from benchmarks import baselines  # noqa: E402
 from benchmarks.card_limits import copy_bandwidth, launch_seconds  # noqa: E402
 from benchmarks.cases import CASES, CODER, SWEEP, Batch, Case, batches_beyond_cache, make_batches  # noqa: E402
 from benchmarks.graph_replay import REPLAYS, GraphOfCalls  # noqa: E402
-from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
+from benchmarks.machine import add_output_options, describe_machine, prepare_output  # noqa: E402
 from benchmarks.objects import ImageObjects, read_objects  # noqa: E402
 
 LOOP = "loop"
@@ -200,15 +200,15 @@ class Methods:
         for name in names:
             reference = {"pair_bytes": 90.0, "per_image": True} if name == "eager" else {}
             add(f"{name}", f"mg_ops {name}", lambda b, n=name: match(b, n), "mutual", subject=True, **reference)
-        if best != "eager" and not sweep:
-            add(
-                f"{best}-lists",
-                f"mg_ops {best}, objects as lists",
-                lambda b: match(b, best, lists=True),
-                "mutual",
-                subject=True,
-                captured=False,
-            )
+            if name == best != "eager" and not sweep:  # beside the packed objects: their turns follow each other
+                add(
+                    f"{best}-lists",
+                    f"mg_ops {best}, objects as lists",
+                    lambda b: match(b, best, lists=True),
+                    "mutual",
+                    subject=True,
+                    captured=False,
+                )
         add(LOOP, "(a) loop over images and objects", match_loop, "mutual")
         if not sweep:
             add(TUNED_LOOP, "(a2) the loop, tuned by hand", match_tuned_loop, "mutual")
@@ -771,6 +771,11 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
+def format_ratio(ratio: float) -> str:
+    """Three digits, or all of them before the point."""
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+
+
 def format_bytes(size: float) -> str:
     """Three digits and a unit, in powers of 1000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -793,7 +798,7 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
     sizes, objects = case["sizes"], case["objects_per_image"]
     batches = f", {sizes['batches']} batches in turn" if sizes["batches"] > 1 else ""
     table = Table(
-        title=f"[bold]{name}[/]  B = {sizes['B']}, A = {sizes['A']:,}, C = {sizes['C']}; objects an image: mean "
+        title=f"[bold]{name}[/]  B = {sizes['B']}, A = {sizes['A']:,}, C = {sizes['C']}; objects per image: mean "
         f"{objects['mean']:.1f}, max {objects['max']} ({case['objects_from']}){batches}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -824,7 +829,7 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
             label,
             format_seconds(method["median_seconds"]),
             f"{format_seconds(quartiles[0])} - {format_seconds(quartiles[1])}" if quartiles else "one call",
-            f"{ratio:.3g}x" if ratio else "",
+            f"{format_ratio(ratio)}x" if ratio else "",
         ]
         if on_cuda:
             replay, over = cuda["graph_replay_seconds"], cuda["ratio_to_floor"]
@@ -905,17 +910,20 @@ def verdict_lines(cases: dict[str, dict]) -> list[str]:
         replay = subject.get("cuda", {}).get("graph_replay_seconds")
         if replay:
             time_text += f" ({format_seconds(replay)} on the device)"
+        lists = next((method for key, method in case["methods"].items() if key.endswith("-lists")), None)
+        if lists and lists["median_seconds"]:
+            time_text += f" (objects as lists: {format_seconds(lists['median_seconds'])})"
         extra = format_memory(subject, case["sizes"]["B"] * case["sizes"]["A"])
         threads = f"{loop['threads']} thread{'' if loop['threads'] == 1 else 's'}"
-        memory = f"extra memory {extra} for each anchor of the batch"
+        memory = f"extra memory {extra} per anchor of the batch"
         tuned = case["methods"].get(TUNED_LOOP, {}).get("median_seconds")
         against_tuned = ""
         if tuned:
             ratio = tuned / subject["median_seconds"]
-            against_tuned = f", {ratio:.3g} times as fast as (a2) ({format_seconds(tuned)})"
+            against_tuned = f", {format_ratio(ratio)} times as fast as (a2) ({format_seconds(tuned)})"
         lines.append(
-            f"{name}: {subject['label']} {time_text}, {subject['loop_over_this']:.3g} times as fast as the loop (a) "
-            f"({format_seconds(loop['median_seconds'])}, {threads}){against_tuned}; {memory}"
+            f"{name}: {subject['label']} {time_text}, {format_ratio(subject['loop_over_this'])} times as fast as the "
+            f"loop (a) ({format_seconds(loop['median_seconds'])}, {threads}){against_tuned}; {memory}"
         )
     return lines
 
@@ -999,44 +1007,43 @@ def plot_sweep(cases: dict[str, dict], machine: dict, path: Path) -> bool:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked against what is usable here."""
-    parser = argparse.ArgumentParser(
-        description="Time and memory of mg_ops.mutual_match beside what people use today.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(description="Time and memory of mg_ops.mutual_match beside what people use today.")
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(CASE_GROUPS), default=list(CASE_GROUPS), help="what to run (all)"
     )
-    parser.add_argument("--cases", nargs="+", choices=list(CASE_GROUPS), default=list(CASE_GROUPS), help="what to run")
     parser.add_argument(
         "--boxes",
         type=Path,
         metavar="FILE_OR_FOLDER",
         help="objects of voc320, coco320 and coco800 from COCO-style JSON or VOC XML, instead of generated ones",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="backends of mg_ops (all that are usable)")
     parser.add_argument(
-        "--backends", nargs="+", metavar="NAME", help="backends of mg_ops; all that are usable if not given"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; (a) also tries fewer"
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="CPU threads (%(default)s); (a) and (a2) also try fewer",
     )
     parser.add_argument(
         "--longest-call",
         type=float,
         metavar="SECONDS",
-        help=f"leave out baselines that would take longer a call; by default {LONGEST_CALL_SECONDS:g}",
+        help=f"leave out baselines that would take longer per call ({LONGEST_CALL_SECONDS:g}, with --quick 1)",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="rounds in which every method has its turn")
-    parser.add_argument("--seed", type=int, default=0, help="of objects and predictions")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="rounds in which every method has its turn (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of objects and predictions (%(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="small batches, 2 rounds, no torch.compile: a check, no figures"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave out baseline (c)")
     parser.add_argument("--no-plot", action="store_true", help="write no PNG")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.json",
-        help="default: benchmarks/results/MACHINE/match_speed.json; the plot goes beside it",
-    )
+    add_output_options(parser)
     options = parser.parse_args(arguments)
+    if options.record and (options.quick or options.boxes is not None or len(set(options.cases)) < len(CASE_GROUPS)):
+        parser.error("--record: expected all cases on generated objects, without --quick, --boxes and --cases")
     if options.device not in ("cpu", "cuda"):
         parser.error(f"--device: expected cpu or cuda, got {options.device}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -1069,9 +1076,9 @@ def make_quick(case: Case) -> Case:
     return replace(case, batch_size=min(case.batch_size, 4 if objects is None else 1), objects_per_image=objects)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line asks for; the exit status."""
-    options = parse_options()
+    options = parse_options(arguments)
     console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()
     torch.set_num_threads(options.threads)
@@ -1097,17 +1104,14 @@ def main() -> int:
     for name, status in mg_ops.backends().items():
         if not status.usable:
             console.print(f"  backend {name}: {status.detail}")
+    output = prepare_output(options, machine, "quick" if options.quick else "match_speed")
     floor = measure_floor() if options.device == "cuda" else None
     builder = Methods(options)
     cases: dict[str, dict] = {}
     names = [name for group in options.cases for name in CASE_GROUPS[group]]
     if options.quick:
         names = [name for name in names if name in ("voc320", "coco320", "dense")] or names[:1]
-    output = options.output or ROOT / "benchmarks" / "results" / machine_folder(machine) / (
-        "quick.json" if options.quick else "match_speed.json"
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shown = {name: value for name, value in vars(options).items() if name != "output"}
+    shown = {name: value for name, value in vars(options).items() if name not in ("output", "record")}
     content = {"machine": machine, "options": shown, "floor": floor, "cases": cases}
     for name in names:
         case = make_quick(CASES[name]) if options.quick else CASES[name]

@@ -43,20 +43,12 @@ sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
 from benchmarks import baselines  # noqa: E402
-from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
+from benchmarks.machine import add_output_options, describe_machine, prepare_output  # noqa: E402
 from benchmarks.objects import generate_voc  # noqa: E402
 from detector.augment import TrainingTransform  # noqa: E402
-from detector.checkpoint import make_detector  # noqa: E402
-from detector.data import (  # noqa: E402
-    AnnotatedImage,
-    AnnotatedImages,
-    TrainingBatch,
-    TrainingImages,
-    collate,
-    decode_all,
-    default_splits,
-    read_data,
-)
+from detector.batches import TrainingBatch, TrainingImages, collate, decode_all  # noqa: E402
+from detector.data import AnnotatedImage, AnnotatedImages, default_splits, read_data  # noqa: E402
+from detector.detectors import make_detector  # noqa: E402
 from detector.loss import detection_loss  # noqa: E402
 
 DETECTORS = ("fssd-resnet18", "fssd-vgg16", "retinanet-resnet18", "retinanet-vgg16", "rfbnet-vgg16")
@@ -480,24 +472,24 @@ def print_detector(detector: str, content: dict[str, Any], options: argparse.Nam
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(
-        description="Where the time of a training step goes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Where the time of a training step goes.")
+    parser.add_argument(
+        "--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), help="what to train (all)"
     )
-    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), help="what to train")
-    parser.add_argument("--image-size", type=int, default=160, help="side of the input, a multiple of 32")
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--steps", type=int, default=5, help="steps timed with each matching")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before these")
-    parser.add_argument("--batches", type=int, default=3, help="batches that take turns")
+    parser.add_argument("--image-size", type=int, default=160, help="side of the input, a multiple of 32 (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="steps timed with each matching (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before these (%(default)s)")
+    parser.add_argument("--batches", type=int, default=3, help="batches that take turns (%(default)s)")
     parser.add_argument("--data", type=Path, help="folder of a data set, in place of generated images")
-    parser.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out")
+    parser.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out (%(default)s)")
     parser.add_argument("--split", help="by default what detector.train trains on")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
-    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the network")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (%(default)s)")
+    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the network (%(default)s)")
     parser.add_argument("--captured", action="store_true", help="also the whole step as one CUDA graph (--device cuda)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, images and augmentation")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: in benchmarks/results/MACHINE/")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, images and augmentation (%(default)s)")
+    add_output_options(parser)
     options = parser.parse_args(arguments)
     for flag in ("batch", "steps", "batches", "threads"):
         if getattr(options, flag) < 1:
@@ -516,6 +508,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True
     machine = describe_machine(options.device)
+    output = prepare_output(options, machine, "training_step")
     matchings = make_matchings(options.device)
     console.print(
         f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops {machine['mg_ops']} at {machine['commit']}; "
@@ -532,7 +525,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         batches = [add_object_forms(batch, torch.device(options.device)) for batch in prepared]
         objects = sum(len(batch.gt_labels) for batch in batches) / (len(batches) * options.batch)
-        shown = {name: value for name, value in vars(options).items() if name not in ("output", "data")}
+        shown = {name: value for name, value in vars(options).items() if name not in ("output", "record", "data")}
         detectors: dict[str, Any] = {}
         content = {
             "machine": machine,
@@ -541,8 +534,6 @@ def main(arguments: list[str] | None = None) -> int:
             "data_milliseconds_per_image": milliseconds,
             "detectors": detectors,
         }
-        output = options.output or ROOT / "benchmarks" / "results" / machine_folder(machine) / "training_step.json"
-        output.parent.mkdir(parents=True, exist_ok=True)
         total = len(options.detectors) * (options.warmup + options.steps) * len(matchings)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed} of {task.total}"))
         for_progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)

@@ -15,6 +15,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from detector.batches import MAX_SEED
+from detector.outputs import prepare_folder, whole_file, write_json
+from detector.program import run_program, whole_number
+
 
 class Row(NamedTuple):
     """A row of a table: what is trained, and the paper's AP, AP50 and AP75 in percent."""
@@ -91,6 +95,21 @@ def format_table(rows: list[Row], results: dict[tuple[str, str, str], list[dict[
     return "\n".join(lines) + "\n"
 
 
+def read_scores(path: Path) -> dict[str, float]:
+    """AP, AP50 and AP75 of a results.json.
+
+    Raises:
+        ValueError: it is something else, or cut off.
+    """
+    try:
+        measured = json.loads(path.read_text())
+        return {metric: measured[metric] for metric in METRICS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the results of detector.train, delete it to train anew ({error!r})"
+        ) from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns how many runs failed."""
     parser = argparse.ArgumentParser(
@@ -111,8 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--backbones", nargs="+", choices=("resnet18", "vgg16_bn"), help="rows of these backbones only")
     parser.add_argument("--strategies", nargs="+", help="rows of these strategies only")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row once a seed")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs a run takes, through torchrun")
+    parser.add_argument("--seeds", nargs="+", type=whole_number(0, MAX_SEED), default=[0], help="each row once a seed")
+    parser.add_argument("--processes", type=whole_number(1), default=1, help="GPUs a run takes, through torchrun")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and the table, run nothing")
     args, train_flags = parser.parse_known_args(argv)
 
@@ -130,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}", "-m"]
     folder = args.out / args.table
+    prepare_folder(folder, ("table.md", "table.json"))
     failed = []
     results: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     for seed in args.seeds:
@@ -149,18 +169,17 @@ def main(argv: list[str] | None = None) -> int:
                     if code != 0:
                         failed.append(out)
             if (out / "results.json").is_file():
-                measured = json.loads((out / "results.json").read_text())
                 results.setdefault((row.model, row.backbone, row.strategy), []).append(
-                    {metric: measured[metric] for metric in METRICS}
+                    read_scores(out / "results.json")
                 )
             # After every run, so that a table is there whenever one looks.
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "table.md").write_text(format_table(rows, results))
+            with whole_file(folder / "table.md") as file:
+                file.write(format_table(rows, results).encode())
     measured_rows = [
         {**row._asdict(), "paper": dict(zip(METRICS, row.paper, strict=True)), "runs": results.get(row[:3], [])}
         for row in rows
     ]
-    (folder / "table.json").write_text(json.dumps(measured_rows, indent=1))
+    write_json(folder / "table.json", measured_rows, indent=1)
     print(format_table(rows, results))
     for out in failed:
         print(f"failed: {out}")
@@ -168,4 +187,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

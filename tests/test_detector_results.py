@@ -11,7 +11,8 @@ from PIL import Image
 from small_data import write_voc
 
 from detector import detect, reproduce, visualize
-from detector.checkpoint import make_detector, save_atomically
+from detector.checkpoint import save_atomically
+from detector.detectors import make_detector
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ def test_figures_are_of_the_kind_their_suffix_says(suffix: str, start: bytes, tm
 
 
 def test_a_run_without_a_log_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="there is no log"):
         visualize.main(["curves", "--runs", str(tmp_path), "--out", str(tmp_path / "figure.png")])
 
 

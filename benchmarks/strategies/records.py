@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.strategies.studies import PRETRAINED, Row, Run, Study, find_runs, is_complete
-from detector.evaluate import AGREEMENT_METRICS
 from detector.reproduce import METRICS
+from detector.scores import AGREEMENT_METRICS
 
 
 def join_flags(flags: dict[str, object]) -> list[str]:
@@ -39,7 +39,8 @@ def check_arguments(run: Run, arguments: dict[str, Any]) -> None:
     Raises:
         ValueError: names each flag that differs.
     """
-    from detector.train import FREE_ON_RESUME, parse_arguments
+    from detector.checkpoint import FREE_ON_RESUME
+    from detector.train import parse_arguments
 
     expected = vars(parse_arguments(["--data", ".", *join_flags(dict(run.flags()))]))
     differences = [
@@ -90,7 +91,7 @@ def read_run(run: Run, split: str, provenance: dict[str, object]) -> dict[str, A
     Raises:
         ValueError: its flags are not the study's, or its test scores are of another checkpoint.
     """
-    from detector.train import read_log
+    from detector.run_log import read_log
 
     results = json.loads((run.folder / "results.json").read_text())
     check_arguments(run, results["arguments"])
