@@ -41,7 +41,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
+from benchmarks.machine import MEASUREMENTS, RECORDS, describe_machine, machine_folder  # noqa: E402
 
 CALL_SECONDS = 520.0
 """A call ends itself after so long: within 9 minutes, whatever hangs."""
@@ -404,20 +404,21 @@ def kernel_profile(check: Check) -> Command:
     """Nsight Compute on every kernel of three cases; its whole tables go into the archive."""
     ncu = "tests/cuda_on_cpu/pretend_ncu.py" if check.dry_run else find_tool("ncu")
     words = ["--ncu", ncu, "--output", check.result("kernel_profile.json"), "--tables", str(check.logs)]
-    words += ["--images", "1"] if check.dry_run else []
+    words += ["--images", "1", "--seconds", "inf"] if check.dry_run else []
     return Command(script(check, "kernel_profile.py", *words), r"predicted|failed|rror")
 
 
 def triton_tests(check: Check) -> Command:
-    """The Triton backend, with few random batches: each may be a variant to compile. In a dry run interpreted."""
+    """The Triton backend, with few random batches: each may be a variant to compile.
+
+    In a dry run other kernels stand in, and then Triton's interpreter runs its own.
+    """
     environment = {"OMP_NUM_THREADS": "2", "MG_OPS_FUZZ": "0.02"}
-    files, selection = (*TRITON_TESTS, "tests/test_gpu.py"), "triton"
+    command = pytest_command(check, (*([] if check.dry_run else TRITON_TESTS), "tests/test_gpu.py"), "-k", "triton")
     if check.dry_run:
-        environment |= {"TRITON_INTERPRET": "1", "MG_OPS_FUZZ": "0.01"}
-        files, selection = TRITON_TESTS, "ranking or empty_sizes or memory or overflow"
-        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", selection, *files]
-        return Command(command, r"\d (passed|failed|error)", environment)
-    return Command(pytest_command(check, files, "-k", selection), r"\d (passed|failed|error)", environment)
+        interpreted = ["tests/test_triton_interpreted.py", "-k", "rest"]
+        command = in_a_row(command, [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *interpreted])
+    return Command(command, r"\d (passed|failed|skipped|error)", environment)
 
 
 def baselines(check: Check) -> Command:
@@ -470,7 +471,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("calls", nargs="*", metavar="CALL", help=f"of {', '.join(CALLS)}; all if none is named")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: every step on stand-ins")
-    parser.add_argument("--output", type=Path, help="folder for the results (default benchmarks/results/<gpu>)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="folder for the results (default runs/benchmarks/<gpu>)")
+    where.add_argument("--record", action="store_true", help="the default is benchmarks/results/<gpu>, which is kept")
     parser.add_argument(
         "--seconds", type=float, help=f"for each call (default {CALL_SECONDS:g}; a dry run takes the time it needs)"
     )
@@ -510,8 +513,8 @@ def main() -> int:
         return 2
     machine = {**describe_machine("cpu" if options.dry_run else "cuda"), "tools": describe_tools()}
     if options.output is None:
-        folder = "build/gpu-check/dry-run" if options.dry_run else f"benchmarks/results/{machine_folder(machine)}"
-        options.output = ROOT / folder
+        folder = (RECORDS if options.record else MEASUREMENTS) / machine_folder(machine)
+        options.output = ROOT / "build" / "gpu-check" / "dry-run" if options.dry_run else folder
     options.output = options.output.resolve()
     print("gpu-check" + (" (dry run: no figure below is of a GPU)" if options.dry_run else ""))
     for name, value in {**machine, **machine["tools"]}.items():

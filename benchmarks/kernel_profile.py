@@ -145,25 +145,32 @@ def describe_launch(name: str, summary: dict[str, Any]) -> str:
     )
 
 
-def profile(ncu: str, name: str, program: list[str], folder: Path) -> list[dict[str, Any]]:
+def profile(ncu: str, name: str, program: list[str], folder: Path, seconds: float) -> list[dict[str, Any]]:
     """Runs ncu on a program that makes one call of a case; all metrics of each launch.
 
     Raises:
-        RuntimeError: ncu gave nothing, in its own words.
+        RuntimeError: ncu gave nothing, in its own words, or took longer than `seconds`.
     """
+    table = folder / f"ncu-{name}.csv"
     command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
     command += ["--print-units", "base", "--kernel-name-base", "demangled", "--kernel-name", "regex:mg_ops"]
     sections = [word for section in SECTIONS for word in ("--section", section)]
     problem = ""
     # A metric that this ncu does not know ends it: then again with the sections alone, which are its own.
     for more in (["--metrics", ",".join(METRICS.values())], []):
-        result = subprocess.run([*command, *sections, *more, *program], capture_output=True, text=True, check=False)
-        (folder / f"ncu-{name}.csv").write_text(result.stdout)
+        with table.open("w") as file:  # and no pipe, which whatever ncu leaves behind would keep open
+            process = subprocess.Popen([*command, *sections, *more, *program], stdout=file, stderr=subprocess.STDOUT)
+            try:
+                ending = f"exit status {process.wait(seconds)}"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                ending = f"cut off after {seconds:.0f} s"
+        text = table.read_text(errors="replace")
         try:
-            return read_raw_page(result.stdout)
+            return read_raw_page(text)
         except ValueError as error:
-            said = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
-            problem = f"{error} (exit status {result.returncode}): {' / '.join(said[-5:])}"
+            said = [line for line in text.splitlines() if line.strip()]
+            problem = f"{error} ({ending}): {' / '.join(said[-5:])}"
             print(f"{name}: {problem}", flush=True)
     raise RuntimeError(problem)
 
@@ -186,6 +193,7 @@ def main() -> int:
     parser.add_argument("--ncu", default="ncu", help="Nsight Compute's command line program (default: ncu on the PATH)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASE_NAMES, metavar="CASE", help="what to profile")
     parser.add_argument("--images", type=int, help="a batch has no more images than this")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for ncu on one case (default %(default)g)")
     parser.add_argument("--output", type=Path, default=Path("kernel_profile.json"), metavar="FILE.json")
     parser.add_argument("--tables", type=Path, default=Path(), metavar="FOLDER", help="for all that ncu says")
     parser.add_argument("--call", choices=CASES, help="only run one call of this case, for ncu to profile")
@@ -204,7 +212,7 @@ def main() -> int:
     failed = False
     for name in options.cases:
         try:
-            launches = profile(options.ncu, name, [*program, "--call", name], options.tables)
+            launches = profile(options.ncu, name, [*program, "--call", name], options.tables, options.seconds)
         except (RuntimeError, OSError) as error:
             failed, content["cases"][name] = True, {"failed": str(error)}
             print(f"{name}: failed: {error}", flush=True)

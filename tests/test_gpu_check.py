@@ -40,17 +40,16 @@ RESULTS = {
 # On a machine made to look like the one it is for
 
 
-@pytest.fixture(scope="module")
-def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def make_machine(folder: Path) -> tuple[Path, dict[str, str]]:
     """A copy of the checkout, and the environment variables of the machine."""
+    shutil.rmtree(folder / "machine", ignore_errors=True)
+    (folder / "machine").mkdir(parents=True)
     try:
-        environment = make_environment(tmp_path_factory.mktemp("machine"))
+        environment = make_environment(folder / "machine")
     except importlib.metadata.PackageNotFoundError as error:
         pytest.skip(f"the machine has a package that is not here: {error}")
-    # Always the same folder: what is built there need not be built again.
-    checkout = ROOT / "build" / "bare-gpu-machine"
-    copy_checkout(ROOT, checkout)
-    return checkout, environment
+    copy_checkout(ROOT, folder / "checkout")
+    return folder / "checkout", environment
 
 
 def run_there(machine: tuple[Path, dict[str, str]], *command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -60,7 +59,7 @@ def run_there(machine: tuple[Path, dict[str, str]], *command: str | Path) -> sub
 
 
 @pytest.mark.slow
-def test_the_machine_lacks_what_it_should(bare_machine: tuple[Path, dict[str, str]]) -> None:
+def test_the_machine_lacks_what_it_should(tmp_path: Path) -> None:
     program = (
         "import importlib.util, shutil, socket, torch, torchvision, triton\n"
         "names = ('pycocotools', 'tensorboard', 'mypy', 'yaml', 'pybind11', 'ultralytics', 'mg_ops')\n"
@@ -69,16 +68,15 @@ def test_the_machine_lacks_what_it_should(bare_machine: tuple[Path, dict[str, st
         "try: socket.create_connection(('192.0.2.1', 80), 1)\n"
         "except OSError: print('no network')\n"
     )
-    result = run_there(bare_machine, "-I", "-c", program)
+    result = run_there(make_machine(tmp_path), "-I", "-c", program)
     assert result.stdout.splitlines() == ["[]", "[]", "no network"], result.stderr
 
 
 @pytest.mark.slow
-def test_there_every_test_file_can_be_collected_and_all_gpu_tests_are_named(
-    bare_machine: tuple[Path, dict[str, str]],
-) -> None:
-    checkout, environment = bare_machine
-    environment = {**environment, "PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'tests'}"}
+def test_there_every_test_file_can_be_collected_and_all_gpu_tests_are_named(tmp_path: Path) -> None:
+    checkout, environment = make_machine(tmp_path)
+    environment["PYTHONPATH"] = f"{checkout}{os.pathsep}{checkout / 'tests'}"
+    environment["MG_OPS_TEST_NO_LIBRARY"] = "1"  # the bindings of the C++ headers are not built there
     command = ["-m", "pytest", "-qq", "-p", "no:cacheprovider", "-p", "cuda_on_cpu.pretend_gpu", "--collect-only"]
     result = run_there((checkout, environment), *command, "-m", "gpu", "tests")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -88,23 +86,25 @@ def test_there_every_test_file_can_be_collected_and_all_gpu_tests_are_named(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("call", list(STEPS))
-def test_dry_run_goes_through_every_step(bare_machine: tuple[Path, dict[str, str]], tmp_path: Path, call: str) -> None:
-    checkout, environment = bare_machine
-    environment = {**environment, "MG_OPS_COMMIT": "0123abc"}
-    result = run_there((checkout, environment), "benchmarks/gpu_check.py", call, "--dry-run", "--output", tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    summary = json.loads((tmp_path / f"{call}.json").read_text())
-    assert sorted(step["name"] for step in summary["steps"]) == sorted(STEPS[call])
-    assert summary["passed"] and summary["complete"] and summary["dry_run"]
-    assert summary["machine"]["commit"] == "0123abc"
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written == {f"{call}.json", f"{call}.tar.gz", *RESULTS[call]} and len(written) <= 8
-    with tarfile.open(tmp_path / f"{call}.tar.gz") as archive:
-        names = set(archive.getnames())
-    assert names >= {f"{call}/{name}.log" for name in STEPS[call]} | {f"{call}/{name}" for name in RESULTS[call]}
-    assert "All passed" in result.stdout.strip().splitlines()[-1]
-    check_results(call, tmp_path, summary)
+def test_there_a_dry_run_goes_through_every_step_of_every_call(tmp_path: Path) -> None:
+    # Always the same folder: what has been built there need not be built again.
+    machine = make_machine(ROOT / "build" / "bare-gpu-machine")
+    machine[1]["MG_OPS_COMMIT"] = "0123abc"
+    for call in STEPS:
+        output = tmp_path / call
+        result = run_there(machine, "benchmarks/gpu_check.py", call, "--dry-run", "--output", output)
+        assert result.returncode == 0, result.stdout + result.stderr
+        summary = json.loads((output / f"{call}.json").read_text())
+        assert sorted(step["name"] for step in summary["steps"]) == sorted(STEPS[call])
+        assert summary["passed"] and summary["complete"] and summary["dry_run"]
+        assert summary["machine"]["commit"] == "0123abc"
+        written = {path.name for path in output.iterdir()}
+        assert written == {f"{call}.json", f"{call}.tar.gz", *RESULTS[call]} and len(written) <= 8
+        with tarfile.open(output / f"{call}.tar.gz") as archive:
+            names = set(archive.getnames())
+        assert names >= {f"{call}/{name}.log" for name in STEPS[call]} | {f"{call}/{name}" for name in RESULTS[call]}
+        assert "All passed" in result.stdout.strip().splitlines()[-1]
+        check_results(call, output, summary)
 
 
 def check_results(call: str, output: Path, summary: dict[str, Any]) -> None:
@@ -133,6 +133,45 @@ def check_results(call: str, output: Path, summary: dict[str, Any]) -> None:
         detectors = results["training_step.json"]["detectors"]
         assert list(detectors) == ["fssd-resnet18", "retinanet-resnet18"]
         assert all(detector["captured"]["step_seconds"] > 0 for detector in detectors.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stand-in for a GPU
+
+ON_THE_STAND_IN = """
+import torch
+a = torch.arange(3.0)
+on_device = a.to("cuda")
+on_device += 1
+assert a.tolist() == [0, 1, 2]  # a copy to the device is a copy
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    double = 2 * on_device
+    double[:1] += 1  # through a view, in place
+    total = double.sum()
+on_device.copy_(torch.tensor([10.0, 20.0, 30.0]))
+graph.replay()
+assert double.tolist() == [21, 40, 60] and total.item() == 121
+for read in (lambda: total.item(), lambda: on_device.nonzero(), lambda: double[double > 1]):
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            read()
+    except RuntimeError as error:
+        assert "not permitted when stream is capturing" in str(error)
+    else:
+        raise AssertionError("a captured graph waited for the device")
+print("all of it")
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_stand_in_copies_replays_and_refuses_to_wait_as_a_gpu_does(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(ON_THE_STAND_IN)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "cuda_on_cpu.pretend_gpu", str(program)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.stdout.strip() == "all of it", result.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,9 +345,9 @@ def test_an_ncu_that_lacks_a_metric_is_asked_again_for_its_sections(
     ncu.chmod(0o755)
     if knows == "nothing":
         with pytest.raises(RuntimeError, match="Failed to find metric"):
-            kernel_profile.profile(str(ncu), "coco320", ["program"], tmp_path)
+            kernel_profile.profile(str(ncu), "coco320", ["program"], tmp_path, 60.0)
         return
-    launches = kernel_profile.profile(str(ncu), "coco320", ["program"], tmp_path)
+    launches = kernel_profile.profile(str(ncu), "coco320", ["program"], tmp_path, 60.0)
     assert [launch["kernel"] for launch in launches] == ["claim_kernel", "rank_kernel"]
     assert (tmp_path / "ncu-coco320.csv").read_text() == RAW_PAGE
     assert ("Failed to find metric" in capsys.readouterr().out) == (knows == "its sections alone")
