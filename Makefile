@@ -72,7 +72,7 @@ bench: build  ## the matching against what people use today, into runs/benchmark
 bench-step: build  ## where the time of a training step goes, for each detector and each matching; options in BENCH_ARGS
 	$(PY) benchmarks/training_step.py $(BENCH_ARGS)
 
-gpu-check:  ## check and measure on this machine's GPU: its own Python with torch and nvcc, no network, no .venv
+gpu-check:  ## check and measure on this machine's GPU, with PYTHON and no .venv; options in GPU_CHECK_ARGS, "--help" among them
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 test: test-wheel test-asan test-python  ## everything a change must pass
