@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mg_ops.backend_choice import operator_of
 from mg_ops.boxes import BoxCoder
 from mg_ops.checks import check_arguments, check_bool, check_thresholds
-from mg_ops.objects import Objects, pack_objects
+from mg_ops.objects import pack_objects
 from mg_ops.validation import check_values
 
 
@@ -115,13 +115,12 @@ def mutual_match(
         device = anchors.device
         if check_bool("check", check):
             check_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd)
-        if isinstance(gt_boxes, Tensor):
-            objects = Objects.already_packed(gt_boxes, gt_labels, gt_offsets, gt_crowd)
-        else:
+        objects: tuple[Any, ...] = (gt_boxes, gt_labels, gt_offsets, gt_crowd)
+        if not isinstance(gt_boxes, Tensor):
             objects = pack_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, cls_scores.shape[0], device)
         operator = operator_of(backend, device)
         if check:
-            check_values(anchors, pred_boxes, cls_scores, *objects, box_coder)
+            check_values(anchors, pred_boxes, cls_scores, box_coder, *objects)
         result = operator(
             anchors,
             pred_boxes,
@@ -135,8 +134,10 @@ def mutual_match(
             crowd_overlap,
         )
         return MutualMatch(*result)
-    except Exception as error:
-        failure = error
-    check_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd)
-    check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
-    raise failure
+    except Exception:
+        try:
+            check_arguments(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd)
+            check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
+        except (TypeError, ValueError) as fault:
+            raise fault from None
+        raise

@@ -23,11 +23,6 @@ class Objects(NamedTuple):
     gt_crowd: Tensor | None
     """(N,) bool."""
 
-    @classmethod
-    def already_packed(cls, *arguments: Any) -> Objects:
-        """What a caller says is packed, unchecked."""
-        return cls(*arguments)
-
 
 def pack_objects(
     gt_boxes: Tensor | Sequence[Tensor],
@@ -53,11 +48,11 @@ def pack_objects(
     obviously_right = not isinstance(gt_boxes, Tensor) and not torch.compiler.is_compiling() and gt_offsets is None
     if not (obviously_right and _fit(gt_boxes, gt_labels, gt_crowd, batch_size, device)):
         check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
-    if isinstance(gt_boxes, Tensor):
-        return Objects.already_packed(gt_boxes, gt_labels, gt_offsets, gt_crowd)
     labels: Any = gt_labels
     crowd: Any = gt_crowd
-
+    if isinstance(gt_boxes, Tensor):
+        assert gt_offsets is not None
+        return Objects(gt_boxes, labels, gt_offsets, crowd)
     offsets = [0]
     for boxes in gt_boxes:
         offsets.append(offsets[-1] + boxes.shape[0])

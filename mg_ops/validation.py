@@ -14,11 +14,11 @@ def check_values(
     anchors: Tensor,
     pred_boxes: Tensor,
     cls_scores: Tensor,
+    box_coder: BoxCoder | None,
     gt_boxes: Tensor,
     gt_labels: Tensor,
     gt_offsets: Tensor,
     gt_crowd: Tensor | None,
-    box_coder: BoxCoder | None,
 ) -> None:
     """Raises ValueError naming the first value that `mutual_match` would otherwise pass over in silence.
 

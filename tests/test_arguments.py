@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
+import weakref
 from typing import Any
 
 import numpy as np
@@ -876,3 +878,19 @@ def test_wrong_call_of_the_function(kind: str) -> None:
             mg_ops.mutual_match(arguments["anchors"])  # type: ignore[call-arg]
         else:
             mg_ops.mutual_match(**arguments, sigmas=2.0)  # type: ignore[call-arg]
+
+
+def test_an_explained_error_keeps_nothing_alive() -> None:
+    """Neither a second traceback to read, nor a cycle of frames that holds the tensors of a call that failed."""
+    arguments = {**packed(), "gt_labels": torch.zeros(2, dtype=torch.int64)}
+    alive = weakref.ref(arguments["cls_scores"])
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match=r"^gt_labels") as caught:
+            mg_ops.mutual_match(**arguments)
+        assert caught.value.__suppress_context__
+        del caught, arguments
+        assert alive() is None
+    finally:
+        gc.enable()
