@@ -713,6 +713,11 @@ def test_wrong_boxes(call: Any, error: type[Exception], message: str) -> None:
         ),
         ({"gt_boxes": [torch.zeros(3, 4)]}, ValueError, r"^gt_boxes: expected a list of 2 tensors"),
         ({"gt_labels": [torch.zeros(2), torch.zeros(1)]}, TypeError, r"^gt_labels\[0\]: expected dtype int64 or int32"),
+        (
+            {"gt_boxes": [torch.zeros(2, 4).to_sparse(), torch.zeros(1, 4)]},
+            TypeError,
+            r"^gt_boxes\[0\]: expected a dense tensor",
+        ),
         ({"box_coder": "ssd"}, TypeError, r"^box_coder: expected mg_ops.BoxCoder or None, got str"),
         ({"match": (1, 2)}, TypeError, r"^match: expected what mg_ops.mutual_match returned, got tuple"),
         ({"num_classes": 2.5}, TypeError, r"^num_classes: expected an integer or None, got float"),
