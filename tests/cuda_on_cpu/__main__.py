@@ -14,6 +14,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import torch  # noqa: E402
 
 import cuda_on_cpu  # noqa: E402
+from comparison import assert_same  # noqa: E402
 
 
 def count(emulator: cuda_on_cpu.Emulator, name: str, images: int) -> None:
@@ -25,8 +26,8 @@ def count(emulator: cuda_on_cpu.Emulator, name: str, images: int) -> None:
     batch = make_batches(case, None, 1, 0, "cpu")[0]
     arguments = {
         "anchors": batch.anchors,
-        "pred_boxes": batch.deltas,
-        "cls_scores": batch.logits,
+        "box_deltas": batch.deltas,
+        "cls_logits": batch.logits,
         "gt_boxes": batch.gt_boxes,
         "gt_labels": batch.gt_labels,
         "gt_offsets": batch.gt_offsets,
@@ -35,7 +36,7 @@ def count(emulator: cuda_on_cpu.Emulator, name: str, images: int) -> None:
     }
     match = emulator.mutual_match(**arguments)
     backend = "cpp" if mg_ops.backends()["cpp"].usable else "eager"
-    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend=backend), name)
+    assert_same(match, mg_ops.mutual_match(**arguments, backend=backend), name)
     call = emulator.last_call
     num_anchors = len(batch.anchors)
     pairs = images * num_anchors
