@@ -70,7 +70,7 @@ def pack_objects(
             objects = Objects(gt_boxes, gt_labels, gt_offsets, gt_crowd)
     else:
         _refuse_mask(gt_mask)
-        if holds_dictionaries(gt_boxes):
+        if holds_dictionaries(gt_boxes, gt_labels):
             gt_boxes, gt_labels, gt_crowd = _split_targets(gt_boxes, gt_labels, gt_offsets, gt_crowd)
         objects = _pack_lists(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
     if objects.gt_labels.is_floating_point() or gt_box_format != "xyxy":
@@ -79,9 +79,11 @@ def pack_objects(
     return objects
 
 
-def holds_dictionaries(gt_boxes: object) -> bool:
-    """Whether it is a list of one dictionary per image, boxes and labels together."""
-    return isinstance(gt_boxes, (list, tuple)) and len(gt_boxes) > 0 and isinstance(gt_boxes[0], dict)
+def holds_dictionaries(gt_boxes: object, gt_labels: object) -> bool:
+    """Whether gt_boxes is a list of one dictionary per image, boxes and labels together; an empty one has no labels."""
+    if not isinstance(gt_boxes, (list, tuple)):
+        return False
+    return isinstance(gt_boxes[0], dict) if gt_boxes else gt_labels is None
 
 
 def _refuse_mask(gt_mask: object) -> None:
@@ -163,11 +165,11 @@ def _whole_labels(labels: Tensor) -> Tensor:
 
 
 def _to_corners(boxes: Tensor, box_format: str) -> Tensor:
-    """Boxes (N, 4) of another format as (x1, y1, x2, y2), float32."""
-    first, size = boxes.float().split(2, dim=1)
-    if box_format == "cxcywh":
-        first = first - 0.5 * size
-    return torch.cat([first, first + size], dim=1)
+    """Boxes (N, 4) of another format as (x1, y1, x2, y2), float32, rounded as torchvision.ops.box_convert does."""
+    place, size = boxes.float().split(2, dim=1)
+    if box_format == "xywh":
+        return torch.cat([place, place + size], dim=1)
+    return torch.cat([place - 0.5 * size, place + 0.5 * size], dim=1)
 
 
 def _concatenate(tensors: Sequence[Tensor], common_dtype: torch.dtype) -> Tensor:

@@ -116,7 +116,14 @@ def test_the_iou_strategy_never_disagrees() -> None:
 
     def disagreement(strategy: str) -> float:
         match = mg_ops.mutual_match(
-            anchors, predictions, scores, boxes, labels, strategy=strategy, iou_positive=0.3, iou_ignored=0.2
+            anchors,
+            boxes,
+            labels,
+            cls_logits=scores,
+            pred_boxes=predictions,
+            strategy=strategy,
+            iou_positive=0.3,
+            iou_ignored=0.2,
         )
         return float(mg_ops.summarize(match, boxes).disagreement)
 

@@ -21,7 +21,8 @@ def status(field):
             return int(line.split()[1]) * 1024
     raise KeyError(field)
 
-batch_size, num_anchors, num_objects = map(int, sys.argv[1:])
+batch_size, num_anchors, num_objects = map(int, sys.argv[1:4])
+form_of_scores = sys.argv[4]
 torch.manual_seed(0)
 
 def boxes(count, size):
@@ -31,18 +32,21 @@ def boxes(count, size):
 def arguments(num_anchors, num_objects):
     anchors = boxes(num_anchors, 60)
     deltas = torch.randn(batch_size, num_anchors, 4)
-    scores = torch.randn(batch_size, num_anchors, 2)
+    # Of so many classes that a copy of them would be beyond the bound.
+    scores = torch.rand(batch_size, num_anchors, 12)
     gt_boxes = boxes(batch_size * num_objects, 60)
     gt_labels = torch.zeros(batch_size * num_objects, dtype=torch.int64)
     offsets = torch.arange(batch_size + 1) * num_objects
-    return (anchors, deltas, scores, gt_boxes, gt_labels, offsets)
+    options = {"box_deltas": deltas, "box_coder": mg_ops.BoxCoder(), form_of_scores: scores, "backend": "cpp"}
+    return (anchors, gt_boxes, gt_labels, offsets), options
 
 # Threads, kernels and imports of the first call are not what is measured.
-mg_ops.mutual_match(*arguments(500, 3), box_coder=mg_ops.BoxCoder(), backend="cpp")
-tensors = arguments(num_anchors, num_objects)
+tensors, options = arguments(500, 3)
+mg_ops.mutual_match(*tensors, **options)
+tensors, options = arguments(num_anchors, num_objects)
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-match = mg_ops.mutual_match(*tensors, box_coder=mg_ops.BoxCoder(), backend="cpp")
+match = mg_ops.mutual_match(*tensors, **options)
 peak = status("VmHWM")
 outputs = sum(value.numel() * value.element_size() for value in match)
 assert (match.cls_match >= 0).sum() > num_objects
@@ -51,9 +55,10 @@ print(peak - before - outputs)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form_of_scores", ["cls_logits", "cls_probabilities"])
 @pytest.mark.parametrize("num_objects", [50, 5000])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_extra_memory_is_bounded(batch_size: int, num_objects: int) -> None:
+def test_extra_memory_is_bounded(batch_size: int, num_objects: int, form_of_scores: str) -> None:
     if not mg_ops.backends()["cpp"].usable:
         pytest.skip(mg_ops.backends()["cpp"].detail)
     try:
@@ -62,7 +67,7 @@ def test_extra_memory_is_bounded(batch_size: int, num_objects: int) -> None:
         pytest.skip(f"the peak cannot be reset here: {error}")
     num_anchors = 200_000
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(batch_size), str(num_anchors), str(num_objects)],
+        [sys.executable, "-c", MEASURE, str(batch_size), str(num_anchors), str(num_objects), form_of_scores],
         capture_output=True,
         text=True,
         cwd=Path(mg_ops.__file__).parent.parent,
