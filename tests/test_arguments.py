@@ -26,7 +26,7 @@ def listed() -> dict[str, Any]:
     return {
         "anchors": anchors,
         "pred_boxes": anchors.repeat(B, 1, 1),
-        "cls_scores": torch.zeros(B, A, C),
+        "cls_logits": torch.zeros(B, A, C),
         "gt_boxes": [anchors[:2].clone(), anchors[2:].clone()],
         "gt_labels": [torch.tensor([0, 1]), torch.tensor([3])],
     }
@@ -41,6 +41,13 @@ def packed() -> dict[str, Any]:
         "gt_labels": torch.cat(arguments["gt_labels"]),
         "gt_offsets": torch.tensor([0, 2, 3]),
     }
+
+
+def with_deltas(**changes: Any) -> dict[str, Any]:
+    """The listed call with zero deltas in place of the boxes they decode to; its coder is for the caller to give."""
+    arguments = {**listed(), "box_deltas": torch.zeros(B, A, 4), **changes}
+    del arguments["pred_boxes"]
+    return arguments
 
 
 def assert_raises(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
@@ -63,6 +70,7 @@ def freed(tensor: Tensor, num_bytes: int = 0) -> Tensor:
 
 
 FLOATING = "float16, bfloat16, float32 or float64"
+LABEL = "int64, int32 or floating point"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +80,7 @@ FLOATING = "float16, bfloat16, float32 or float64"
         ("anchors", None, TypeError, r"^anchors: expected a floating point tensor, got NoneType"),
         ("anchors", [[0, 0, 1, 1]], TypeError, r"^anchors: expected a floating point tensor, got list"),
         ("pred_boxes", 3.0, TypeError, r"^pred_boxes: expected a floating point tensor, got float"),
-        ("cls_scores", "logits", TypeError, r"^cls_scores: expected a floating point tensor, got str"),
+        ("cls_logits", "logits", TypeError, r"^cls_logits: expected a floating point tensor, got str"),
         ("gt_boxes", None, TypeError, r"^gt_boxes: expected a list of 2 tensors.*got NoneType"),
         ("gt_boxes", 5, TypeError, r"^gt_boxes: expected a list of 2 tensors.*got int"),
         ("gt_labels", None, TypeError, r"^gt_labels: expected a list of 2 tensors.*got NoneType"),
@@ -84,7 +92,7 @@ FLOATING = "float16, bfloat16, float32 or float64"
         ),
         ("gt_crowd", torch.zeros(3, dtype=torch.bool), TypeError, r"^gt_crowd: expected a list of 2 tensors"),
         ("gt_boxes", [None, None], TypeError, r"^gt_boxes\[0\]: expected a floating point tensor, got NoneType"),
-        ("gt_labels", [torch.tensor([0, 1]), [3]], TypeError, r"^gt_labels\[1\]: expected an integer tensor, got list"),
+        ("gt_labels", [torch.tensor([0, 1]), [3]], TypeError, r"^gt_labels\[1\]: expected a label tensor, got list"),
         ("box_coder", (10.0, 10.0, 5.0, 5.0), TypeError, r"^box_coder: expected mg_ops.BoxCoder or None, got tuple"),
         # Dtypes
         (
@@ -101,19 +109,18 @@ FLOATING = "float16, bfloat16, float32 or float64"
             r"^anchors: expected dtype .*torch.float8_e5m2",
         ),
         ("pred_boxes", torch.zeros(B, A, 4, dtype=torch.int32), TypeError, rf"^pred_boxes: expected dtype {FLOATING}"),
-        ("cls_scores", torch.zeros(B, A, C, dtype=torch.bool), TypeError, rf"^cls_scores: expected dtype {FLOATING}"),
+        ("cls_logits", torch.zeros(B, A, C, dtype=torch.bool), TypeError, rf"^cls_logits: expected dtype {FLOATING}"),
         (
             "gt_boxes",
             [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(1, 4)],
             TypeError,
             r"^gt_boxes\[0\]: expected dtype",
         ),
-        ("gt_labels", [torch.zeros(2), torch.zeros(1)], TypeError, r"^gt_labels\[0\]: expected dtype int64 or int32"),
         (
             "gt_labels",
             [torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)],
             TypeError,
-            r"^gt_labels\[1\]: expected dtype int64 or int32, got a torch.uint8",
+            rf"^gt_labels\[1\]: expected dtype {LABEL}, got a torch.uint8",
         ),
         ("gt_crowd", [torch.zeros(2), torch.zeros(1)], TypeError, r"^gt_crowd\[0\]: expected dtype bool"),
         # Layout
@@ -138,10 +145,10 @@ FLOATING = "float16, bfloat16, float32 or float64"
         # Memory
         ("anchors", freed(torch.zeros(A, 4)), ValueError, r"^anchors: its memory of 0 bytes does not hold .*\(3, 4\)"),
         (
-            "cls_scores",
+            "cls_logits",
             freed(torch.zeros(B, A, C), 95),
             ValueError,
-            r"^cls_scores: its memory of 95 bytes does not hold",
+            r"^cls_logits: its memory of 95 bytes does not hold",
         ),
         (
             "pred_boxes",
@@ -173,9 +180,9 @@ FLOATING = "float16, bfloat16, float32 or float64"
             r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(2, 4, 4\)",
         ),
         ("pred_boxes", torch.zeros(B, 4, A), ValueError, r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(2, 4, 3\)"),
-        ("cls_scores", torch.zeros(B, C, A), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(2, 4, 3\)"),
-        ("cls_scores", torch.zeros(A, C), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(3, 4\)"),
-        ("cls_scores", torch.zeros(()), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(\)"),
+        ("cls_logits", torch.zeros(B, C, A), ValueError, r"^cls_logits: expected shape \(B, 3, C\), got .*\(2, 4, 3\)"),
+        ("cls_logits", torch.zeros(A, C), ValueError, r"^cls_logits: expected shape \(B, 3, C\), got .*\(3, 4\)"),
+        ("cls_logits", torch.zeros(()), ValueError, r"^cls_logits: expected shape \(B, 3, C\), got .*\(\)"),
         (
             "gt_boxes",
             [torch.zeros(2, 4), torch.zeros(1, 5)],
@@ -233,7 +240,7 @@ FLOATING = "float16, bfloat16, float32 or float64"
             "anchors",
             torch.zeros(A, 4, device="meta"),
             ValueError,
-            r"^cls_scores: expected device meta, like anchors, got .*cpu",
+            r"^cls_logits: expected device meta, like anchors, got .*cpu",
         ),
         (
             "pred_boxes",
@@ -242,10 +249,10 @@ FLOATING = "float16, bfloat16, float32 or float64"
             r"^pred_boxes: expected device cpu, like anchors.*meta",
         ),
         (
-            "cls_scores",
+            "cls_logits",
             torch.zeros(B, A, C, device="meta"),
             ValueError,
-            r"^cls_scores: expected device cpu, like anchors.*meta",
+            r"^cls_logits: expected device cpu, like anchors.*meta",
         ),
         (
             "gt_boxes",
@@ -347,9 +354,9 @@ def test_wrong_argument(name: str, value: object, error: type[Exception], messag
             "gt_labels",
             [torch.tensor([0, 1]), torch.tensor([3])],
             TypeError,
-            r"^gt_labels: expected an integer tensor, got list",
+            r"^gt_labels: expected a label tensor, got list",
         ),
-        ("gt_labels", torch.zeros(3), TypeError, r"^gt_labels: expected dtype int64 or int32, got a torch.float32"),
+        ("gt_labels", torch.zeros(3).bool(), TypeError, rf"^gt_labels: expected dtype {LABEL}, got a torch.bool"),
         (
             "gt_labels",
             torch.zeros(3, 1, dtype=torch.int64),
@@ -381,7 +388,7 @@ def test_more_than_32_bits_number_is_refused() -> None:
     count = 2**31 + 5
     anchors = torch.zeros(1, 4).expand(count, 4)
     arguments = {**packed(), "anchors": anchors, "pred_boxes": anchors.expand(B, count, 4)}
-    arguments["cls_scores"] = torch.zeros(1, 1, 1).expand(B, count, C)
+    arguments["cls_logits"] = torch.zeros(1, 1, 1).expand(B, count, C)
     assert_raises(ValueError, rf"^anchors: expected at most 2147483647, got {count}", arguments)
     arguments = {**packed(), "gt_boxes": anchors, "gt_labels": torch.zeros(1, dtype=torch.int64).expand(count)}
     assert_raises(ValueError, rf"^gt_boxes: expected at most 2147483647, got {count}", arguments)
@@ -391,7 +398,7 @@ def test_more_than_32_bits_number_is_refused() -> None:
 def test_any_number_of_classes_is_read_where_it_is(backend: str) -> None:
     if not mg_ops.backends()[backend].usable:
         pytest.skip(mg_ops.backends()[backend].detail)
-    arguments = {**packed(), "cls_scores": torch.zeros(1, 1, 1).expand(B, A, 2**40)}
+    arguments = {**packed(), "cls_logits": torch.zeros(1, 1, 1).expand(B, A, 2**40)}
     arguments["gt_labels"] = torch.tensor([0, 2**40 - 1, 2**40])
     match = mg_ops.mutual_match(**arguments, backend=backend)
     assert match.cls_match.tolist() == [[0, 1, -1], [-1, -1, 0]]
@@ -405,7 +412,7 @@ def test_results_beyond_any_memory_are_an_error(backend: str) -> None:
     arguments = {
         "anchors": torch.zeros(1, 4).expand(count, 4),
         "pred_boxes": torch.zeros(1, 1, 4).expand(images, count, 4),
-        "cls_scores": torch.zeros(1, 1, 1).expand(images, count, 1),
+        "cls_logits": torch.zeros(1, 1, 1).expand(images, count, 1),
         "gt_boxes": torch.zeros(0, 4),
         "gt_labels": torch.zeros(0, dtype=torch.int64),
         "gt_offsets": torch.zeros(images + 1, dtype=torch.int64),
@@ -500,7 +507,7 @@ BOX = "expected four finite coordinates with x2 > x1 and y2 > y1"
         ("anchors", (2,), [5, 0, 1, 1], rf"^anchors\[2\]: {BOX}, got \[5.0, 0.0, 1.0, 1.0\]"),
         ("pred_boxes", (1, 2), [0, 0, INF, 1], rf"^pred_boxes: image 1, anchor 2: {BOX}, got \[0.0, 0.0, inf, 1.0\]"),
         ("pred_boxes", (0, 1), [0, 3, 1, 1], rf"^pred_boxes: image 0, anchor 1: {BOX}, got \[0.0, 3.0, 1.0, 1.0\]"),
-        ("cls_scores", (1, 0, 3), NAN, r"^cls_scores: image 1, anchor 0, class 3: got NaN"),
+        ("cls_logits", (1, 0, 3), NAN, r"^cls_logits: image 1, anchor 0, class 3: got NaN"),
         ("gt_boxes", (0, 1), [NAN, 0, 1, 1], rf"^gt_boxes: image 0, object 1: {BOX}, got \[nan, 0.0, 1.0, 1.0\]"),
         ("gt_boxes", (1, 0), [0, 0, 0, 1], rf"^gt_boxes: image 1, object 0: {BOX}, got \[0.0, 0.0, 0.0, 1.0\]"),
         ("gt_boxes", (0, 0), [0, 1, 1, 0], rf"^gt_boxes: image 0, object 0: {BOX}"),
@@ -531,23 +538,24 @@ def test_check_names_the_bad_value(name: str, where: tuple[int, ...], value: obj
         (
             [NAN, 0, 0, 0],
             4.0,
-            r"^pred_boxes: image 1, anchor 2: expected four finite deltas, got \[nan, 0.0, 0.0, 0.0\]",
+            r"^box_deltas: image 1, anchor 2: expected four finite deltas, got \[nan, 0.0, 0.0, 0.0\]",
         ),
         (
             [0, 0, INF, 0],
             4.0,
-            r"^pred_boxes: image 1, anchor 2: expected four finite deltas, got \[0.0, 0.0, inf, 0.0\]",
+            r"^box_deltas: image 1, anchor 2: expected four finite deltas, got \[0.0, 0.0, inf, 0.0\]",
         ),
-        ([0, 0, 1e4, 0], INF, r"^pred_boxes: image 1, anchor 2: .*\[0.0, 0.0, 10000.0, 0.0\].* decode to .*inf"),
-        ([3e38, 0, 0, 0], 4.0, r"^pred_boxes: image 1, anchor 2: .*\[3.*e\+38, 0.0, 0.0, 0.0\].* decode to .*inf"),
+        ([0, 0, 1e4, 0], INF, r"^box_deltas: image 1, anchor 2: .*\[0.0, 0.0, 10000.0, 0.0\].* decode to .*inf"),
+        ([3e38, 0, 0, 0], 4.0, r"^box_deltas: image 1, anchor 2: .*\[3.*e\+38, 0.0, 0.0, 0.0\].* decode to .*inf"),
     ],
 )
 def test_check_names_bad_deltas(deltas: list[float], clip: float, message: str) -> None:
     arguments = listed()
-    arguments["pred_boxes"] = torch.zeros(B, A, 4)
+    del arguments["pred_boxes"]
+    arguments["box_deltas"] = torch.zeros(B, A, 4)
     arguments["box_coder"] = mg_ops.BoxCoder(weights=(1.0, 1.0, 1.0, 1.0), clip=clip)
     mg_ops.mutual_match(**arguments, check=True)
-    arguments = replace(arguments, "pred_boxes", (1, 2), deltas)
+    arguments = replace(arguments, "box_deltas", (1, 2), deltas)
     mg_ops.mutual_match(**arguments)
     assert_raises(ValueError, message, {**arguments, "check": True})
 
@@ -572,14 +580,14 @@ def test_check_takes_every_ordinary_emptiness() -> None:
     no_image = {
         **listed(),
         "pred_boxes": torch.zeros(0, A, 4),
-        "cls_scores": torch.zeros(0, A, C),
+        "cls_logits": torch.zeros(0, A, C),
         "gt_boxes": [],
         "gt_labels": [],
     }
     mg_ops.mutual_match(**no_image, check=True)
     no_object = {**listed(), "gt_boxes": [torch.zeros(0, 4)] * B, "gt_labels": [torch.zeros(0, dtype=torch.int64)] * B}
     mg_ops.mutual_match(**no_object, check=True)
-    no_anchor = {"anchors": torch.zeros(0, 4), "pred_boxes": torch.zeros(B, 0, 4), "cls_scores": torch.zeros(B, 0, C)}
+    no_anchor = {"anchors": torch.zeros(0, 4), "pred_boxes": torch.zeros(B, 0, 4), "cls_logits": torch.zeros(B, 0, C)}
     mg_ops.mutual_match(**{**no_object, **no_anchor}, check=True)
     assert_raises(ValueError, "image 0, object 0: no anchor overlaps", {**listed(), **no_anchor, "check": True})
 
@@ -614,10 +622,11 @@ def test_box_coder_takes_any_numbers() -> None:
     anchors = listed()["anchors"]
     for clip in (1e300, -1e300):  # beyond float32: as good as infinite
         finite = mg_ops.BoxCoder(clip=math.copysign(math.inf, clip))
-        assert mg_ops.BoxCoder(clip=clip).decode(anchors, anchors).equal(finite.decode(anchors, anchors))
+        tensors = {"anchors": anchors, "deltas": anchors}
+        assert mg_ops.BoxCoder(clip=clip).decode(**tensors).equal(finite.decode(**tensors))
     coder = mg_ops.BoxCoder(weights=[1, 2, 3, 4], clip=1e300)
     assert coder.weights == (1.0, 2.0, 3.0, 4.0)
-    match = mg_ops.mutual_match(**{**listed(), "pred_boxes": torch.zeros(B, A, 4)}, box_coder=coder)
+    match = mg_ops.mutual_match(**with_deltas(), box_coder=coder)
     assert match.cls_match.tolist() == [[0, 1, -1], [-1, -1, 0]]
 
 
@@ -646,37 +655,37 @@ def test_box_coder_takes_any_numbers() -> None:
         ),
         (lambda boxes: mg_ops.box_iou(boxes[0], boxes), ValueError, r"^boxes_1: expected shape \(M, 4\), got .*\(4,\)"),
         (
-            lambda boxes: mg_ops.BoxCoder().decode(boxes[None], boxes),
+            lambda boxes: mg_ops.BoxCoder().decode(anchors=boxes[None], deltas=boxes),
             ValueError,
             r"^anchors: expected shape \(A, 4\), got",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes[:2]),
+            lambda boxes: mg_ops.BoxCoder().decode(anchors=boxes, deltas=boxes[:2]),
             ValueError,
             r"^deltas: expected shape \(..., 3, 4\), got .*\(2, 4\)",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes[0]),
+            lambda boxes: mg_ops.BoxCoder().decode(anchors=boxes, deltas=boxes[0]),
             ValueError,
             r"^deltas: expected shape \(..., 3, 4\), got .*\(4,\)",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().decode(boxes, 3),
+            lambda boxes: mg_ops.BoxCoder().decode(anchors=boxes, deltas=3),
             TypeError,
             r"^deltas: expected a floating point tensor, got int",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().encode(boxes, boxes[:, :2]),
+            lambda boxes: mg_ops.BoxCoder().encode(anchors=boxes, boxes=boxes[:, :2]),
             ValueError,
             r"^boxes: expected shape \(..., 4\), got .*\(3, 2\)",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().encode(boxes, boxes[:2]),
+            lambda boxes: mg_ops.BoxCoder().encode(anchors=boxes, boxes=boxes[:2]),
             ValueError,
             r"^boxes: expected a shape that broadcasts with anchors \(3, 4\), got .*\(2, 4\)",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes.to("meta")),
+            lambda boxes: mg_ops.BoxCoder().decode(anchors=boxes, deltas=boxes.to("meta")),
             ValueError,
             r"^deltas: expected device cpu, like anchors",
         ),
@@ -688,7 +697,7 @@ def test_box_coder_takes_any_numbers() -> None:
         ),
         (lambda boxes: mg_ops.box_iou(boxes, freed(boxes.clone())), ValueError, r"^boxes_2: its memory of 0 bytes"),
         (
-            lambda boxes: mg_ops.BoxCoder().encode([1], boxes),
+            lambda boxes: mg_ops.BoxCoder().encode(anchors=[1], boxes=boxes),
             TypeError,
             r"^anchors: expected a floating point tensor, got list",
         ),
@@ -710,7 +719,11 @@ def test_wrong_boxes(call: Any, error: type[Exception], message: str) -> None:
             r"^match: made for 3 objects",
         ),
         ({"gt_boxes": [torch.zeros(3, 4)]}, ValueError, r"^gt_boxes: expected a list of 2 tensors"),
-        ({"gt_labels": [torch.zeros(2), torch.zeros(1)]}, TypeError, r"^gt_labels\[0\]: expected dtype int64 or int32"),
+        (
+            {"gt_labels": [torch.zeros(2).bool(), torch.zeros(1)]},
+            TypeError,
+            rf"^gt_labels\[0\]: expected dtype {LABEL}",
+        ),
         ({"box_coder": "ssd"}, TypeError, r"^box_coder: expected mg_ops.BoxCoder or None, got str"),
         ({"match": (1, 2)}, TypeError, r"^match: expected what mg_ops.mutual_match returned, got tuple"),
         ({"num_classes": 2.5}, TypeError, r"^num_classes: expected an integer or None, got float"),
@@ -773,11 +786,12 @@ def test_wrong_number_of_classes_of_a_summary(num_classes: Any) -> None:
 
 
 def operator_arguments(device: str) -> dict[str, Any]:
-    tensors = {name: value.to(device) for name, value in packed().items()}
+    scores_name = {"cls_logits": "cls_scores"}
     return {
-        **tensors,
+        **{scores_name.get(name, name): value.to(device) for name, value in packed().items()},
         "gt_crowd": torch.zeros(3, dtype=torch.bool, device=device),
         "box_coder": None,
+        "scores_are_probabilities": False,
         "classification_by_regressed": True,
         "localization_by_amplified": True,
         "sigma": 2.0,
@@ -871,7 +885,7 @@ def test_wrong_call_of_the_function(kind: str) -> None:
     arguments = listed()
     with pytest.raises(TypeError):
         if kind == "positional":
-            mg_ops.mutual_match(*arguments.values(), None, None)  # type: ignore[misc]
+            mg_ops.mutual_match(*arguments.values())  # type: ignore[misc]
         elif kind == "missing":
             mg_ops.mutual_match(arguments["anchors"])  # type: ignore[call-arg]
         else:

@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
+from comparison import assert_same  # noqa: E402
 
 import cuda_on_cpu  # noqa: E402
-from comparison import assert_same  # noqa: E402
 
 
 def count(emulator: cuda_on_cpu.Emulator, name: str, images: int) -> None:
