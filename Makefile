@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-# What pip installs as torch; without torchvision some benchmark baselines and the detector are missing.
+# What pip installs as torch; without torchvision neither the benchmarks nor the detector run, and their tests are skipped.
 # A CPU build, for example: make test TORCH="torch==2.13.0"
 TORCH ?= torch torchvision
 # Two architectures build in half a minute and run on every GPU from Ampere on (newer ones compile the PTX when first used).
@@ -42,7 +42,9 @@ SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(sh
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
-	@echo; echo "Variables: PYTHON=$(PYTHON)  TORCH='$(TORCH)'  CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'  BENCH_ARGS  PYTEST_ARGS"
+	@echo; echo "Variables: PYTHON=$(PYTHON)  TORCH='$(TORCH)'  WHEEL_TORCH='$(WHEEL_TORCH)'  CMAKE_ARGS"
+	@echo "  CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'  FUZZ_CALLS=$(FUZZ_CALLS)  FUZZ_FIRST=$(FUZZ_FIRST)  ASAN_TESTS"
+	@echo "  BENCH_ARGS  GPU_CHECK_ARGS  PYTEST_ARGS  RACES_ARGS  WHEEL_TEST_ARGS"
 
 venv: $(VENV)/.installed  ## .venv with torch and the tools of pyproject.toml
 $(VENV)/.installed: pyproject.toml
@@ -64,7 +66,7 @@ $(LIBRARY): $(SOURCES) build/.cmake_args $(VENV)/.installed
 build/.cmake_args: FORCE
 	@mkdir -p build; echo '$(CMAKE_ARGS)' | cmp -s - $@ || echo '$(CMAKE_ARGS)' > $@
 
-bench: build  ## the matching benchmark; options in BENCH_ARGS, "--help" among them
+bench: build  ## the matching against what people use today, into runs/benchmarks; options in BENCH_ARGS, "--help" among them
 	$(PY) benchmarks/match_speed.py $(BENCH_ARGS)
 
 bench-step: build  ## where the time of a training step goes, for each detector and each matching; options in BENCH_ARGS
@@ -127,7 +129,7 @@ soak: build  ## 100,000 calls in a row: the process must not grow
 # glibc 2.28, which is what torch's own wheels ask for. auditwheel checks that and names the wheel. torch brings its
 # libraries itself; any other one would be copied into the wheel, and the tests would say so.
 WHEEL_PLATFORM := manylinux_2_28_x86_64
-wheel: dist/.built  ## the release: dist/mg_ops-*-$(WHEEL_PLATFORM).whl, audited, and the sdist
+wheel: dist/.built  ## the release in dist: an audited wheel for glibc 2.28 or newer, and the sdist
 dist/.built: $(SOURCES) $(wildcard mg_ops/*.py mg_ops/*/*.py) README.md pyproject.toml MANIFEST.in $(VENV)/.installed
 	rm -rf dist build/wheel/build/lib.* build/wheel/build/bdist.* build/wheel/build/*.whl
 	mkdir -p build/wheel && find build/wheel -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torchvision.ops import box_iou
 import mg_ops
 from benchmarks import anchors as anchor_grids
 from benchmarks.objects import ImageObjects, generate_coco, generate_dense, generate_voc
+from detector.anchors import make_anchors as make_detector_anchors
 
 CODER = mg_ops.BoxCoder()
 
@@ -54,7 +56,7 @@ def _case(
     name: str, batch_size: int, grid: str, objects: str, per_image: int | None = None, num_classes: int = 80
 ) -> Case:
     make_anchors, image_size, keep_aspect = {
-        "ssd": (anchor_grids.make_ssd_anchors, (320, 320), False),
+        "ssd": (partial(make_detector_anchors, 320), (320, 320), False),
         "retinanet": (anchor_grids.make_retinanet_anchors, (1333, 800), True),
         "dense": (anchor_grids.make_dense_anchors, (608, 800), True),
     }[grid]
@@ -189,7 +191,7 @@ def make_batches(
             quality, owner = best_overlaps(anchors, image_boxes)
             near = (quality >= 0.3).nonzero().squeeze(1)
             trained = torch.empty(len(near), 1).uniform_(0.3, 1.0, generator=generator)
-            deltas[index, near] += trained * CODER.encode(anchors[near], image_boxes[owner[near]])
+            deltas[index, near] += trained * CODER.encode(anchors=anchors[near], boxes=image_boxes[owner[near]])
             near = (quality >= 0.4).nonzero().squeeze(1)
             raised = torch.empty(len(near)).uniform_(0.0, 1.0, generator=generator)
             logits[index, near, image_labels[owner[near]]] += 2 + 8 * (quality[near] - 0.4) / 0.6 * raised

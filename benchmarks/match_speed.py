@@ -7,7 +7,7 @@
 Every answer is checked before it is timed: each backend against backend="eager" integer by integer, each baseline by
 its share of equal labels (native arithmetic may differ on ties; under 99.9 percent the run fails). Methods take
 turns, so that noise hits all alike, and each call reads another batch. Baselines: benchmarks/baselines.py; how
-batches are made: benchmarks/cases.py and objects.py. Prints tables, writes JSON and a plot.
+batches are made: benchmarks/cases.py and objects.py. Prints tables, and writes JSON and a plot to runs/benchmarks/.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ sys.path.append(str(ROOT))
 import mg_ops  # noqa: E402
 from benchmarks import baselines  # noqa: E402
 from benchmarks.cases import CASES, CODER, SWEEP, Batch, Case, make_batches  # noqa: E402
-from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
+from benchmarks.machine import add_output_options, describe_machine, prepare_output  # noqa: E402
 from benchmarks.objects import ImageObjects, read_objects  # noqa: E402
 
 LOOP = "loop"
@@ -150,7 +150,13 @@ def match(batch: Batch, backend: str | None, strategy: str = "mutual", lists: bo
         objects = {"gt_boxes": batch.gt_boxes, "gt_labels": batch.gt_labels, "gt_crowd": batch.gt_crowd}
         objects["gt_offsets"] = batch.gt_offsets
     return mg_ops.mutual_match(
-        batch.anchors, batch.deltas, batch.logits, box_coder=CODER, strategy=strategy, backend=backend, **objects
+        batch.anchors,
+        **objects,
+        cls_logits=batch.logits,
+        box_deltas=batch.deltas,
+        box_coder=CODER,
+        strategy=strategy,
+        backend=backend,
     )
 
 
@@ -198,15 +204,15 @@ class Methods:
         for name in names:
             reference = {"pair_bytes": 90.0, "per_image": True} if name == "eager" else {}
             add(f"{name}", f"mg_ops {name}", lambda b, n=name: match(b, n), "mutual", subject=True, **reference)
-        if best != "eager" and not sweep:
-            add(
-                f"{best}-lists",
-                f"mg_ops {best}, objects as lists",
-                lambda b: match(b, best, lists=True),
-                "mutual",
-                subject=True,
-                captured=False,
-            )
+            if name == best != "eager" and not sweep:  # beside the packed objects: their turns follow each other
+                add(
+                    f"{best}-lists",
+                    f"mg_ops {best}, objects as lists",
+                    lambda b: match(b, best, lists=True),
+                    "mutual",
+                    subject=True,
+                    captured=False,
+                )
         add(LOOP, "(a) loop over images and objects", match_loop, "mutual")
         if not sweep:
             add(TUNED_LOOP, "(a2) the loop, tuned by hand", match_tuned_loop, "mutual")
@@ -321,15 +327,16 @@ def check_backends(batch: Batch, backends: list[str]) -> str:
         "gt_boxes": [boxes[i][s] for i, s in enumerate(subset)],
         "gt_labels": [labels[i][s] for i, s in enumerate(subset)],
         "gt_crowd": None if crowds is None else [crowds[i][s] for i, s in enumerate(subset)],
+        "cls_logits": batch.logits[:num_images],
+        "box_deltas": batch.deltas[:num_images],
         "box_coder": CODER,
     }
-    deltas, logits = batch.deltas[:num_images], batch.logits[:num_images]
     for strategy in ("mutual", "iou"):
-        expected = mg_ops.mutual_match(batch.anchors, deltas, logits, backend="eager", strategy=strategy, **arguments)
+        expected = mg_ops.mutual_match(batch.anchors, **arguments, backend="eager", strategy=strategy)
         for backend in backends:
             if backend == "eager":
                 continue
-            got = mg_ops.mutual_match(batch.anchors, deltas, logits, backend=backend, strategy=strategy, **arguments)
+            got = mg_ops.mutual_match(batch.anchors, **arguments, backend=backend, strategy=strategy)
             for name, a, b in zip(expected._fields, expected, got, strict=True):
                 if not torch.equal(a, b):
                     raise RuntimeError(
@@ -806,6 +813,11 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
+def format_ratio(ratio: float) -> str:
+    """Three digits, or all of them before the point."""
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+
+
 def format_bytes(size: float) -> str:
     """Three digits and a unit, in powers of 1000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -828,7 +840,7 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
     sizes, objects = case["sizes"], case["objects_per_image"]
     batches = f", {sizes['batches']} batches in turn" if sizes["batches"] > 1 else ""
     table = Table(
-        title=f"[bold]{name}[/]  B = {sizes['B']}, A = {sizes['A']:,}, C = {sizes['C']}; objects an image: mean "
+        title=f"[bold]{name}[/]  B = {sizes['B']}, A = {sizes['A']:,}, C = {sizes['C']}; objects per image: mean "
         f"{objects['mean']:.1f}, max {objects['max']} ({case['objects_from']}){batches}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -859,7 +871,7 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
             label,
             format_seconds(method["median_seconds"]),
             f"{format_seconds(quartiles[0])} - {format_seconds(quartiles[1])}" if quartiles else "one call",
-            f"{ratio:.3g}x" if ratio else "",
+            f"{format_ratio(ratio)}x" if ratio else "",
         ]
         if on_cuda:
             replay, over = cuda["graph_replay_seconds"], cuda["ratio_to_floor"]
@@ -940,17 +952,20 @@ def verdict_lines(cases: dict[str, dict]) -> list[str]:
         replay = subject.get("cuda", {}).get("graph_replay_seconds")
         if replay:
             time_text += f" ({format_seconds(replay)} on the device)"
+        lists = next((method for key, method in case["methods"].items() if key.endswith("-lists")), None)
+        if lists and lists["median_seconds"]:
+            time_text += f" (objects as lists: {format_seconds(lists['median_seconds'])})"
         extra = format_memory(subject, case["sizes"]["B"] * case["sizes"]["A"])
         threads = f"{loop['threads']} thread{'' if loop['threads'] == 1 else 's'}"
-        memory = f"extra memory {extra} for each anchor of the batch"
+        memory = f"extra memory {extra} per anchor of the batch"
         tuned = case["methods"].get(TUNED_LOOP, {}).get("median_seconds")
         against_tuned = ""
         if tuned:
             ratio = tuned / subject["median_seconds"]
-            against_tuned = f", {ratio:.3g} times as fast as (a2) ({format_seconds(tuned)})"
+            against_tuned = f", {format_ratio(ratio)} times as fast as (a2) ({format_seconds(tuned)})"
         lines.append(
-            f"{name}: {subject['label']} {time_text}, {subject['loop_over_this']:.3g} times as fast as the loop (a) "
-            f"({format_seconds(loop['median_seconds'])}, {threads}){against_tuned}; {memory}"
+            f"{name}: {subject['label']} {time_text}, {format_ratio(subject['loop_over_this'])} times as fast as the "
+            f"loop (a) ({format_seconds(loop['median_seconds'])}, {threads}){against_tuned}; {memory}"
         )
     return lines
 
@@ -1034,44 +1049,43 @@ def plot_sweep(cases: dict[str, dict], machine: dict, path: Path) -> bool:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked against what is usable here."""
-    parser = argparse.ArgumentParser(
-        description="Time and memory of mg_ops.mutual_match beside what people use today.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(description="Time and memory of mg_ops.mutual_match beside what people use today.")
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(CASE_GROUPS), default=list(CASE_GROUPS), help="what to run (all)"
     )
-    parser.add_argument("--cases", nargs="+", choices=list(CASE_GROUPS), default=list(CASE_GROUPS), help="what to run")
     parser.add_argument(
         "--boxes",
         type=Path,
         metavar="FILE_OR_FOLDER",
         help="objects of voc320, coco320 and coco800 from COCO-style JSON or VOC XML, instead of generated ones",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="backends of mg_ops (all that are usable)")
     parser.add_argument(
-        "--backends", nargs="+", metavar="NAME", help="backends of mg_ops; all that are usable if not given"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; (a) also tries fewer"
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="CPU threads (%(default)s); (a) and (a2) also try fewer",
     )
     parser.add_argument(
         "--longest-call",
         type=float,
         metavar="SECONDS",
-        help=f"leave out baselines that would take longer a call; by default {LONGEST_CALL_SECONDS:g}",
+        help=f"leave out baselines that would take longer per call ({LONGEST_CALL_SECONDS:g}, with --quick 1)",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="rounds in which every method has its turn")
-    parser.add_argument("--seed", type=int, default=0, help="of objects and predictions")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="rounds in which every method has its turn (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of objects and predictions (%(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="small batches, 2 rounds, no torch.compile: a check, no figures"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave out baseline (c)")
     parser.add_argument("--no-plot", action="store_true", help="write no PNG")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.json",
-        help="default: benchmarks/results/MACHINE/match_speed.json; the plot goes beside it",
-    )
+    add_output_options(parser)
     options = parser.parse_args(arguments)
+    if options.record and (options.quick or options.boxes is not None or len(set(options.cases)) < len(CASE_GROUPS)):
+        parser.error("--record: expected all cases on generated objects, without --quick, --boxes and --cases")
     if options.device not in ("cpu", "cuda"):
         parser.error(f"--device: expected cpu or cuda, got {options.device}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -1104,9 +1118,9 @@ def make_quick(case: Case) -> Case:
     return replace(case, batch_size=min(case.batch_size, 4 if objects is None else 1), objects_per_image=objects)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line asks for; the exit status."""
-    options = parse_options()
+    options = parse_options(arguments)
     console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()
     torch.set_num_threads(options.threads)
@@ -1132,6 +1146,7 @@ def main() -> int:
     for name, status in mg_ops.backends().items():
         if not status.usable:
             console.print(f"  backend {name}: {status.detail}")
+    output = prepare_output(options, machine, "quick" if options.quick else "match_speed")
     floor = measure_floor() if options.device == "cuda" else None
     builder = Methods(options)
     cases: dict[str, dict] = {}
@@ -1152,11 +1167,7 @@ def main() -> int:
             print_case(name, cases[name], console, options.device == "cuda")
     print_sweep(swept_cases(cases), console)
 
-    output = options.output or ROOT / "benchmarks" / "results" / machine_folder(machine) / (
-        "quick.json" if options.quick else "match_speed.json"
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shown = {name: value for name, value in vars(options).items() if name != "output"}
+    shown = {name: value for name, value in vars(options).items() if name not in ("output", "record")}
     content = {"machine": machine, "options": shown, "floor": floor, "cases": cases, "verdict": verdict_lines(cases)}
     output.write_text(json.dumps(content, indent=1, default=str) + "\n")
     console.print(f"\nwrote {output}")

@@ -43,7 +43,7 @@ sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
 from benchmarks import baselines  # noqa: E402
-from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
+from benchmarks.machine import add_output_options, describe_machine, prepare_output  # noqa: E402
 from benchmarks.objects import generate_voc  # noqa: E402
 from detector.augment import TrainingTransform  # noqa: E402
 from detector.batches import TrainingBatch, TrainingImages, collate, decode_all  # noqa: E402
@@ -100,11 +100,11 @@ def match_by_backend(backend: str) -> Matching:
     def match(model: nn.Module, deltas: Tensor, logits: Tensor, batch: Batch) -> mg_ops.MutualMatch:
         return mg_ops.mutual_match(
             model.anchors,
-            deltas,
-            logits,
             batch.gt_boxes,
             batch.gt_labels,
             batch.gt_offsets,
+            cls_logits=logits,
+            box_deltas=deltas,
             gt_crowd=batch.gt_crowd,
             box_coder=CODER,
             backend=backend,
@@ -282,11 +282,11 @@ class Trainer:
         cls_logits, box_deltas = self.forward(batch.images.to(self.device))
         expected = mg_ops.mutual_match(
             self.model.anchors,
-            box_deltas,
-            cls_logits,
             batch.gt_boxes,
             batch.gt_labels,
             batch.gt_offsets,
+            cls_logits=cls_logits,
+            box_deltas=box_deltas,
             gt_crowd=batch.gt_crowd,
             box_coder=CODER,
         )
@@ -391,23 +391,23 @@ def print_detector(detector: str, content: dict[str, Any], options: argparse.Nam
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(
-        description="Where the time of a training step goes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Where the time of a training step goes.")
+    parser.add_argument(
+        "--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), help="what to train (all)"
     )
-    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), help="what to train")
-    parser.add_argument("--image-size", type=int, default=160, help="side of the input, a multiple of 32")
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--steps", type=int, default=5, help="steps timed with each matching")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before these")
-    parser.add_argument("--batches", type=int, default=3, help="batches that take turns")
+    parser.add_argument("--image-size", type=int, default=160, help="side of the input, a multiple of 32 (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="steps timed with each matching (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before these (%(default)s)")
+    parser.add_argument("--batches", type=int, default=3, help="batches that take turns (%(default)s)")
     parser.add_argument("--data", type=Path, help="folder of a data set, in place of generated images")
-    parser.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out")
+    parser.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out (%(default)s)")
     parser.add_argument("--split", help="by default what detector.train trains on")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
-    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the network")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, images and augmentation")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: in benchmarks/results/MACHINE/")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (%(default)s)")
+    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the network (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, images and augmentation (%(default)s)")
+    add_output_options(parser)
     options = parser.parse_args(arguments)
     for flag in ("batch", "steps", "batches", "threads"):
         if getattr(options, flag) < 1:
@@ -424,6 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True
     machine = describe_machine(options.device)
+    output = prepare_output(options, machine, "training_step")
     matchings = make_matchings(options.device)
     console.print(
         f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops {machine['mg_ops']} at {machine['commit']}; "
@@ -455,9 +456,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, ValueError, OSError) as error:
         console.print(f"[bold red]failed:[/] {error}", highlight=False)
         return 1
-    output = options.output or ROOT / "benchmarks" / "results" / machine_folder(machine) / "training_step.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shown = {name: value for name, value in vars(options).items() if name not in ("output", "data")}
+    shown = {name: value for name, value in vars(options).items() if name not in ("output", "record", "data")}
     content = {
         "machine": machine,
         "options": {**shown, "data": None if options.data is None else options.data.name},

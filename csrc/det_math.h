@@ -1,7 +1,7 @@
 // exp, log2 and sigmoid that give the same bits everywhere.
 //
 // Each is one fixed polynomial in plain float32 multiplies, adds and bit operations, every operation rounded on its
-// own. mg_ops/reference.py (eager PyTorch) and mg_ops/triton_mutual_match.py spell out the same operations in the same
+// own. mg_ops/reference.py (eager PyTorch) and mg_ops/triton/det_math.py spell out the same operations in the same
 // order: change one and you change all three. Compile with floating-point contraction off (g++ -ffp-contract=off, nvcc
 // -fmad=false): a fused multiply-add would change the last bit. Coefficients: minimax fits in 40-digit arithmetic,
 // relative error of the polynomials 3.1e-9 (exp) and 5.8e-9 (log), rounded to float32.

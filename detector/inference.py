@@ -51,7 +51,7 @@ def select_detections(
         score_threshold: what a score must exceed.
         max_detections: per image, over all classes.
     """
-    boxes = BoxCoder().decode(anchors, box_deltas).clamp(0, image_size)  # (B, A, 4)
+    boxes = BoxCoder().decode(anchors=anchors, deltas=box_deltas).clamp(0, image_size)  # (B, A, 4)
     scores = cls_logits.float().sigmoid()  # (B, A, C)
     num_classes = scores.shape[-1]
     found = []

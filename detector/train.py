@@ -417,11 +417,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             matching_time.start()
             match = mg_ops.mutual_match(
                 model.anchors,
-                box_deltas,
-                cls_logits,
                 gt_boxes,
                 gt_labels,
                 gt_offsets,
+                cls_logits=cls_logits,
+                box_deltas=box_deltas,
                 gt_crowd=gt_crowd,
                 box_coder=box_coder,
                 strategy=args.strategy,

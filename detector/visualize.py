@@ -108,10 +108,10 @@ def plot_assignment(
         for strategy in ("iou", "mutual"):
             match = mg_ops.mutual_match(
                 model.anchors,
-                box_deltas,
-                cls_logits,
                 [gt_boxes.to(device)],
                 [loaded.labels.to(device)],
+                cls_logits=cls_logits,
+                box_deltas=box_deltas,
                 gt_crowd=[loaded.crowd.to(device)],
                 box_coder=mg_ops.BoxCoder(),
                 strategy=strategy,

@@ -63,7 +63,7 @@ def case_section(name: str, case: dict[str, Any]) -> list[str]:
         f"#### {name}",
         "",
         f"B = {sizes['B']} images, A = {sizes['A']:,} anchors, C = {sizes['C']} classes; {objects['mean']:.3g} "
-        f"objects an image (at most {objects['max']:,}), {case['objects_from']}. "
+        f"objects per image (at most {objects['max']:,}), {case['objects_from']}. "
         f"Checked before it was timed: {case['checked']}.",
         "",
         "| method | median | quartiles | against (a) | extra memory | notes |",

@@ -72,17 +72,19 @@ def training_loss(
 ) -> tuple[Tensor, mg_ops.MutualMatch]:
     """The focal loss of classification plus the smooth L1 loss of localisation, each over its own match."""
     coder = mg_ops.BoxCoder()
-    match = mg_ops.mutual_match(anchors, deltas, logits, gt_boxes, gt_labels, gt_offsets, box_coder=coder)
+    match = mg_ops.mutual_match(
+        anchors, gt_boxes, gt_labels, gt_offsets, cls_logits=logits, box_deltas=deltas, box_coder=coder
+    )
     targets = mg_ops.encode_targets(
         match, anchors, gt_boxes, gt_labels, gt_offsets, num_classes=NUM_CLASSES, box_coder=coder
     )
     counted = targets.class_targets != mg_ops.IGNORED
-    positive = match.loc_match >= 0
+    positive = match.loc_positive
 
     wanted = (targets.class_targets.unsqueeze(-1) == torch.arange(NUM_CLASSES, device=logits.device)).float()
     error = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     focal = error * (wanted - logits.sigmoid()).square()
-    class_loss = (focal.sum(-1) * counted).sum() / (match.cls_match >= 0).sum().clamp(min=1)
+    class_loss = (focal.sum(-1) * counted).sum() / match.cls_positive.sum().clamp(min=1)
     box_error = functional.smooth_l1_loss(deltas, targets.box_targets, reduction="none").sum(-1)
     box_loss = (box_error * positive).sum() / positive.sum().clamp(min=1)
     return class_loss + box_loss, match

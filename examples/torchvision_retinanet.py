@@ -90,11 +90,10 @@ def main() -> None:
 
         def keep_summary(match: mg_ops.MutualMatch, targets: list[dict[str, Tensor]]) -> None:
             if is_logged:
-                boxes = [target["boxes"] for target in targets]
-                crowd = [target["iscrowd"].bool() for target in targets]
-                numbers.update(mg_ops.summarize(match, boxes, gt_crowd=crowd).as_dict())
+                numbers.update(mg_ops.summarize(match, targets).as_dict())
 
-        use_mutual_guidance(model, strategy=arguments.strategy, crowd_key="iscrowd", on_match=keep_summary)
+        matcher = mg_ops.MutualMatcher(strategy=arguments.strategy)
+        use_mutual_guidance(model, matcher, crowd_key="iscrowd", on_match=keep_summary)
         model.to(arguments.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         for step in range(1, arguments.steps + 1):

@@ -93,10 +93,10 @@ def _eager(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Not above: importing Triton takes longer than importing mg_ops.
-    from mg_ops import triton_mutual_match
+    from mg_ops.triton.mutual_match import mutual_match
 
     _check(*arguments)
-    return triton_mutual_match.mutual_match(*arguments)
+    return mutual_match(*arguments)
 
 
 torch.library.define("mg_ops::mutual_match_eager", _SIGNATURE)

@@ -174,8 +174,8 @@ def mutual_match(
     Anchors whose predicted boxes localize an object well become its positives for classification; anchors that classify
     it well become its positives for localization. Sizes: B images, A anchors, C classes, N objects in all. Boxes are
     (x1, y1, x2, y2) in any one unit (pixels, or fractions of the image), the same for all arguments. Floating inputs
-    may be float16, bfloat16, float32 or float64; all are rounded to float32 first. Any strides are read in place.
-    Nothing is differentiated: inputs may require grad, and none flows.
+    may be float16, bfloat16, float32 or float64; all are rounded to float32 first. Predictions are read in place,
+    whatever their strides. Nothing is differentiated: inputs may require grad, and none flows.
 
     The objects may come in the form in which you hold them:
 
@@ -254,6 +254,7 @@ def mutual_match(
 
     # The operator checks its arguments. Only where it, or what comes before it, fails are they looked at one by one,
     # for an error that says which one is wrong, and how.
+    all_anchors: Any = anchors
     try:
         all_anchors, boxes, scores = _joined(anchors, 0), _joined(boxes, 1), _joined(scores, 1)
         device = all_anchors.device
@@ -285,7 +286,7 @@ def mutual_match(
         return MutualMatch(*result)
     except Exception as error:
         failure = error
-    batch_size, device = _check_predictions(anchors, boxes, scores, boxes_name, scores_name)
+    batch_size, device = _check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
     pack_objects(
         gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
     )

@@ -1,4 +1,4 @@
-"""The label conventions of other libraries say the same as `mg_ops`', and every conversion can be undone."""
+"""The label conventions of other libraries say the same as `mg_ops`'."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import mg_ops
 from mg_ops.adapters import detectron2, labels
 
 ROOT = Path(__file__).parent.parent
-MATCHES = st.lists(st.integers(-2, 6), max_size=12).map(lambda values: torch.tensor(values, dtype=torch.int64))
 HAND_MADE = torch.tensor([[3, -1, -2], [0, 1, -1]])
 
 
@@ -30,44 +27,15 @@ def test_detectron2_has_indices_and_labels() -> None:
     assert match_labels.dtype == torch.int8
 
 
-def test_ultralytics_has_a_mask_and_indices() -> None:
-    fg_mask, target_gt_idx, ignored = labels.to_ultralytics(HAND_MADE)
-    assert fg_mask.tolist() == [[True, False, False], [True, True, False]]
-    assert target_gt_idx.tolist() == [[3, 0, 0], [0, 1, 0]]
-    assert ignored.tolist() == [[False, False, True], [False, False, False]]
-    assert labels.from_ultralytics(fg_mask, target_gt_idx).tolist() == [[3, -1, -1], [0, 1, -1]]
-
-
 def test_torchvision_needs_no_conversion() -> None:
     matcher = pytest.importorskip("torchvision.models.detection._utils").Matcher
     assert matcher.BELOW_LOW_THRESHOLD == mg_ops.BACKGROUND
     assert matcher.BETWEEN_THRESHOLDS == mg_ops.IGNORED
 
 
-@given(MATCHES)
-def test_every_conversion_can_be_undone(match: torch.Tensor) -> None:
-    assert torch.equal(labels.from_mmdet(labels.to_mmdet(match)), match)
-    assert torch.equal(labels.from_detectron2(*labels.to_detectron2(match)), match)
-    assert torch.equal(labels.from_ultralytics(*labels.to_ultralytics(match)), match)
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from([-1, 0, 1])), max_size=12))
-def test_detectron2s_index_of_an_unmatched_anchor_does_not_count(pairs: list[tuple[int, int]]) -> None:
-    """detectron2 keeps the index of the best object where the label is not 1."""
-    matched_idxs = torch.tensor([index for index, _ in pairs], dtype=torch.int64)
-    match_labels = torch.tensor([label for _, label in pairs], dtype=torch.int8)
-    match = labels.from_detectron2(matched_idxs, match_labels)
-    assert match.tolist() == [index if label == 1 else {0: -1, -1: -2}[label] for index, label in pairs]
-    assert torch.equal(labels.to_detectron2(match).match_labels, match_labels)
-
-
 def test_wrong_tensors_are_named() -> None:
     with pytest.raises(TypeError, match=r"match: expected a signed integer tensor, got a torch\.float32 tensor"):
         labels.to_mmdet(torch.zeros(2))
-    with pytest.raises(TypeError, match="fg_mask: expected a bool tensor"):
-        labels.from_ultralytics(torch.zeros(2), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"match_labels: expected shape \(2,\), got \(3,\)"):
-        labels.from_detectron2(torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int8))
 
 
 def test_detectron2_matches_are_the_mutual_match() -> None:
@@ -77,7 +45,14 @@ def test_detectron2_matches_are_the_mutual_match() -> None:
     boxes = [torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.zeros(0, 4)]
     classes = [torch.tensor([1]), torch.zeros(0, dtype=torch.int64)]
     predictions = anchors.expand(2, 4, 4)
-    result = detectron2.match_anchors(anchors, predictions, torch.zeros(2, 4, 2), boxes, classes)
+    result = detectron2.match_anchors(
+        anchors,
+        boxes,
+        classes,
+        matcher=mg_ops.MutualMatcher(),
+        pred_boxes=predictions,
+        cls_logits=torch.zeros(2, 4, 2),
+    )
     # IoU 1, 0.9, 0.495 and 0: two positives and one ignored.
     assert result.classification.match_labels.tolist() == [[1, 1, -1, 0], [0, 0, 0, 0]]
     assert result.localization.match_labels.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]

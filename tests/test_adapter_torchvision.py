@@ -21,7 +21,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
-from mg_ops.adapters.torchvision import remove_mutual_guidance, softmax_to_logits, use_mutual_guidance
+from mg_ops.adapters.torchvision import remove_mutual_guidance, use_mutual_guidance
 
 Targets = list[dict[str, torch.Tensor]]
 SIZE = 64
@@ -100,11 +100,18 @@ def losses_and_gradients(
     return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
 
 
+def guide(model: nn.Module, **options: Any) -> nn.Module:
+    """Mutual guidance with the model's own thresholds and these options."""
+    own = model.proposal_matcher
+    thresholds = {"iou_positive": own.high_threshold, "iou_ignored": own.low_threshold}
+    return use_mutual_guidance(model, mg_ops.MutualMatcher(**{**thresholds, **options}))
+
+
 def test_iou_strategy_has_torchvisions_losses_and_gradients(make_model: Callable[[], nn.Module]) -> None:
     images, targets = small_batch()
     expected, expected_gradients = losses_and_gradients(make_model(), images, targets)
     assert expected["classification"] > 0 and expected["bbox_regression"] > 0
-    losses, gradients = losses_and_gradients(use_mutual_guidance(make_model(), strategy="iou"), images, targets)
+    losses, gradients = losses_and_gradients(guide(make_model(), strategy="iou"), images, targets)
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
@@ -115,7 +122,7 @@ def test_each_loss_takes_its_own_match(make_model: Callable[[], nn.Module]) -> N
     images, targets = small_batch()
     losses = {
         strategy: losses_and_gradients(
-            use_mutual_guidance(with_opinions(make_model()), strategy=strategy, sigma=1.01), images, targets
+            guide(with_opinions(make_model()), strategy=strategy, sigma=1.01), images, targets
         )[0]
         for strategy in ("iou", "localize_to_classify", "classify_to_localize", "mutual")
     }
@@ -131,7 +138,8 @@ def test_the_batch_is_matched_as_mutual_match_says(make_model: Callable[[], nn.M
     images, targets = small_batch()
     model = with_opinions(make_model())
     seen: list[tuple[mg_ops.MutualMatch, Targets]] = []
-    use_mutual_guidance(model, sigma=3.0, iou_positive=0.6, iou_ignored=0.3, on_match=lambda *match: seen.append(match))
+    matcher = mg_ops.MutualMatcher(sigma=3.0, iou_positive=0.6, iou_ignored=0.3)
+    use_mutual_guidance(model, matcher, on_match=lambda *match: seen.append(match))
     outputs: dict[str, torch.Tensor] = {}
     anchors: list[torch.Tensor] = []
     model.head.register_forward_hook(lambda module, inputs, output: outputs.update(output))
@@ -145,16 +153,7 @@ def test_the_batch_is_matched_as_mutual_match_says(make_model: Callable[[], nn.M
     )
     logits = outputs["cls_logits"].detach()
     scores = logits if isinstance(model, RetinaNet) else torch.logit(logits.softmax(-1))
-    expected = mg_ops.mutual_match(
-        anchors[0],
-        boxes,
-        scores,
-        [target["boxes"] for target in seen_targets],
-        [target["labels"] for target in seen_targets],
-        sigma=3.0,
-        iou_positive=0.6,
-        iou_ignored=0.3,
-    )
+    expected = matcher(anchors[0], seen_targets, pred_boxes=boxes, cls_logits=scores)
     for actual, wanted in zip(match, expected, strict=True):
         assert actual.tolist() == wanted.tolist()
 
@@ -194,7 +193,7 @@ def test_a_batch_without_objects_trains(make_model: Callable[[], nn.Module], str
     images, _ = small_batch()
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in images]
     expected, _ = losses_and_gradients(make_model(), images, empty)
-    losses, _ = losses_and_gradients(use_mutual_guidance(make_model(), strategy=strategy), images, empty)
+    losses, _ = losses_and_gradients(guide(make_model(), strategy=strategy), images, empty)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert losses["bbox_regression"] == 0.0
 
@@ -311,16 +310,6 @@ def test_ignored_anchors_are_no_hard_negatives() -> None:
     assert float(losses["classification"].detach()) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_softmax_to_logits_gives_the_softmax_back() -> None:
-    logits = torch.tensor([[0.0, 0.0], [1.0, -2.0], [30.0, -30.0], [300.0, -300.0]])
-    probabilities = softmax_to_logits(logits).sigmoid()
-    torch.testing.assert_close(probabilities, logits.softmax(-1))
-    assert softmax_to_logits(logits)[3].tolist() == [float("inf"), -600.0]
-    anchor, boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0]]), [torch.tensor([[0.0, 0.0, 8.0, 6.0]])]
-    match = mg_ops.mutual_match(anchor, anchor[None], softmax_to_logits(logits[3:])[None], boxes, [torch.tensor([0])])
-    assert match.loc_match.tolist() == [[0]]
-
-
 def test_evaluation_parameters_and_copies_stay_as_they_are(make_model: Callable[[], nn.Module]) -> None:
     images, targets = small_batch()
     plain, guided = make_model().eval(), use_mutual_guidance(make_model()).eval()
@@ -344,7 +333,7 @@ def test_evaluation_parameters_and_copies_stay_as_they_are(make_model: Callable[
 def test_removing_gives_torchvisions_loss_back(make_model: Callable[[], nn.Module]) -> None:
     images, targets = small_batch()
     expected, _ = losses_and_gradients(make_model(), images, targets)
-    model = use_mutual_guidance(use_mutual_guidance(make_model()), sigma=3.0)
+    model = use_mutual_guidance(use_mutual_guidance(make_model()), mg_ops.MutualMatcher(sigma=3.0))
     assert losses_and_gradients(remove_mutual_guidance(model), images, targets)[0] == expected
     assert remove_mutual_guidance(model) is model
     torch.jit.script(model)
@@ -353,8 +342,8 @@ def test_removing_gives_torchvisions_loss_back(make_model: Callable[[], nn.Modul
 def test_wrong_models_and_options_say_so() -> None:
     with pytest.raises(TypeError, match="expected torchvision's RetinaNet or SSD, got Linear"):
         use_mutual_guidance(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="strategy: expected one of 'iou'"):
-        use_mutual_guidance(small_retinanet(), strategy="best")
+    with pytest.raises(TypeError, match=r"matcher: expected mg_ops\.MutualMatcher or None, got str"):
+        use_mutual_guidance(small_retinanet(), "mutual")
 
 
 @pytest.mark.slow

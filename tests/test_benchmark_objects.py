@@ -17,7 +17,7 @@ import mg_ops
 
 pytest.importorskip("torchvision")
 
-from benchmarks import anchors, baselines
+from benchmarks import baselines
 from benchmarks.cases import CASES, CODER, Batch, best_overlaps, fit_to_case, make_batches
 from benchmarks.objects import (
     ImageObjects,
@@ -30,6 +30,7 @@ from benchmarks.objects import (
     measure_shapes,
     read_objects,
 )
+from detector.checkpoint import make_detector
 
 LEVELS = [0.1, 0.25, 0.5, 0.75, 0.9]
 
@@ -179,12 +180,16 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_anchor_grids_have_the_sizes_the_cases_state() -> None:
-    ssd, retinanet, dense = anchors.make_ssd_anchors(), anchors.make_retinanet_anchors(), anchors.make_dense_anchors()
-    assert (len(ssd), len(retinanet), len(dense)) == (12_750, 201_600, 121_515)
-    # The first cell of stride 8: centre (4, 4), sides 24 and 24 sqrt 2 by 24 / sqrt 2, clipped at 0.
-    torch.testing.assert_close(ssd[0], torch.tensor([0.0, 0.0, 16.0, 16.0]))
-    torch.testing.assert_close(ssd[1], torch.tensor([0.0, 0.0, 4 + 12 * 2**0.5, 4 + 6 * 2**0.5]))
+    retinanet, dense = CASES["coco800"].make_anchors(), CASES["dense"].make_anchors()
+    assert (len(retinanet), len(dense)) == (201_600, 121_515)
+    # The second cell of stride 8, its anchor of ratio 1: centre (12, 4), side 32.
     torch.testing.assert_close(retinanet[9 + 1], torch.tensor([12.0 - 16, 4.0 - 16, 12.0 + 16, 4.0 + 16]))
+
+
+def test_the_cases_at_320_have_the_anchors_that_the_detectors_train_with() -> None:
+    trained = make_detector("fssd", "resnet18", 320, 20).anchors
+    for name in ("voc320", "coco320"):
+        assert torch.equal(CASES[name].make_anchors(), trained)
 
 
 def test_objects_are_stretched_to_the_square_and_fitted_to_the_large_image() -> None:
@@ -197,7 +202,7 @@ def test_objects_are_stretched_to_the_square_and_fitted_to_the_large_image() -> 
 
 
 def test_best_overlaps_in_bands_are_those_of_all_pairs() -> None:
-    grid = anchors.make_ssd_anchors()
+    grid = CASES["coco320"].make_anchors()
     image = generate_dense(1, 300, 5, np.random.default_rng(4))[0]
     boxes = fit_to_case(image, CASES["coco320"])
     quality, owner = best_overlaps(grid, boxes)
@@ -301,9 +306,16 @@ def test_the_benchmark_runs_checks_and_writes_its_figures(tmp_path: Path) -> Non
 
 def match(batch: Batch, strategy: str = "mutual") -> mg_ops.MutualMatch:
     return mg_ops.mutual_match(
-        batch.anchors, batch.deltas, batch.logits, batch.gt_boxes, batch.gt_labels, batch.gt_offsets,
-        gt_crowd=batch.gt_crowd, box_coder=CODER, strategy=strategy,
-    )  # fmt: skip
+        batch.anchors,
+        batch.gt_boxes,
+        batch.gt_labels,
+        batch.gt_offsets,
+        cls_logits=batch.logits,
+        box_deltas=batch.deltas,
+        gt_crowd=batch.gt_crowd,
+        box_coder=CODER,
+        strategy=strategy,
+    )
 
 
 def assert_nearly_equal(expected: mg_ops.MutualMatch, answer: baselines.Match) -> None:

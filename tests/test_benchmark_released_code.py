@@ -24,7 +24,13 @@ def mutual_match(truths, priors, regress, classif, labels, loc_t, conf_t, overla
     assert len(truths) == len(labels) > 0 and labels.min() >= 1
     anchors = torch.cat([priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2], 1)
     match = mg_ops.mutual_match(
-        anchors, regress[None], classif[None], [truths], [labels - 1], box_coder=mg_ops.BoxCoder(), backend="eager"
+        anchors,
+        [truths],
+        [labels - 1],
+        cls_logits=classif[None],
+        box_deltas=regress[None],
+        box_coder=mg_ops.BoxCoder(),
+        backend="eager",
     )
     cls_match, loc_match = match.cls_match[0], match.loc_match[0]
     overlap_t[idx] = torch.where(cls_match >= 0, 3.0, torch.where(cls_match == mg_ops.IGNORED, 2.0, 0.3))

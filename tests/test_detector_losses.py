@@ -114,7 +114,9 @@ def test_the_two_parts_and_their_normalisers_worked_out_by_hand() -> None:
     gt = packed(([[0, 0, 10, 10], [20, 20, 30, 30]], [1, 0]))
     logits = torch.zeros(1, 4, 2)
     deltas = torch.tensor([[[0.2, 0, 0, 0], [9, 9, 9, 9], [9, 9, 9, 9], [0, 0, 0.01, 0]]])
-    match = mg_ops.mutual_match(ANCHORS, deltas, logits, *gt, box_coder=BoxCoder(), strategy="iou")
+    match = mg_ops.mutual_match(
+        ANCHORS, *gt, cls_logits=logits, box_deltas=deltas, box_coder=BoxCoder(), strategy="iou"
+    )
     assert match.cls_match.tolist() == [[0, BACKGROUND, BACKGROUND, 1]]
     loss = detection_loss(logits, deltas, ANCHORS, match, *gt, BoxCoder())
     at_half = 0.25 * math.log(2)  # (1/2)^2 * ln 2, as for every logit of 0
@@ -131,7 +133,7 @@ def test_a_batch_without_objects_learns_its_background() -> None:
     gt = packed(([], []), ([], []))
     logits = torch.zeros(2, 4, 3, requires_grad=True)
     deltas = torch.zeros(2, 4, 4, requires_grad=True)
-    match = mg_ops.mutual_match(ANCHORS, deltas, logits, *gt, box_coder=BoxCoder())
+    match = mg_ops.mutual_match(ANCHORS, *gt, cls_logits=logits, box_deltas=deltas, box_coder=BoxCoder())
     loss = detection_loss(logits, deltas, ANCHORS, match, *gt, BoxCoder())
     assert loss.cls_loss.item() == pytest.approx(24 * 0.75 * 0.25 * math.log(2), rel=1e-6)
     assert loss.box_loss.item() == 0
@@ -146,7 +148,7 @@ def test_what_other_anchors_predict_reaches_no_box_gradient() -> None:
     deltas = torch.zeros(1, 4, 4)
     deltas[0, 2] = torch.tensor([float("inf"), float("nan"), 1e30, -1e30])
     deltas.requires_grad_()
-    match = mg_ops.mutual_match(ANCHORS, deltas, logits, *gt, box_coder=BoxCoder())
+    match = mg_ops.mutual_match(ANCHORS, *gt, cls_logits=logits, box_deltas=deltas, box_coder=BoxCoder())
     loss = detection_loss(logits, deltas, ANCHORS, match, *gt, BoxCoder())
     loss.box_loss.backward()
     assert loss.box_loss.isfinite()
@@ -159,7 +161,7 @@ def test_autocast_changes_nothing_but_the_rounding_of_its_inputs(dtype: torch.dt
     gt = packed(([[0, 0, 10, 10]], [1]), ([[20, 20, 30, 30], [40, 40, 50, 50]], [0, 2]))
     logits, deltas = torch.randn(2, 4, 3).to(dtype), torch.randn(2, 4, 4).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        match = mg_ops.mutual_match(ANCHORS, deltas, logits, *gt, box_coder=BoxCoder())
+        match = mg_ops.mutual_match(ANCHORS, *gt, cls_logits=logits, box_deltas=deltas, box_coder=BoxCoder())
         low = detection_loss(logits, deltas, ANCHORS, match, *gt, BoxCoder())
     high = detection_loss(logits.float(), deltas.float(), ANCHORS, match, *gt, BoxCoder())
     for one, other in zip(low, high, strict=True):
@@ -170,7 +172,9 @@ def test_autocast_changes_nothing_but_the_rounding_of_its_inputs(dtype: torch.dt
 def test_a_label_out_of_range_is_ignored_not_indexed() -> None:
     gt = packed(([[0, 0, 10, 10]], [7]))
     logits, deltas = torch.zeros(1, 4, 2), torch.zeros(1, 4, 4)
-    match = mg_ops.mutual_match(ANCHORS, deltas, logits, *gt, box_coder=BoxCoder(), strategy="iou")
+    match = mg_ops.mutual_match(
+        ANCHORS, *gt, cls_logits=logits, box_deltas=deltas, box_coder=BoxCoder(), strategy="iou"
+    )
     loss = detection_loss(logits, deltas, ANCHORS, match, *gt, BoxCoder())
     assert loss.cls_loss.item() == pytest.approx(6 * 0.75 * 0.25 * math.log(2), rel=1e-6)
     assert loss.num_cls_positives.item() == 0
@@ -180,7 +184,7 @@ def test_the_loss_is_one_graph_to_torch_compile() -> None:
     torch.manual_seed(0)
     gt = packed(([[0, 0, 10, 10]], [1]), ([[20, 20, 30, 30], [40, 40, 50, 50]], [0, 2]))
     logits, deltas = torch.randn(2, 4, 3), torch.randn(2, 4, 4)
-    match = mg_ops.mutual_match(ANCHORS, deltas, logits, *gt, box_coder=BoxCoder())
+    match = mg_ops.mutual_match(ANCHORS, *gt, cls_logits=logits, box_deltas=deltas, box_coder=BoxCoder())
 
     def total(logits: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
         loss = detection_loss(logits, deltas, ANCHORS, match, *gt, BoxCoder())

@@ -122,7 +122,13 @@ def test_a_few_images_are_learned_by_heart(voc: Path) -> None:
     for step in range(num_steps):
         cls_logits, box_deltas = model(images)
         match = mg_ops.mutual_match(
-            model.anchors, box_deltas, cls_logits, gt_boxes, gt_labels, gt_offsets, box_coder=coder
+            model.anchors,
+            gt_boxes,
+            gt_labels,
+            gt_offsets,
+            cls_logits=cls_logits,
+            box_deltas=box_deltas,
+            box_coder=coder,
         )
         loss = detection_loss(cls_logits, box_deltas, model.anchors, match, gt_boxes, gt_labels, gt_offsets, coder)
         optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, 0.02, 10)
@@ -322,7 +328,7 @@ def gradients_of(rank: int, num_processes: int, folder: str) -> None:
     objects = boxes[first:last], labels[first:last], torch.tensor([0, *counts[mine]]).cumsum(0)
     cls_logits, box_deltas = model(images[mine])
     coder = mg_ops.BoxCoder()
-    match = mg_ops.mutual_match(anchors, box_deltas, cls_logits, *objects, box_coder=coder)
+    match = mg_ops.mutual_match(anchors, *objects, cls_logits=cls_logits, box_deltas=box_deltas, box_coder=coder)
     loss = detection_loss(cls_logits, box_deltas, anchors, match, *objects, coder)
     (loss.cls_loss + loss.box_loss).backward()
     if rank == 0:

@@ -1,5 +1,7 @@
 """What the pages say can be relied on: their code runs and shows its true results, their links, names and pages exist.
 
+So do the files that comments and docstrings cite; the figures of the README are those recorded.
+
 A block fenced as `python` is run, the blocks of a page one after the other; a line that is an expression followed by a
 comment with a value must have that value. A block fenced as `py` is a fragment, which need only be Python. The site
 itself is built and checked by `make docs`.
@@ -9,11 +11,16 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
+import io
 import json
 import pkgutil
 import re
 import runpy
+import subprocess
+import sys
 import textwrap
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +29,7 @@ import torch
 
 import mg_ops
 import mg_ops.adapters
+from benchmarks.cases import CASES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -167,3 +175,112 @@ def test_links_to_files_lead_to_files(page: Path) -> None:
     text = BLOCK.sub("", page.read_text())
     for link in re.findall(r"\]\((?![a-z]+:|#)([^)\s#]+)", text):
         assert (page.parent / link).exists(), link
+
+
+# What is cited in comments, docstrings and pages: a path, or the bare name of a source file.
+CITED = re.compile(
+    r"(?<![\w./<>*:\\$-])(?:\.\./)*((?:[\w.<>*-]+/)+[\w.<>*-]*|[\w-]+\.(?:md|py|h|cpp|cu|cuh))(?![\w/(])"
+)
+NOT_OURS = {"Python.h", "assign_result.py", "util_mixins.py"}  # Python's, mmdetection's
+COMMENT = {".md": r"(?s).+", **dict.fromkeys((".h", ".cpp", ".cu", ".cuh"), r"//.*")}  # others: what follows a #
+
+
+def repository_files() -> list[Path]:
+    """What git keeps or would keep; skips where there is no git."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs a git checkout: {error}")
+    return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
+
+
+def comments_of(path: Path) -> list[str]:
+    """What a file says to its reader."""
+    if path.suffix in (".json", ".png", ".jpg"):
+        return []
+    text = path.read_text()
+    if path.suffix != ".py":
+        return re.findall(COMMENT.get(path.suffix, r"(?<!\S)#.*"), text)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    statements = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr))
+    return comments + [
+        node.value for node in statements if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+def wrong_citations(text: str, files: list[Path]) -> list[str]:
+    """Cited files that are not there; paths into folders that the repository does not have are not ours to check."""
+    folders = {path.relative_to(ROOT).parts[0] for path in files}
+    names = {path.name for path in files} | NOT_OURS
+    wrong = []
+    for cited in (match[1].rstrip(".") for match in CITED.finditer(text)):
+        if "/" not in cited:
+            found = cited in names
+        else:
+            pattern = re.sub(r"<[^>]*>|MACHINE|STUDY", "*", cited)
+            found = cited.split("/")[0] not in folders or any(ROOT.glob(pattern.rstrip("/")))
+        if not found:
+            wrong.append(cited)
+    return wrong
+
+
+def test_every_file_cited_in_the_repository_exists() -> None:
+    files = repository_files()
+    wrong = {name_of(path): wrong_citations("\n".join(comments_of(path)), files) for path in files}
+    assert {name: cited for name, cited in wrong.items() if cited} == {}
+
+
+def test_a_citation_of_a_page_that_does_not_exist_would_be_seen() -> None:
+    files = repository_files()
+    text = "written from docs/no_such_page.md, no_such_file.py, docs/figures/nothing and ../docs/api/nothing.md."
+    cited = ["docs/no_such_page.md", "no_such_file.py", "docs/figures/nothing", "docs/api/nothing.md"]
+    assert wrong_citations(text, files) == cited
+    assert wrong_citations("docs/api/*.md, csrc/cpu, box.h, benchmarks/results/<gpu>/, a/b, runs/x.json", files) == []
+
+
+def imported_distributions(folder: Path) -> set[str]:
+    """What pip must install for the modules of a folder, beside torch and mg_ops."""
+    modules = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules.add(node.module)
+    if "torch.utils.tensorboard" in modules:  # imports a package that torch does not bring
+        modules.add("tensorboard")
+    packages = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"torch", "mg_ops", folder.name}
+    distributions = importlib.metadata.packages_distributions()
+    return {distributions.get(package, [package])[0].lower() for package in packages}
+
+
+def test_the_install_line_of_the_detectors_brings_what_they_import() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    assert "pip install --editable '.[detector]'" in (ROOT / "docs/detector.md").read_text()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extra = set(settings["project"]["optional-dependencies"]["detector"])
+    assert extra == imported_distributions(ROOT / "detector")
+    # `make` installs torchvision with torch.
+    assert extra - set(settings["dependency-groups"]["dev"]) == {"torchvision"}
+
+
+def test_the_figures_of_the_readme_are_those_recorded() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/released_code.json").read_text())
+    machine, readme = recorded["machine"], (ROOT / "README.md").read_text()
+
+    def say(seconds: float) -> str:
+        return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+    for name, case in recorded["cases"].items():
+        released, ours = (case["timed"][method]["seconds"] for method in ("released code", "mutual_match"))
+        size = f"{CASES[name].batch_size} x {len(CASES[name].make_anchors()):,}"
+        row = f"| {name} | {size} | {say(released)} | {say(ours)} "
+        assert f"{row}| {released / ours:.0f} |" in readme
+        if name == "coco320":
+            headline = (
+                f"in {1000 * ours:.1f} ms on {machine['cores']} CPU cores, {released / ours:.0f} times as fast as"
+            )
+            assert headline in readme.replace("\n", " ")
+    assert f"torch {machine['torch'].split('+')[0]}, commit {machine['commit']}, {machine['date'][:10]}" in readme

@@ -39,11 +39,13 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def outputs(tmp_path: Path) -> list[str]:
-    """Flags that keep what a test writes out of the checkout."""
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags that record what a test writes, outside of the checkout."""
     document = tmp_path / "results.md"
     document.write_text(f"above\n<!-- begin tiny: written by {tables.SCRIPT} -->\nold\n<!-- end tiny -->\nbelow\n")
-    return ["--results", str(tmp_path / "results"), "--document", str(document), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(compare, "RECORDS", tmp_path / "results")
+    monkeypatch.setattr(compare, "DOCUMENT", document)
+    return ["--record", "--runs", str(tmp_path / "runs")]
 
 
 def scores(ap: float | None) -> dict[str, Any]:
@@ -221,6 +223,18 @@ def test_finished_runs_are_collected_whatever_their_seeds_and_unfinished_ones_ar
     assert run["training_seconds"] == pytest.approx(4 / 2.0 + 36 / 12.0)  # 4 images at 2 a second, then 36 at 12
     document = (tmp_path / "results.md").read_text()
     assert document.startswith("above\n") and document.endswith("below\n") and "30.0 ± 14.1" in document
+
+
+def test_without_record_results_stay_beside_the_runs(
+    tmp_path: Path, outputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish_run(tmp_path / "runs", "mutual", 0, 0.2)
+    document = (tmp_path / "results.md").read_text()
+    assert compare.main(["--study", "tiny", "--collect", *outputs[1:]]) == 0
+    assert json.loads((tmp_path / "runs/tiny.json").read_text())["study"] == "tiny"
+    tables = (tmp_path / "runs/tiny.md").read_text()
+    assert "| mutual | 0 | 20.0 |" in tables and tables in capsys.readouterr().out
+    assert not (tmp_path / "results").exists() and (tmp_path / "results.md").read_text() == document
 
 
 def test_neither_the_json_nor_the_document_knows_where_the_runs_lay(tmp_path: Path, outputs: list[str]) -> None:

@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mg_ops import triton_mutual_match  # noqa: E402
+from mg_ops.triton import mutual_match  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 
@@ -37,25 +37,16 @@ POINTERS = {
     **dict.fromkeys(("counters", "list_entries", "images_to_redo", "num_pos", "num_total"), "*i32"),
     "gt_crowd": "*u8",
 }
-NUMBERS = (
-    "weight_x",
-    "weight_y",
-    "weight_w",
-    "weight_h",
-    "clip",
-    "sigma",
-    "iou_positive",
-    "iou_ignored",
-    "crowd_overlap",
-)
+NUMBERS = {**dict.fromkeys(("sigma", "iou_positive", "iou_ignored", "crowd_overlap"), "fp32"), "coder": ("fp32",) * 5}
 
 
 def compile_kernel(kernel: str, chip: str, flags: dict[str, bool], floating: str = "fp32", integer: str = "i64") -> Any:
-    """A kernel as `triton_mutual_match.mutual_match` launches it, for inputs of these types."""
-    function = getattr(triton_mutual_match, f"_{kernel}_kernel")
+    """A kernel as `mg_ops.triton.mutual_match` launches it, for inputs of these types."""
+    function = getattr(mutual_match, f"{kernel}_kernel")
+    flags = {"PROBABILITIES": False, **flags}
     constants = {name: value for name, value in flags.items() if name in function.arg_names}
-    constants["BLOCK"] = getattr(triton_mutual_match, f"{kernel.upper()}_BLOCK")
-    signature = {}
+    constants["BLOCK"] = getattr(mutual_match, f"{kernel.upper()}_BLOCK")
+    signature: dict[str, Any] = {}
     for name in function.arg_names:
         if name in constants:
             signature[name] = "constexpr"
@@ -66,10 +57,10 @@ def compile_kernel(kernel: str, chip: str, flags: dict[str, bool], floating: str
         elif name in ("gt_labels", "gt_offsets"):
             signature[name] = f"*{integer}"
         elif name in NUMBERS:
-            signature[name] = "fp32"
+            signature[name] = NUMBERS[name]
         else:
             signature[name] = "i64" if name.startswith("stride_") else "i32"
-    options = {"num_warps": getattr(triton_mutual_match, f"{kernel.upper()}_WARPS"), "enable_fp_fusion": False}
+    options = {"num_warps": getattr(mutual_match, f"{kernel.upper()}_WARPS"), "enable_fp_fusion": False}
     source = ASTSource(function, signature, constexprs=constants)
     return triton.compile(source, target=CHIPS[chip], options=options)
 
@@ -105,7 +96,7 @@ def spilled_bytes(compiled: Any, tmp_path: Path) -> int:
 
 
 def all_flags(kernel: str) -> list[dict[str, bool]]:
-    names = [name for name in FLAGS if name in getattr(triton_mutual_match, f"_{kernel}_kernel").arg_names]
+    names = [name for name in FLAGS if name in getattr(mutual_match, f"{kernel}_kernel").arg_names]
     return [dict(zip(names, values, strict=True)) for values in itertools.product((False, True), repeat=len(names))]
 
 
@@ -137,6 +128,11 @@ def test_every_dtype_compiles(kernel: str, floating: str) -> None:
     assert_exact(compiled, "sm_90")
 
 
+def test_probabilities_compile() -> None:
+    compiled = compile_kernel("claim", "sm_90", {**ALL_ON, "PROBABILITIES": True})
+    assert_exact(compiled, "sm_90")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -150,5 +146,5 @@ def test_every_variant_compiles(kernel: str, chip: str, tmp_path: Path) -> None:
 def test_importing_mg_ops_does_not_import_triton() -> None:
     """Nor the compiler of torch: both take longer than the rest together."""
     code = "import sys, mg_ops; mg_ops.backends(); sys.exit(bool({'triton', 'torch._dynamo'} & set(sys.modules)))"
-    root = Path(triton_mutual_match.__file__).parent.parent
+    root = Path(mutual_match.__file__).parents[2]
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, check=False).returncode == 0

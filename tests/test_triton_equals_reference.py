@@ -24,7 +24,8 @@ from cases import CASES, Case  # noqa: E402
 from random_batches import RandomBatch, random_batch, to_device  # noqa: E402
 
 import mg_ops  # noqa: E402
-from mg_ops import library, reference, triton_mutual_match  # noqa: E402
+from mg_ops import library, reference  # noqa: E402
+from mg_ops.triton import det_math, mutual_match  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -55,8 +56,8 @@ def small_batches(count: int, first_seed: int) -> Iterator[RandomBatch]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that a few anchors and objects already take several programs, and several turns of every loop."""
     for kernel in ("CLAIM", "SETTLE", "OWN", "RANK"):
-        monkeypatch.setattr(triton_mutual_match, f"{kernel}_WARPS", 1)
-        monkeypatch.setattr(triton_mutual_match, f"{kernel}_BLOCK", 8 if INTERPRETED else 32)
+        monkeypatch.setattr(mutual_match, f"{kernel}_WARPS", 1)
+        monkeypatch.setattr(mutual_match, f"{kernel}_BLOCK", 8 if INTERPRETED else 32)
 
 
 OPTIONS: dict[str, Any] = {
@@ -74,7 +75,7 @@ OPTIONS: dict[str, Any] = {
 
 def run_operator(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
     """Packed arguments past the checks of `mg_ops.mutual_match`, straight to the launches; strategy "mutual"."""
-    return triton_mutual_match.mutual_match(**{**OPTIONS, **to_device(arguments, DEVICE), **options})
+    return mutual_match.mutual_match(**{**OPTIONS, **to_device(arguments, DEVICE), **options})
 
 
 def run_reference(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -268,8 +269,8 @@ class NoLaunch:
 
 
 def test_memory_does_not_grow_with_anchors_times_objects(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernel in ("_claim_kernel", "_settle_kernel", "_own_kernel", "_rank_kernel"):
-        monkeypatch.setattr(triton_mutual_match, kernel, NoLaunch())  # the interpreter makes copies of its own
+    for kernel in ("claim_kernel", "settle_kernel", "own_kernel", "rank_kernel"):
+        monkeypatch.setattr(mutual_match, kernel, NoLaunch())  # the interpreter makes copies of its own
     num_anchors, objects = 5000, [60, 80]
     arguments = to_device(packed_batch(objects, num_anchors), DEVICE)
     with CountAllocations() as count:
@@ -286,10 +287,10 @@ def test_memory_does_not_grow_with_anchors_times_objects(monkeypatch: pytest.Mon
 def _evaluate_kernel(x_pointer, exp_pointer, log2_pointer, sigmoid_pointer, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_pointer + index, mask=index < size, other=0)
-    tl.store(exp_pointer + index, triton_mutual_match._exp(x), mask=index < size)
-    tl.store(sigmoid_pointer + index, triton_mutual_match._sigmoid(x), mask=index < size)
+    tl.store(exp_pointer + index, det_math.exp(x), mask=index < size)
+    tl.store(sigmoid_pointer + index, det_math.sigmoid(x), mask=index < size)
     positive = tl.where((x > 0) & (x <= 3.402823466e38), x, 1.0)
-    tl.store(log2_pointer + index, triton_mutual_match._log2(positive), mask=index < size)
+    tl.store(log2_pointer + index, det_math.log2(positive), mask=index < size)
 
 
 def test_polynomials_have_the_bits_of_the_reference() -> None:

@@ -2,13 +2,14 @@
 
     python benchmarks/strategies/compare.py --study bccd-fssd-resnet18 --data BCCD --parallel 2
     python benchmarks/strategies/compare.py --study bccd-fssd-resnet18 --data BCCD --dry-run   # the commands alone
-    python benchmarks/strategies/compare.py --render   # docs/results.md from the JSON files
+    python benchmarks/strategies/compare.py --render   # docs/results.md from the recorded JSON files
     python benchmarks/strategies/compare.py --plot docs/figures/leads.png   # and its first picture
 
 A study is a list of rows (what is trained) in a setting (what all of them have in common); each row is trained once a
 seed, by `detector.train`, and its last checkpoint is scored by `detector.evaluate`. Runs that are complete are not run
 again, interrupted ones are resumed, and a run that several studies ask for is shared by them. After each run the
-study's JSON file in benchmarks/strategies/results/ and its tables in docs/results.md are written anew.
+study's JSON file and its tables are written anew, beside the runs in runs/strategies/, which git ignores; with --record
+to benchmarks/strategies/results/ and docs/results.md.
 
 Whatever is tuned is chosen by the val split, for both strategies with the same budget, and reported on test.
 """
@@ -32,6 +33,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "benchmarks/strategies/results"
+DOCUMENT = ROOT / "docs/results.md"
 sys.path.append(str(ROOT))
 
 from benchmarks.strategies.figure import draw_leads, find_leads  # noqa: E402
@@ -243,8 +246,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="with --collect: how many threads such runs had")
     parser.add_argument("--render", action="store_true", help="run and read nothing: tables from the JSON files")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="likewise: mutual less iou in every setting, drawn")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/strategies/results", help="of JSON files")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs/results.md", help="where the tables are written")
+    parser.add_argument("--record", action="store_true", help="write the results that docs/results.md shows")
     parser.add_argument("--poll-seconds", type=float, default=1.0, help="between looks at the runs (%(default)s)")
     args = parser.parse_args(argv)
     if args.render or args.plot is not None:
@@ -276,11 +278,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
     if args.render or args.plot is not None:
-        files = {name: args.results / f"{name}.json" for name in STUDIES}
+        files = {name: RECORDS / f"{name}.json" for name in STUDIES}
         contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
         if args.render:
             for name, content in contents.items():
-                write_study(name, content, args.results, args.document)
+                write_study(name, content, RECORDS, DOCUMENT)
         if args.plot is not None:
             try:
                 draw_leads(find_leads(list(contents.values())), args.plot)
@@ -312,21 +314,23 @@ def main(argv: list[str] | None = None) -> int:
     provenance: dict[str, object] = {name: machine[name] for name in ("device", "torch", "mg_ops")}
     provenance |= {"commit": args.commit or "not recorded", "threads": args.threads}
 
-    def write() -> None:
-        write_study(args.study, collect(args.study, study, args.runs, provenance), args.results, args.document)
+    results = RECORDS if args.record else args.runs
+    document = DOCUMENT if args.record else None
+
+    def write() -> list[Path]:
+        return write_study(args.study, collect(args.study, study, args.runs, provenance), results, document)
 
     failed: list[Run] = []
     interrupted = False
     try:
         if not args.collect:
             failed, interrupted = execute(runs, args, study.split, console, write)
-        write()
+        written = write()
     except ValueError as error:
         console.print(f"[red]{error}[/]", highlight=False)
         return 1
-    content = json.loads((args.results / f"{args.study}.json").read_text())
-    print(render(content, study))
-    console.print(f"written to {args.results / args.study}.json and {args.document}", highlight=False)
+    print(render(json.loads(written[0].read_text()), study))
+    console.print(f"written to {' and '.join(map(str, written))}", highlight=False)
     return 130 if interrupted else 1 if failed else 0
 
 

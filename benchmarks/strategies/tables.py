@@ -236,7 +236,13 @@ def write_atomically(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def write_study(name: str, content: dict[str, Any], results: Path, document: Path) -> None:
-    """The JSON file, and the tables in the document."""
-    write_atomically(results / f"{name}.json", json.dumps(content, indent=1) + "\n")
-    write_atomically(document, replace_section(document.read_text(), name, render(content, STUDIES[name])))
+def write_study(name: str, content: dict[str, Any], results: Path, document: Path | None) -> list[Path]:
+    """The JSON file, and the tables in their section of the document, or in a file of their own; both paths."""
+    written, tables = results / f"{name}.json", render(content, STUDIES[name])
+    write_atomically(written, json.dumps(content, indent=1) + "\n")
+    if document is None:
+        document = results / f"{name}.md"
+    else:
+        tables = replace_section(document.read_text(), name, tables)
+    write_atomically(document, tables)
+    return [written, document]

@@ -8,12 +8,12 @@ of all images at once, for the body of an overridden `losses`. Imports nothing o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from mg_ops.adapters.labels import Detectron2Match, to_detectron2
-from mg_ops.matching import MutualMatch, mutual_match
+from mg_ops.matching import MutualMatch, MutualMatcher
 
 
 class Detectron2Matches(NamedTuple):
@@ -29,22 +29,21 @@ class Detectron2Matches(NamedTuple):
 
 def match_anchors(
     anchors: Tensor,
-    pred_boxes: Tensor,
-    cls_scores: Tensor,
     gt_boxes: Sequence[Tensor],
     gt_classes: Sequence[Tensor],
-    **options: Any,
+    *,
+    matcher: MutualMatcher,
+    **predictions: Tensor,
 ) -> Detectron2Matches:
     """Matches a batch by mutual guidance and says it as detectron2's `Matcher` does.
 
     Args:
         anchors: (A, 4) floating, (x1, y1, x2, y2): `Boxes.cat(anchors).tensor`.
-        pred_boxes: (B, A, 4) floating, the regressed boxes, or deltas with `box_coder=`; detectron2's
-            `Box2BoxTransform` is `mg_ops.BoxCoder` with its weights and scale_clamp.
-        cls_scores: (B, A, C) floating, logits.
         gt_boxes: a list of B tensors (G, 4): `instances.gt_boxes.tensor`.
         gt_classes: a list of B tensors (G,): `instances.gt_classes`.
-        **options: the other arguments of `mg_ops.mutual_match`.
+        matcher: how to match; its box coder decodes `box_deltas`. detectron2's `Box2BoxTransform` is `mg_ops.BoxCoder`
+            with its weights and scale_clamp.
+        **predictions: cls_logits (B, A, C) and box_deltas or pred_boxes (B, A, 4), as of `mg_ops.mutual_match`.
 
     Returns:
         `Detectron2Matches(classification, localization, match)`. detectron2's RetinaNet wants class targets that are
@@ -53,5 +52,5 @@ def match_anchors(
     Raises:
         TypeError, ValueError: as `mg_ops.mutual_match`.
     """
-    match = mutual_match(anchors, pred_boxes, cls_scores, gt_boxes, gt_classes, **options)
+    match = matcher(anchors, gt_boxes, gt_classes, **predictions)
     return Detectron2Matches(to_detectron2(match.cls_match), to_detectron2(match.loc_match), match)

@@ -22,10 +22,10 @@ Where `strategy="iou"` gives torchvision's own loss:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,63 +36,45 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
 from mg_ops.boxes import BoxCoder
-from mg_ops.matching import STRATEGIES, MutualMatch, mutual_match
-from mg_ops.reference import IGNORED
+from mg_ops.matching import MutualMatch, MutualMatcher
 
 _Model = TypeVar("_Model", bound=nn.Module)
 Target = dict[str, Tensor]
 MatchHook = Callable[[MutualMatch, list[Target]], None]
 
 
-@dataclass(frozen=True)
-class _Matching:
+class _Guidance(NamedTuple):
     """How a model matches; the arguments of `use_mutual_guidance`."""
 
-    strategy: str
-    sigma: float
-    iou_positive: float
-    iou_ignored: float
+    matcher: MutualMatcher
     crowd_key: str | None
-    crowd_overlap: float
-    backend: str | None
     on_match: MatchHook | None
 
 
 def use_mutual_guidance(
     model: _Model,
+    matcher: MutualMatcher | None = None,
     *,
-    strategy: str = "mutual",
-    sigma: float = 2.0,
-    iou_positive: float | None = None,
-    iou_ignored: float | None = None,
     crowd_key: str | None = None,
-    crowd_overlap: float = 0.5,
-    backend: str | None = None,
     on_match: MatchHook | None = None,
 ) -> _Model:
     """Makes a torchvision RetinaNet or SSD match by mutual guidance when it computes its training loss.
 
-    The batch is matched in one `mutual_match` call, by the network's own predictions. The classification loss then
-    takes its positives and ignored anchors from `cls_match`, the box loss its positives from `loc_match`, each averaged
-    over its own positives. RetinaNet's loss functions are torchvision's; SSD's is torchvision's written for two
-    matches: ignored anchors (none with its own thresholds) are no hard negatives. Anchors are matched in the resized
-    images' pixels.
+    The batch is matched in one call, by the network's own predictions. The classification loss then takes its positives
+    and ignored anchors from `cls_match`, the box loss its positives from `loc_match`, each averaged over its own
+    positives. RetinaNet's loss functions are torchvision's; SSD's is torchvision's written for two matches: ignored
+    anchors (none with its own thresholds) are no hard negatives. Anchors are matched in the resized images' pixels.
 
-    p, the score of a class: RetinaNet's is sigmoid(logit). SSD's is the softmax probability over the classes and the
-    background, handed over as its logit, log(p) - log(1 - p), which takes B x A x C float32 of memory.
+    p, the score of a class, is sigmoid(logit) in RetinaNet, and in SSD the softmax probability over the classes and the
+    background.
 
     Args:
         model: a RetinaNet or SSD, changed in place, before DDP or torch.compile wrap it. Calling again replaces the
             options.
-        strategy: as of `mutual_match`.
-        sigma: as of `mutual_match`.
-        iou_positive: as of `mutual_match`; None for the threshold the model was made with (0.5, as in the paper).
-        iou_ignored: as of `mutual_match`; None for the threshold the model was made with (RetinaNet 0.4, as in the
-            paper; SSD 0.5, so that nothing is ignored).
+        matcher: how to match. By default with the thresholds the model was made with: RetinaNet 0.5 and 0.4, as in the
+            paper; SSD 0.5 twice, so that nothing is ignored. Its box coder is not used: the model has its own.
         crowd_key: the entry of a target that flags crowd regions, (G,) integer or bool ("iscrowd" in COCO's); an image
             without it has none. None, as in torchvision: all boxes are objects.
-        crowd_overlap: as of `mutual_match`.
-        backend: as of `mutual_match`.
         on_match: called in every training step with the `MutualMatch` and the targets (boxes in the resized image), for
             `mg_ops.summarize`.
 
@@ -100,37 +82,31 @@ def use_mutual_guidance(
         The model itself.
 
     Raises:
-        TypeError: the model is no RetinaNet or SSD, or its box coder is not torchvision's `BoxCoder`.
-        ValueError: an unknown strategy; other wrong options raise in the first training step.
+        TypeError: the model is no RetinaNet or SSD, its box coder is not torchvision's `BoxCoder`, or the matcher is no
+            `mg_ops.MutualMatcher`.
     """
     if not isinstance(model, (RetinaNet, SSD)):
         raise TypeError(
             f"model: expected torchvision's RetinaNet or SSD, got {type(model).__name__}; "
             "call use_mutual_guidance before wrapping the model"
         )
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    if matcher is not None and not isinstance(matcher, MutualMatcher):
+        raise TypeError(f"matcher: expected mg_ops.MutualMatcher or None, got {type(matcher).__name__}")
     if not isinstance(model.box_coder, detection.BoxCoder):
         raise TypeError(f"model.box_coder: expected torchvision's BoxCoder, got {type(model.box_coder).__name__}")
     remove_mutual_guidance(model)
-    matcher = model.proposal_matcher
-    matching = _Matching(
-        strategy=strategy,
-        sigma=sigma,
-        iou_positive=matcher.high_threshold if iou_positive is None else iou_positive,
-        iou_ignored=matcher.low_threshold if iou_ignored is None else iou_ignored,
-        crowd_key=crowd_key,
-        crowd_overlap=crowd_overlap,
-        backend=backend,
-        on_match=on_match,
-    )
+    replaced = model.proposal_matcher
+    if matcher is None:
+        matcher = MutualMatcher(iou_positive=replaced.high_threshold, iou_ignored=replaced.low_threshold)
+    coder = BoxCoder(weights=tuple(model.box_coder.weights), clip=model.box_coder.bbox_xform_clip)
+    guidance = _Guidance(dataclasses.replace(matcher, box_coder=coder, gt_box_format="xyxy"), crowd_key, on_match)
     # An attribute of the instance hides the method of its class, survives copy.deepcopy and pickle, and is deleted to
     # undo.
     if isinstance(model, RetinaNet):
-        model.compute_loss = functools.partial(_retinanet_loss, model, matching)
+        model.compute_loss = functools.partial(_retinanet_loss, model, guidance)
     else:
-        model.compute_loss = functools.partial(_ssd_loss, model, matching)
-        model._mutual_guidance_replaced = matcher
+        model.compute_loss = functools.partial(_ssd_loss, model, guidance)
+        model._mutual_guidance_replaced = replaced
         model.proposal_matcher = _Unmatched()
     return model
 
@@ -148,20 +124,6 @@ def remove_mutual_guidance(model: _Model) -> _Model:
     return model
 
 
-def softmax_to_logits(cls_logits: Tensor) -> Tensor:
-    """The logits whose sigmoid is the softmax of `cls_logits`: log(p) - log(1 - p), infinite where p rounds to 0 or 1.
-
-    Args:
-        cls_logits: (..., C) floating.
-
-    Returns:
-        (..., C) float32, without gradient.
-    """
-    with torch.no_grad():
-        log_p = functional.log_softmax(cls_logits.float(), dim=-1)
-        return log_p - torch.log(-torch.expm1(log_p))
-
-
 class _Unmatched:
     """Stands in for SSD's matcher, whose result `_ssd_loss` does not read."""
 
@@ -170,10 +132,11 @@ class _Unmatched:
 
 
 def _retinanet_loss(
-    model: RetinaNet, matching: _Matching, targets: list[Target], head_outputs: Target, anchors: list[Tensor]
+    model: RetinaNet, guidance: _Guidance, targets: list[Target], head_outputs: Target, anchors: list[Tensor]
 ) -> Target:
     """`RetinaNet.compute_loss` with a match for each of the two losses."""
-    match = _match(model, matching, targets, head_outputs["bbox_regression"], head_outputs["cls_logits"], anchors)
+    deltas, cls_logits = head_outputs["bbox_regression"], head_outputs["cls_logits"]
+    match = _match(model, guidance, targets, anchors, box_deltas=deltas, cls_logits=cls_logits)
     head = model.head
     return {
         "classification": head.classification_head.compute_loss(targets, head_outputs, list(match.cls_match)),
@@ -183,7 +146,7 @@ def _retinanet_loss(
 
 def _ssd_loss(
     model: SSD,
-    matching: _Matching,
+    guidance: _Guidance,
     targets: list[Target],
     head_outputs: Target,
     anchors: list[Tensor],
@@ -191,7 +154,8 @@ def _ssd_loss(
 ) -> Target:
     """`SSD.compute_loss` with a match for each of the two losses, in shapes known beforehand."""
     deltas, cls_logits = head_outputs["bbox_regression"], head_outputs["cls_logits"].float()
-    match = _match(model, matching, targets, deltas, softmax_to_logits(cls_logits), anchors)
+    probabilities = cls_logits.detach().softmax(-1)
+    match = _match(model, guidance, targets, anchors, box_deltas=deltas, cls_probabilities=probabilities)
 
     # One row more than there are objects: what anchors without an object read, label 0, the background.
     boxes = torch.cat([target["boxes"].float() for target in targets] + [deltas.new_zeros(1, 4, dtype=torch.float32)])
@@ -202,21 +166,23 @@ def _ssd_loss(
     num_gt = starts.pop()
     start = torch.tensor(starts, device=deltas.device).unsqueeze(1)  # (B, 1)
 
-    loc_positive = match.loc_match >= 0
+    loc_positive = match.loc_positive
     loc_objects = torch.where(loc_positive, start + match.loc_match, num_gt)
-    box_targets = _box_coder(model).encode(torch.stack(anchors), boxes[loc_objects])
+    coder = guidance.matcher.box_coder
+    assert coder is not None, "use_mutual_guidance sets it"
+    box_targets = coder.encode(anchors=torch.stack(anchors), boxes=boxes[loc_objects])
     box_targets = torch.where(loc_positive.unsqueeze(-1), box_targets, 0.0)
     box_error = functional.smooth_l1_loss(deltas.float(), box_targets, reduction="none").sum(-1)
     box_loss = torch.where(loc_positive, box_error, 0.0).sum() / loc_positive.sum().clamp(min=1)
 
-    cls_positive = match.cls_match >= 0
+    cls_positive = match.cls_positive
     class_targets = labels[torch.where(cls_positive, start + match.cls_match, num_gt)]  # (B, A)
     class_error = functional.cross_entropy(cls_logits.flatten(0, 1), class_targets.flatten(), reduction="none")
     class_error = class_error.view_as(class_targets)
 
     # Hard negatives: of each image's background the worst classified, neg_to_pos_ratio for every positive.
     foreground = class_targets > 0
-    candidates = ~foreground & (match.cls_match != IGNORED)
+    candidates = ~foreground & ~match.ignored
     ranking = torch.where(candidates, class_error.detach(), float("-inf")).argsort(dim=1, descending=True)
     hardest = ranking.argsort(dim=1) < model.neg_to_pos_ratio * foreground.sum(1, keepdim=True)
     counted = foreground | (candidates & hardest)
@@ -225,18 +191,13 @@ def _ssd_loss(
 
 
 def _match(
-    model: RetinaNet | SSD,
-    matching: _Matching,
-    targets: list[Target],
-    deltas: Tensor,
-    cls_scores: Tensor,
-    anchors: list[Tensor],
+    model: RetinaNet | SSD, guidance: _Guidance, targets: list[Target], anchors: list[Tensor], **predictions: Tensor
 ) -> MutualMatch:
     """Matches a batch: in one call where its images have the same anchors, else image by image."""
     boxes = [target["boxes"] for target in targets]
     labels = [target["labels"] for target in targets]
+    key = guidance.crowd_key
     crowd = None
-    key = matching.crowd_key
     if key is not None:
         crowd = [
             target[key].bool() if key in target else torch.zeros_like(target["labels"], dtype=torch.bool)
@@ -244,20 +205,12 @@ def _match(
         ]
 
     def match_images(images: slice) -> MutualMatch:
-        return mutual_match(
+        return guidance.matcher(
             anchors[images][0],
-            deltas[images],
-            cls_scores[images],
             boxes[images],
             labels[images],
             gt_crowd=None if crowd is None else crowd[images],
-            box_coder=_box_coder(model),
-            strategy=matching.strategy,
-            sigma=matching.sigma,
-            iou_positive=matching.iou_positive,
-            iou_ignored=matching.iou_ignored,
-            crowd_overlap=matching.crowd_overlap,
-            backend=matching.backend,
+            **{name: prediction[images] for name, prediction in predictions.items()},
         )
 
     if _anchors_are_shared(model, anchors):
@@ -265,8 +218,8 @@ def _match(
     else:
         matches = [match_images(slice(image, image + 1)) for image in range(len(targets))]
         match = MutualMatch(*(torch.cat(parts) for parts in zip(*matches, strict=True)))
-    if matching.on_match is not None:
-        matching.on_match(match, targets)
+    if guidance.on_match is not None:
+        guidance.on_match(match, targets)
     return match
 
 
@@ -279,7 +232,3 @@ def _anchors_are_shared(model: RetinaNet | SSD, anchors: list[Tensor]) -> bool:
     if type(model.anchor_generator).forward in (AnchorGenerator.forward, DefaultBoxGenerator.forward):
         return True
     return all(torch.equal(anchors[0], others) for others in anchors[1:])
-
-
-def _box_coder(model: RetinaNet | SSD) -> BoxCoder:
-    return BoxCoder(weights=tuple(model.box_coder.weights), clip=model.box_coder.bbox_xform_clip)
