@@ -78,7 +78,7 @@ LABEL = "int64, int32 or floating point"
     [
         # Types
         ("anchors", None, TypeError, r"^anchors: expected a floating point tensor, got NoneType"),
-        ("anchors", [[0, 0, 1, 1]], TypeError, r"^anchors: expected a floating point tensor, got list"),
+        ("anchors", [[0, 0, 1, 1]], TypeError, r"^anchors\[0\]: expected a floating point tensor, got list"),
         ("pred_boxes", 3.0, TypeError, r"^pred_boxes: expected a floating point tensor, got float"),
         ("cls_logits", "logits", TypeError, r"^cls_logits: expected a floating point tensor, got str"),
         ("gt_boxes", None, TypeError, r"^gt_boxes: expected a list of 2 tensors.*got NoneType"),
