@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from mg_ops.backend_choice import operator_of
+from mg_ops.backend_choice import check_backend, operator_of
 from mg_ops.boxes import BoxCoder, check_box_coder
 from mg_ops.checks import check_bool, check_predictions, check_tensor, check_thresholds, join_levels
-from mg_ops.objects import Objects, pack_objects
+from mg_ops.objects import Objects, check_box_format, pack_objects
 from mg_ops.reference import IGNORED
 from mg_ops.validation import check_values
 
@@ -96,7 +96,9 @@ class MutualMatcher:
         check_strategy(self.strategy)
         check_thresholds(self.sigma, self.iou_positive, self.iou_ignored, self.crowd_overlap)
         check_box_coder(self.box_coder)
+        check_box_format(self.gt_box_format)
         check_bool("check", self.check)
+        check_backend(self.backend)
 
     def __call__(
         self,

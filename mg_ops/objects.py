@@ -57,8 +57,7 @@ def pack_objects(
     Raises:
         TypeError, ValueError: naming the argument, and of a list the image.
     """
-    if gt_box_format != "xyxy" and gt_box_format not in BOX_FORMATS:
-        raise ValueError(f"gt_box_format: expected one of {', '.join(map(repr, BOX_FORMATS))}, got {gt_box_format!r}")
+    check_box_format(gt_box_format)
     if isinstance(gt_boxes, Tensor):
         if gt_boxes.dim() == 3 and gt_offsets is None:
             objects = _pack_padded(gt_boxes, gt_labels, gt_crowd, gt_mask, batch_size, device)
@@ -77,6 +76,12 @@ def pack_objects(
         boxes = objects.gt_boxes if gt_box_format == "xyxy" else _to_corners(objects.gt_boxes, gt_box_format)
         objects = objects._replace(gt_boxes=boxes, gt_labels=_whole_labels(objects.gt_labels))
     return objects
+
+
+def check_box_format(value: object) -> None:
+    """Raises ValueError unless it is one of the formats."""
+    if not isinstance(value, str) or value not in BOX_FORMATS:
+        raise ValueError(f"gt_box_format: expected one of {', '.join(map(repr, BOX_FORMATS))}, got {value!r}")
 
 
 def holds_dictionaries(gt_boxes: object, gt_labels: object) -> bool:

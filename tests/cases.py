@@ -506,6 +506,27 @@ add(
     options={"iou_positive": 0.65},
 )
 add(
+    "probabilities are p themselves",
+    "or cls_probabilities, p itself",
+    # q_anchor .7 .6, n_pos 1 (>= .65). Label 1, p = 0 for anchor 0: exponent -.51. Anchor 1 with p = .75: -.74 * .625 =
+    # -.46, the larger; with p = .5: -.55, the smaller. Taken for logits (.5 and .68), both would be anchor 0's.
+    [strip(0, 7), strip(0, 6)],
+    *(
+        Image(
+            gt_boxes=[strip(0, 10)],
+            gt_labels=[1],
+            cls_probabilities=[[1, 0], [0, p]],
+            cls_match=[0, IGNORED],
+            loc_match=loc_match,
+            num_pos=[1],
+            num_total=[2],
+        )
+        for p, loc_match in ((0.75, [NONE, 0]), (0.5, [0, NONE]))
+    ),
+    num_classes=2,
+    options={"iou_positive": 0.65},
+)
+add(
     "amplified quality decides the owner",
     "owner[a] = the object with the largest quality for a (under q_amplified)",
     # Anchors 0, 1 are objects 0, 1. Anchor 2 = [1.5, 11.5]: 8.5/11.5 = .74 with object 0, 7.5/12.5 = .6 with object 1.
@@ -942,6 +963,29 @@ add(
             num_total=[2],
         )
         for score, loc_match in ((NAN, [0, NONE]), (-NAN, [0, NONE]), (INF, [NONE, 0]), (-INF, [0, NONE]))
+    ),
+    options={"iou_positive": 0.65},
+)
+add(
+    "a probability that is none is contained",
+    "below 0 it counts as 0, above 1 as 1; a NaN score: p = 0",
+    # As above. p = 0 gives the exponents -.51 and -.74, p = 1 gives -.26 and -.37, p = .5 for anchor 1 gives -.55.
+    # Not contained, p = 3 would give anchor 1 +.37, and p = -1 anchor 0 -.77.
+    [strip(0, 7), strip(0, 6)],
+    *(
+        Image(
+            gt_boxes=[strip(0, 10)],
+            cls_probabilities=[[first], [second]],
+            cls_match=[0, IGNORED],
+            loc_match=loc_match,
+            num_pos=[1],
+            num_total=[2],
+        )
+        for first, second, loc_match in (
+            *((1, 3, [0, NONE]), (0, 3, [NONE, 0]), (0, INF, [NONE, 0]), (1, INF, [0, NONE])),
+            *((-1, 0.5, [0, NONE]), (-INF, 0.5, [0, NONE]), (0, -INF, [0, NONE]), (-INF, 1, [NONE, 0])),
+            *((NAN, 0.5, [0, NONE]), (0, NAN, [0, NONE]), (NAN, 1, [NONE, 0])),
+        )
     ),
     options={"iou_positive": 0.65},
 )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import assert_same
-from operators import match_by, operator_arguments
+from operators import backend_is, operator_arguments
 from torch import Tensor
 
 import mg_ops
@@ -145,7 +145,8 @@ class Emulator:
             library._check(*arguments)
             return self.operator(*arguments, seed=seed)
 
-        return match_by(operator, *arguments, **options)
+        with backend_is(operator):
+            return mg_ops.mutual_match(*arguments, **options)
 
     def operator(
         self,
