@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -383,6 +384,150 @@ def test_wrong_packed_argument(name: str, value: object, error: type[Exception],
     assert_raises(error, message, {**packed(), name: value})
 
 
+def padded(**changes: Any) -> dict[str, Any]:
+    """The same call, padded: the second image has one object, and room for another."""
+    arguments = listed()
+    boxes = torch.nn.utils.rnn.pad_sequence(arguments["gt_boxes"], batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(arguments["gt_labels"], batch_first=True, padding_value=-1)
+    return {**arguments, "gt_boxes": boxes, "gt_labels": labels, **changes}
+
+
+MASK = torch.tensor([[True, True], [True, False]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("gt_boxes", torch.zeros(B, 2, 5), ValueError, r"^gt_boxes: expected shape \(2, M, 4\), got .*\(2, 2, 5\)"),
+        ("gt_boxes", torch.zeros(B + 1, 2, 4), ValueError, r"^gt_boxes: expected shape \(2, M, 4\), got .*\(3, 2, 4\)"),
+        ("gt_boxes", torch.zeros(B, 2, 4).long(), TypeError, rf"^gt_boxes: expected dtype {FLOATING}"),
+        ("gt_boxes", torch.zeros(1, B, 2, 4), ValueError, r"^gt_offsets: packed gt_boxes"),
+        ("gt_boxes", freed(torch.zeros(B, 2, 4)), ValueError, r"^gt_boxes: its memory of 0 bytes"),
+        ("gt_boxes", listed()["gt_boxes"], TypeError, r"^gt_labels: expected a list of 2 tensors, .*got a torch.int64"),
+        ("gt_labels", None, TypeError, r"^gt_labels: expected a label tensor, got NoneType"),
+        ("gt_labels", listed()["gt_labels"], TypeError, r"^gt_labels: expected a label tensor, got list"),
+        ("gt_labels", torch.zeros(B, 3).long(), ValueError, r"^gt_labels: expected shape \(2, 2\), got .*\(2, 3\)"),
+        ("gt_labels", torch.zeros(B, 2).bool(), TypeError, rf"^gt_labels: expected dtype {LABEL}"),
+        ("gt_labels", freed(torch.zeros(B, 2)), ValueError, r"^gt_labels: its memory of 0 bytes"),
+        ("gt_crowd", torch.zeros(B, 2), TypeError, r"^gt_crowd: expected dtype bool"),
+        ("gt_crowd", MASK[0], ValueError, r"^gt_crowd: expected shape \(2, 2\), got .*\(2,\)"),
+        ("gt_mask", MASK.int(), TypeError, r"^gt_mask: expected dtype bool, got a torch.int32"),
+        ("gt_mask", MASK[:1], ValueError, r"^gt_mask: expected shape \(2, 2\), got .*\(1, 2\)"),
+        ("gt_mask", MASK.to("meta"), ValueError, r"^gt_mask: expected device cpu, like anchors"),
+        ("gt_mask", MASK.tolist(), TypeError, r"^gt_mask: expected a bool tensor, got list"),
+        ("gt_offsets", torch.tensor([0, 2, 3]), ValueError, r"^gt_boxes: expected shape \(N, 4\), got .*\(2, 2, 4\)"),
+        ("gt_box_format", "yxyx", ValueError, r"^gt_box_format: expected one of 'xyxy', 'xywh', 'cxcywh', got 'yxyx'"),
+        ("gt_box_format", ["xyxy"], ValueError, r"^gt_box_format: expected one of .*got \['xyxy'\]"),
+    ],
+)
+def test_wrong_padded_argument(name: str, value: object, error: type[Exception], message: str) -> None:
+    assert_raises(error, message, padded(**{name: value}))
+
+
+@pytest.mark.parametrize("arguments", [listed(), packed()], ids=["listed", "packed"])
+def test_only_padded_objects_take_a_mask(arguments: dict[str, Any]) -> None:
+    assert_raises(ValueError, r"^gt_mask: only padded gt_boxes .* take a mask", {**arguments, "gt_mask": MASK})
+
+
+TARGET = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([0])}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"gt_boxes": [TARGET]}, ValueError, r"^gt_boxes: expected a list of 2 tensors, one per image, got 1"),
+        ({"gt_boxes": [TARGET, TARGET["boxes"]]}, TypeError, r'^gt_boxes\[1\]: expected a dictionary with "boxes" and'),
+        ({"gt_boxes": [TARGET["boxes"], TARGET]}, TypeError, r"^gt_labels: expected a list of 2 tensors"),
+        (
+            {"gt_boxes": [TARGET, {"boxes": TARGET["boxes"], "class": 1}]},
+            TypeError,
+            r'^gt_boxes\[1\]: expected a dictionary with "boxes" and "labels", got one with \[\'boxes\', \'class\'\]',
+        ),
+        (
+            {"gt_boxes": [TARGET, TARGET | {"iscrowd": torch.zeros(1)}]},
+            TypeError,
+            r'^gt_boxes\[1\]\["iscrowd"\]: expected an integer or bool tensor, got a torch.float32',
+        ),
+        (
+            {"gt_boxes": [TARGET, TARGET | {"iscrowd": torch.zeros(2).bool()}]},
+            ValueError,
+            r"^gt_crowd\[1\]: expected shape \(1,\)",
+        ),
+        (
+            {"gt_boxes": [TARGET, TARGET | {"labels": 3}]},
+            TypeError,
+            r"^gt_labels\[1\]: expected a label tensor, got int",
+        ),
+        ({"gt_boxes": [TARGET] * 2, "gt_labels": [TARGET["labels"]] * 2}, ValueError, r"^gt_labels: .* dictionaries"),
+        ({"gt_boxes": [TARGET] * 2, "gt_offsets": torch.arange(3)}, ValueError, r"^gt_offsets: .* dictionaries"),
+        ({"gt_boxes": [TARGET] * 2, "gt_crowd": [MASK[0, :1]] * 2}, ValueError, r"^gt_crowd: .* dictionaries"),
+    ],
+)
+def test_wrong_dictionaries(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    assert_raises(error, message, {**listed(), "gt_labels": None, **changes})
+
+
+CODER = mg_ops.BoxCoder()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"box_deltas": torch.zeros(B, A, 4)}, r"^box_deltas: expected pred_boxes or box_deltas, got both"),
+        ({"box_deltas": torch.zeros(B, A, 4), "box_coder": CODER}, r"^box_deltas: .*got both"),
+        ({"cls_probabilities": torch.zeros(B, A, C)}, r"^cls_probabilities: expected cls_logits or .*got both"),
+        ({"box_coder": CODER}, r"^box_coder: expected none without box_deltas; boxes .* decoded are pred_boxes"),
+        ({"pred_boxes": None, "box_coder": CODER}, r"^box_coder: expected none without box_deltas"),
+        ({"pred_boxes": None, "box_deltas": torch.zeros(B, A, 4)}, r"^box_coder: expected one with box_deltas"),
+        ({"pred_boxes": None}, r"^pred_boxes: strategy 'mutual' reads the predicted boxes; pass pred_boxes or box_del"),
+        ({"pred_boxes": None, "strategy": "localize_to_classify"}, r"^pred_boxes: strategy 'localize_to_classify'"),
+        ({"cls_logits": None}, r"^cls_logits: strategy 'mutual' reads the scores; pass cls_logits or cls_prob"),
+        ({"cls_logits": None, "strategy": "classify_to_localize"}, r"^cls_logits: strategy 'classify_to_localize'"),
+    ],
+)
+def test_boxes_and_deltas_logits_and_probabilities_cannot_be_confused(changes: dict[str, Any], message: str) -> None:
+    """What is missing, and what is given twice, is an error that names it, whatever the other arguments are."""
+    for arguments in (listed(), packed(), padded()):
+        assert_raises(ValueError, message, {**arguments, **changes})
+
+
+def test_predictions_go_by_name_alone() -> None:
+    arguments = listed()
+    with pytest.raises(TypeError, match="positional argument"):
+        mg_ops.mutual_match(*(arguments[name] for name in ("anchors", "pred_boxes", "cls_logits")), *[None] * 2)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["anchors", "pred_boxes", "box_deltas", "cls_logits", "cls_probabilities"])
+def test_a_wrong_level_is_named(name: str) -> None:
+    arguments = with_deltas(box_coder=CODER) if name == "box_deltas" else listed()
+    if name == "cls_probabilities":
+        arguments[name] = arguments.pop("cls_logits")
+    first, *rest = arguments[name].split(1, dim=-2)
+    for levels, error, message in (
+        ([first, 3], TypeError, r"\[1\]: expected a floating point tensor, got int"),
+        ([first, *rest, first[..., :3]], ValueError, r"\[3\]: expected the shape and device of .*\[0\]"),
+        ([first, first[0]], ValueError, r"\[1\]: expected "),
+        ([first, rest[0].to("meta")], ValueError, r"\[1\]: expected the shape and device of"),
+        ([first.int(), *rest], TypeError, r"\[0\]: expected dtype float16"),
+        ([first, freed(torch.zeros(rest[0].shape))], ValueError, r"\[1\]: its memory of 0 bytes"),
+        ([first], ValueError, ": expected shape"),
+        ([], ValueError, ": expected one tensor, or one tensor per feature level, got none"),
+    ):
+        wanted = message
+        if levels == [first] and name == "anchors":
+            wanted = r"^\w+: expected shape"  # the others no longer fit the anchors
+        assert_raises(error, wanted, {**arguments, name: levels})
+
+
+def test_a_wrong_object_is_named_where_predictions_are_in_levels() -> None:
+    """Levels that are right are not blamed for another argument."""
+    arguments = listed()
+    names = ("anchors", "pred_boxes", "cls_logits")
+    levels = {name: arguments[name].split(1, dim=-2) for name in names}
+    wrong = {**arguments, **levels, "gt_labels": None}
+    assert_raises(TypeError, r"^gt_labels: expected a list of 2 tensors", wrong)
+
+
 def test_more_than_32_bits_number_is_refused() -> None:
     """Sizes as huge as this come from a stray expand: every tensor here is a few bytes."""
     count = 2**31 + 5
@@ -558,6 +703,72 @@ def test_check_names_bad_deltas(deltas: list[float], clip: float, message: str) 
     arguments = replace(arguments, "box_deltas", (1, 2), deltas)
     mg_ops.mutual_match(**arguments)
     assert_raises(ValueError, message, {**arguments, "check": True})
+
+
+def test_check_warns_of_what_is_probably_another_form() -> None:
+    """It is no error: the numbers could be meant. The warning names the form to pass them in, at the caller's line."""
+    wide = torch.tensor([[0.0, 0.0, 100.0, 100.0], [50.0, 50.0, 150.0, 150.0], [200.0, 200.0, 300.0, 300.0]])
+    right = {**listed(), "anchors": wide, "pred_boxes": wide.repeat(B, 1, 1), "check": True}
+    right["gt_boxes"] = [wide[:2].clone(), wide[2:].clone()]
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(B, A, C, generator=generator)
+    deltas = torch.tensor([-0.5, -0.2, 0.1, 0.3]) + torch.rand(B, A, 4, generator=generator) / 20
+    without = {name: value for name, value in right.items() if name != "pred_boxes"}
+    for arguments, message in (
+        ({**right, "cls_logits": probabilities}, "^cls_logits: all values .* Then pass them as cls_probabilities"),
+        ({**right, "pred_boxes": deltas}, "^pred_boxes: the largest coordinate .* Deltas are passed as box_deltas"),
+        (
+            {**without, "box_deltas": right["pred_boxes"] + 30, "box_coder": mg_ops.BoxCoder()},
+            "^box_deltas: half of the values .* Then pass them as pred_boxes, without coder",
+        ),
+    ):
+        with pytest.warns(UserWarning, match=message) as caught:
+            mg_ops.mutual_match(**arguments)
+        assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mg_ops.mutual_match(**right)
+        mg_ops.mutual_match(**right | {"cls_logits": 4 * probabilities - 2})
+        mg_ops.mutual_match(**without, box_deltas=deltas, box_coder=mg_ops.BoxCoder())
+        mg_ops.mutual_match(**{**right, "cls_logits": None, "cls_probabilities": probabilities})
+        mg_ops.mutual_match(**right | {"cls_logits": torch.zeros(B, A, C)})  # an untrained network
+
+
+def test_check_says_that_many_inverted_boxes_may_be_deltas() -> None:
+    deltas = torch.tensor([[0.1, 0.2, -0.3, 0.1]]).repeat(B, A, 1)
+    message = r"^pred_boxes: image 0, anchor 0: .*are they deltas\? Then pass them as box_deltas, with box_coder"
+    assert_raises(ValueError, message, {**listed(), "pred_boxes": deltas, "check": True})
+
+
+@pytest.mark.parametrize("value", [-0.25, 1.5, INF, -INF])
+def test_check_refuses_what_is_no_probability(value: float) -> None:
+    arguments = {**listed(), "cls_probabilities": torch.full((B, A, C), 0.5)}
+    del arguments["cls_logits"]
+    bad = replace(arguments, "cls_probabilities", (1, 2, 3), value)
+    mg_ops.mutual_match(**bad)
+    message = r"^cls_probabilities: image 1, anchor 2, class 3: expected a probability in \[0, 1\], got .*cls_logits"
+    assert_raises(ValueError, message, {**bad, "check": True})
+    bad = replace(arguments, "cls_probabilities", (1, 2, 3), NAN)
+    assert_raises(ValueError, r"^cls_probabilities: image 1, anchor 2, class 3: got NaN", {**bad, "check": True})
+
+
+@pytest.mark.parametrize("form", ["listed", "packed", "padded"])
+def test_check_refuses_objects_in_fractions_of_the_image(form: str) -> None:
+    """Anchors in pixels, and boxes as DETR's data sets have them: each would be matched to some corner anchor."""
+    arguments = {"listed": listed, "packed": packed, "padded": padded}[form]()
+    boxes = arguments["gt_boxes"]
+    arguments["gt_boxes"] = [image / 30 for image in boxes] if form == "listed" else boxes / 30
+    message = r"^gt_boxes: no coordinate is above 1, and the anchors reach 30: .*multiply fractions"
+    assert_raises(ValueError, message, {**arguments, "check": True})
+    unit = {name: arguments[name] / 30 for name in ("anchors", "pred_boxes")}
+    mg_ops.mutual_match(**arguments | unit, check=True)
+
+
+def test_check_does_not_look_at_padding() -> None:
+    arguments = padded(gt_mask=MASK, gt_labels=torch.tensor([[0, 1], [3, 99]]))
+    arguments["gt_boxes"][1, 1] = NAN
+    found = mg_ops.mutual_match(**arguments, check=True)
+    assert found.cls_match.tolist() == [[0, 1, -1], [-1, -1, 0]] and found.num_pos.tolist() == [[1, 1], [1, 0]]
 
 
 def test_check_lets_a_crowd_lie_anywhere_with_any_label() -> None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from object_forms import FORMS, in_form
+from operators import operator_arguments
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mg_ops
 
@@ -52,6 +58,56 @@ outputs = sum(value.numel() * value.element_size() for value in match)
 assert (match.cls_match >= 0).sum() > num_objects
 print(peak - before - outputs)
 """
+
+
+class CountAllocations(TorchDispatchMode):
+    """Sums the bytes of all tensors that operations in Python make; what an operator needs inside is its own."""
+
+    allocated = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+
+        def memory(values: Any) -> dict[int, int]:
+            storages = [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+            return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+        given = memory(args)
+        self.allocated += sum(size for place, size in memory(results).items() if place not in given)
+        return results
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scores_name", ["cls_logits", "cls_probabilities"])
+@pytest.mark.parametrize("boxes_name", ["pred_boxes", "box_deltas"])
+def test_predictions_are_read_where_they_are(form: str, scores_name: str, boxes_name: str) -> None:
+    """The operator is handed the tensors of the call, and nothing as large is made for it: the objects are all."""
+    anchors = torch.rand(1000, 4) + torch.tensor([0.0, 0.0, 1.0, 1.0])
+    predictions = {boxes_name: torch.rand(3, 2000, 4, dtype=torch.float16)[:, ::2], scores_name: torch.rand(3, 1000, 7)}
+    coder = {"box_coder": mg_ops.BoxCoder()} if boxes_name == "box_deltas" else {}
+    objects, _ = in_form(form, [anchors[:5].clone() for _ in range(3)], [torch.zeros(5).long() for _ in range(3)])
+    arguments = {"anchors": anchors, **predictions, **objects, **coder}
+    taken = operator_arguments(**arguments)
+    for value, given in zip(taken, (anchors, *predictions.values()), strict=False):
+        assert value is given
+    with CountAllocations() as count:
+        match = mg_ops.mutual_match(**arguments)
+    outputs = sum(value.untyped_storage().nbytes() for value in match)
+    assert outputs <= count.allocated <= outputs + 2000
+
+
+@pytest.mark.parametrize("strategy", ["iou", "localize_to_classify", "classify_to_localize"])
+def test_predictions_that_are_left_out_take_no_memory(strategy: str) -> None:
+    anchors = torch.rand(1000, 4) + torch.tensor([0.0, 0.0, 1.0, 1.0])
+    objects = {"gt_boxes": [anchors[:5].clone()] * 3, "gt_labels": [torch.zeros(5).long()] * 3}
+    predictions = {
+        "iou": {},
+        "localize_to_classify": {"pred_boxes": anchors.expand(3, -1, -1)},
+        "classify_to_localize": {"cls_logits": torch.zeros(3, 1000, 2)},
+    }[strategy]
+    with CountAllocations() as count:
+        match = mg_ops.mutual_match(anchors, **objects, **predictions, strategy=strategy)
+    assert count.allocated <= sum(value.untyped_storage().nbytes() for value in match) + 2000
 
 
 @pytest.mark.slow
