@@ -24,6 +24,7 @@ DTYPES: dict[str, tuple[set[torch.dtype], str]] = {
         "int64, int32 or floating point",
     ),
     "bool": ({torch.bool}, "bool"),
+    "flag": ({torch.bool, torch.uint8, torch.int32, torch.int64}, "bool, uint8, int32 or int64"),
 }
 """What each kind of tensor may hold, and how a message says it."""
 
@@ -45,9 +46,10 @@ def check_tensor(
     device: torch.device | None,
     device_of: str = "anchors",
 ) -> Tensor:
-    """Raises unless value is a tensor of this kind ("floating point", "integer", "label" or "bool"), shape and device.
+    """Raises unless value is a tensor of this kind, shape and device.
 
     Args:
+        kind: a key of `DTYPES`.
         shape: a string names a size that may be anything; "..." at the beginning is any number of them.
         device_of: the argument whose device it is.
     """

@@ -111,9 +111,11 @@ def _split_targets(targets: Sequence[Any], gt_labels: object, gt_offsets: object
     crowd = []
     for image, target in enumerate(targets):
         flags = target.get("iscrowd")
-        if flags is not None and not (isinstance(flags, Tensor) and not flags.is_floating_point()):
-            raise TypeError(f'gt_boxes[{image}]["iscrowd"]: expected an integer or bool tensor, got {describe(flags)}')
-        crowd.append(torch.zeros_like(labels[image], dtype=torch.bool) if flags is None else flags.bool())
+        if flags is None:
+            of_image = check_tensor(f"gt_labels[{image}]", labels[image], "label", ("G",), None)
+            crowd.append(torch.zeros_like(of_image, dtype=torch.bool))
+        else:
+            crowd.append(check_tensor(f'gt_boxes[{image}]["iscrowd"]', flags, "flag", ("G",), None).bool())
     return boxes, labels, crowd
 
 

@@ -446,7 +446,7 @@ TARGET = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([0])}
         (
             {"gt_boxes": [TARGET, TARGET | {"iscrowd": torch.zeros(1)}]},
             TypeError,
-            r'^gt_boxes\[1\]\["iscrowd"\]: expected an integer or bool tensor, got a torch.float32',
+            r'^gt_boxes\[1\]\["iscrowd"\]: expected dtype bool, uint8, int32 or int64, got a torch.float32',
         ),
         (
             {"gt_boxes": [TARGET, TARGET | {"iscrowd": torch.zeros(2).bool()}]},
