@@ -57,6 +57,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 OPTIONS: dict[str, Any] = {
     "gt_crowd": None,
     "box_coder": None,
+    "scores_are_probabilities": False,
     "classification_by_regressed": True,
     "localization_by_amplified": True,
     "sigma": 2.0,
@@ -67,7 +68,7 @@ OPTIONS: dict[str, Any] = {
 """Of the operators, for strategy "mutual"."""
 
 
-def operator_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+def for_operator(arguments: dict[str, Any]) -> dict[str, Any]:
     """Packed arguments of `mg_ops.mutual_match` as an operator takes them, past its checks."""
     arguments = OPTIONS | arguments
     return arguments | {"cls_scores": arguments.pop("cls_logits")}
@@ -75,12 +76,12 @@ def operator_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def run_operator(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
     """Straight to the launches; strategy "mutual"."""
-    return mutual_match.mutual_match(**operator_arguments(to_device(arguments, DEVICE)), **options)
+    return mutual_match.mutual_match(**for_operator(to_device(arguments, DEVICE)), **options)
 
 
 def run_reference(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """The definition."""
-    return reference.mutual_match(**operator_arguments(arguments))
+    return reference.mutual_match(**for_operator(arguments))
 
 
 def packed_batch(objects: list[int], num_anchors: int = 40, num_classes: int = 3, seed: int = 0) -> dict[str, Any]:
@@ -378,6 +379,5 @@ def test_the_operator_is_what_torch_expects() -> None:
     """Schema, fake and dispatch of torch.ops.mg_ops.mutual_match_triton agree."""
     arguments = to_device(packed_batch([2, 1]), DEVICE)
     operator = torch.ops.mg_ops.mutual_match_triton.default
-    options = (None, True, True, 2.0, 0.5, 0.4, 0.5)
     assert DEVICE in library.TRITON_DEVICES
-    torch.library.opcheck(operator, (*arguments.values(), None, *options))
+    torch.library.opcheck(operator, (), for_operator(arguments))
