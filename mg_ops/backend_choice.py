@@ -70,6 +70,12 @@ def _gpu_error(backend: str, cuda_index: int | None) -> str:
     return ""
 
 
+def check_backend(backend: object) -> None:
+    """Raises ValueError unless it is None or the name of a backend, usable or not."""
+    if backend is not None and (not isinstance(backend, str) or backend not in DEVICES):
+        raise ValueError(f"backend: expected None or one of {', '.join(map(repr, DEVICES))}, got {backend!r}")
+
+
 def choose_backend(backend: str | None, device_type: str, device_index: int | None) -> str:
     """The backend to use for tensors on this device: the one asked for, or the first that can be used."""
     cuda_index = device_index if device_type == "cuda" else None
@@ -77,8 +83,7 @@ def choose_backend(backend: str | None, device_type: str, device_index: int | No
         # Triton's interpreter takes CPU tensors, but only on request.
         fitting = (name for name in DEVICES if not DEVICES[name] or DEVICES[name][-1] == device_type)
         return next(name for name in fitting if not _usage_error(name, cuda_index))
-    if not isinstance(backend, str) or backend not in DEVICES:
-        raise ValueError(f"backend: expected None or one of {', '.join(map(repr, DEVICES))}, got {backend!r}")
+    check_backend(backend)
     if cuda_index is None and torch.cuda.is_available():
         cuda_index = torch.cuda.current_device()
     error = _usage_error(backend, cuda_index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ DTYPES: dict[str, tuple[set[torch.dtype], str]] = {
         "int64, int32 or floating point",
     ),
     "bool": ({torch.bool}, "bool"),
+    "flag": ({torch.bool, torch.uint8, torch.int32, torch.int64}, "bool, uint8, int32 or int64"),
 }
 """What each kind of tensor may hold, and how a message says it."""
 
@@ -44,9 +46,10 @@ def check_tensor(
     device: torch.device | None,
     device_of: str = "anchors",
 ) -> Tensor:
-    """Raises unless value is a tensor of this kind ("floating point", "integer", "label" or "bool"), shape and device.
+    """Raises unless value is a tensor of this kind, shape and device.
 
     Args:
+        kind: a key of `DTYPES`.
         shape: a string names a size that may be anything; "..." at the beginning is any number of them.
         device_of: the argument whose device it is.
     """
@@ -104,6 +107,29 @@ def _holds_its_elements(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.is_meta:
         return True
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or is_readable(tensor)
+
+
+def join_levels(name: str, levels: Any) -> Any:
+    """One tensor of all feature levels; what is no list of them comes back as it is, for others to check.
+
+    Raises:
+        TypeError, ValueError: naming the level.
+    """
+    if not isinstance(levels, (list, tuple)):
+        return levels
+    if not levels:
+        raise ValueError(f"{name}: expected one tensor, or one tensor per feature level, got none")
+    for index, level in enumerate(levels):
+        check_tensor(f"{name}[{index}]", level, "floating point", ("...", "A", "width"), None)
+    wanted = levels[0]
+    for index, level in enumerate(levels):
+        is_alike = (*level.shape[:-2], level.shape[-1]) == (*wanted.shape[:-2], wanted.shape[-1])
+        if not is_alike or level.device != wanted.device:
+            raise ValueError(
+                f"{name}[{index}]: expected the shape and device of {name}[0], {describe(wanted)}, but for the number "
+                f"of anchors, got {describe(level)}"
+            )
+    return torch.cat(tuple(levels), -2)
 
 
 def check_bool(name: str, value: object) -> bool:
@@ -287,6 +313,8 @@ def check_operator_arguments(
     crowd_overlap: float,
 ) -> None:
     """The checks of csrc/check.h, for the operators that are written in Python; not of the offsets' values."""
+    for name, value in (("pred_boxes", pred_boxes), ("cls_scores", cls_scores)):
+        check_tensor(name, value, "floating point", ("B", "A", "C"), None)
     batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)
     assert batch_size is not None
     check_packed_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)

@@ -106,7 +106,7 @@ def summarize(
     """
     if not isinstance(match, MutualMatch):
         raise TypeError(f"match: expected what mg_ops.mutual_match returned, got {describe(match)}")
-    in_dictionaries = holds_dictionaries(gt_boxes)
+    in_dictionaries = holds_dictionaries(gt_boxes, gt_labels)
     if not in_dictionaries and (gt_labels is None) != (num_classes is None):
         raise ValueError("gt_labels, num_classes: the counts by class need both, got only one")
     if num_classes is not None:

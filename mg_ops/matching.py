@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from mg_ops.backend_choice import operator_of
+from mg_ops.backend_choice import check_backend, operator_of
 from mg_ops.boxes import BoxCoder, check_box_coder
-from mg_ops.checks import check_bool, check_predictions, check_tensor, check_thresholds, describe
-from mg_ops.objects import Objects, pack_objects
+from mg_ops.checks import check_bool, check_predictions, check_tensor, check_thresholds, join_levels
+from mg_ops.objects import Objects, check_box_format, pack_objects
 from mg_ops.reference import IGNORED
 from mg_ops.validation import check_values
 
@@ -96,7 +96,9 @@ class MutualMatcher:
         check_strategy(self.strategy)
         check_thresholds(self.sigma, self.iou_positive, self.iou_ignored, self.crowd_overlap)
         check_box_coder(self.box_coder)
+        check_box_format(self.gt_box_format)
         check_bool("check", self.check)
+        check_backend(self.backend)
 
     def __call__(
         self,
@@ -133,7 +135,7 @@ class MutualMatcher:
 
 def check_counts(match: MutualMatch, num_gt: int, device: torch.device) -> None:
     """Raises unless the match was made for so many objects."""
-    check_tensor("match.num_pos", match.num_pos.flatten(), "integer", ("N",), device)
+    check_tensor("match.num_pos", match.num_pos, "integer", ("...",), device)
     if match.num_pos.numel() != num_gt:
         raise ValueError(
             f"match: made for {match.num_pos.numel()} objects, but gt_boxes has {num_gt}; "
@@ -254,13 +256,13 @@ def mutual_match(
 
     # The operator checks its arguments. Only where it, or what comes before it, fails are they looked at one by one,
     # for an error that says which one is wrong, and how.
-    all_anchors: Any = anchors
+    all_anchors = join_levels("anchors", anchors)
+    boxes, scores = join_levels(boxes_name, boxes), join_levels(scores_name, scores)
     try:
-        all_anchors, boxes, scores = _joined(anchors, 0), _joined(boxes, 1), _joined(scores, 1)
         device = all_anchors.device
         num_images = next((len(given) for given in (boxes, scores) if given is not None), None)
         if check_bool("check", check) and num_images is not None:
-            _check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
+            check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
         objects = _pack(gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, num_images, device)
         if num_images is None:
             num_images = objects.gt_offsets.shape[0] - 1
@@ -287,7 +289,7 @@ def mutual_match(
     except Exception:
         # No error is kept in a variable: its frames would hold the call's tensors in a cycle.
         try:
-            batch_size, device = _check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
+            batch_size, device = check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
             pack_objects(
                 gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
             )
@@ -302,11 +304,6 @@ def _one_of(name: str, value: Any, other_name: str, other_value: Any) -> tuple[s
     if value is not None and other_value is not None:
         raise ValueError(f"{other_name}: expected {name} or {other_name}, got both; pass the one the network gives")
     return (name, value) if other_value is None else (other_name, other_value)
-
-
-def _joined(levels: Any, dim: int) -> Any:
-    """One tensor of all feature levels."""
-    return torch.cat(tuple(levels), dim) if isinstance(levels, (list, tuple)) and len(levels) > 0 else levels
 
 
 def _pack(
@@ -332,17 +329,3 @@ def _pack(
     return pack_objects(
         gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
     )
-
-
-def _check_predictions(
-    anchors: Any, boxes: Any, scores: Any, boxes_name: str, scores_name: str
-) -> tuple[int | None, torch.device]:
-    """Raises unless the anchors, and the predictions that were given, fit together; returns B, if they tell, and the
-    device."""
-    for name, value in (("anchors", anchors), (boxes_name, boxes), (scores_name, scores)):
-        if isinstance(value, (list, tuple)):
-            kinds = sorted({describe(level) for level in value}) or ["none"]
-            raise ValueError(
-                f"{name}: expected one tensor, or one tensor per feature level that fit together, got {kinds}"
-            )
-    return check_predictions(anchors, boxes, scores, boxes_name, scores_name)

@@ -57,8 +57,7 @@ def pack_objects(
     Raises:
         TypeError, ValueError: naming the argument, and of a list the image.
     """
-    if gt_box_format != "xyxy" and gt_box_format not in BOX_FORMATS:
-        raise ValueError(f"gt_box_format: expected one of {', '.join(map(repr, BOX_FORMATS))}, got {gt_box_format!r}")
+    check_box_format(gt_box_format)
     if isinstance(gt_boxes, Tensor):
         if gt_boxes.dim() == 3 and gt_offsets is None:
             objects = _pack_padded(gt_boxes, gt_labels, gt_crowd, gt_mask, batch_size, device)
@@ -70,7 +69,7 @@ def pack_objects(
             objects = Objects(gt_boxes, gt_labels, gt_offsets, gt_crowd)
     else:
         _refuse_mask(gt_mask)
-        if holds_dictionaries(gt_boxes):
+        if holds_dictionaries(gt_boxes, gt_labels):
             gt_boxes, gt_labels, gt_crowd = _split_targets(gt_boxes, gt_labels, gt_offsets, gt_crowd)
         objects = _pack_lists(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
     if objects.gt_labels.is_floating_point() or gt_box_format != "xyxy":
@@ -79,9 +78,17 @@ def pack_objects(
     return objects
 
 
-def holds_dictionaries(gt_boxes: object) -> bool:
-    """Whether it is a list of one dictionary per image, boxes and labels together."""
-    return isinstance(gt_boxes, (list, tuple)) and len(gt_boxes) > 0 and isinstance(gt_boxes[0], dict)
+def check_box_format(value: object) -> None:
+    """Raises ValueError unless it is one of the formats."""
+    if not isinstance(value, str) or value not in BOX_FORMATS:
+        raise ValueError(f"gt_box_format: expected one of {', '.join(map(repr, BOX_FORMATS))}, got {value!r}")
+
+
+def holds_dictionaries(gt_boxes: object, gt_labels: object) -> bool:
+    """Whether gt_boxes is a list of one dictionary per image, boxes and labels together; an empty one has no labels."""
+    if not isinstance(gt_boxes, (list, tuple)):
+        return False
+    return isinstance(gt_boxes[0], dict) if gt_boxes else gt_labels is None
 
 
 def _refuse_mask(gt_mask: object) -> None:
@@ -104,9 +111,11 @@ def _split_targets(targets: Sequence[Any], gt_labels: object, gt_offsets: object
     crowd = []
     for image, target in enumerate(targets):
         flags = target.get("iscrowd")
-        if flags is not None and not (isinstance(flags, Tensor) and not flags.is_floating_point()):
-            raise TypeError(f'gt_boxes[{image}]["iscrowd"]: expected an integer or bool tensor, got {describe(flags)}')
-        crowd.append(torch.zeros_like(labels[image], dtype=torch.bool) if flags is None else flags.bool())
+        if flags is None:
+            of_image = check_tensor(f"gt_labels[{image}]", labels[image], "label", ("G",), None)
+            crowd.append(torch.zeros_like(of_image, dtype=torch.bool))
+        else:
+            crowd.append(check_tensor(f'gt_boxes[{image}]["iscrowd"]', flags, "flag", ("G",), None).bool())
     return boxes, labels, crowd
 
 
@@ -163,11 +172,11 @@ def _whole_labels(labels: Tensor) -> Tensor:
 
 
 def _to_corners(boxes: Tensor, box_format: str) -> Tensor:
-    """Boxes (N, 4) of another format as (x1, y1, x2, y2), float32."""
-    first, size = boxes.float().split(2, dim=1)
-    if box_format == "cxcywh":
-        first = first - 0.5 * size
-    return torch.cat([first, first + size], dim=1)
+    """Boxes (N, 4) of another format as (x1, y1, x2, y2), float32, rounded as torchvision.ops.box_convert does."""
+    place, size = boxes.float().split(2, dim=1)
+    if box_format == "xywh":
+        return torch.cat([place, place + size], dim=1)
+    return torch.cat([place - 0.5 * size, place + 0.5 * size], dim=1)
 
 
 def _concatenate(tensors: Sequence[Tensor], common_dtype: torch.dtype) -> Tensor:

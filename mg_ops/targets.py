@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mg_ops.boxes import BoxCoder, check_box_coder
-from mg_ops.checks import check_num_classes, check_tensor, describe
+from mg_ops.checks import check_num_classes, check_tensor, describe, join_levels
 from mg_ops.matching import GroundTruth, Levels, MutualMatch, check_counts
 from mg_ops.objects import pack_objects
 from mg_ops.reference import BACKGROUND, IGNORED, autocast_type
@@ -69,9 +69,7 @@ def encode_targets(
         raise TypeError(f"match: expected what mg_ops.mutual_match returned, got {describe(match)}")
     if num_classes is not None:
         check_num_classes(num_classes)
-    if isinstance(anchors, (list, tuple)):
-        anchors = torch.cat(tuple(anchors))
-    anchors = check_tensor("anchors", anchors, "floating point", ("A", 4), None)
+    anchors = check_tensor("anchors", join_levels("anchors", anchors), "floating point", ("A", 4), None)
     device = anchors.device
     num_anchors = anchors.shape[0]
     check_tensor("match.cls_match", match.cls_match, "integer", ("B", num_anchors), device)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mg_ops
+
 Box = tuple[float, float, float, float]
 
 NAN = math.nan
@@ -45,8 +47,10 @@ class Image:
     loc_match: list[int]
     num_pos: list[int]
     num_total: list[int]
-    pred_boxes: list[Box] | None = None  # None: the anchors (with a box coder: zero deltas)
-    cls_scores: list[list[float]] | None = None  # None: zeros
+    pred_boxes: list[Box] | None = None  # None: the anchors
+    box_deltas: list[Box] | None = None  # None: zeros; in place of boxes where the case has a box coder
+    cls_logits: list[list[float]] | None = None  # None: zeros
+    cls_probabilities: list[list[float]] | None = None  # in place of logits, for all images or none
     gt_labels: list[int] | None = None  # None: zeros
     gt_crowd: list[bool] | None = None  # None: no crowd
 
@@ -60,26 +64,38 @@ class Case:
     anchors: list[Box]
     images: list[Image]
     num_classes: int = 1
-    options: dict[str, Any] = field(default_factory=dict)  # box_coder as (weights, clip)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self, device: str = "cpu", *, packed: bool = False, slack: int = 0) -> dict[str, Any]:
+        """All arguments of `mg_ops.mutual_match`, the objects in lists or packed with this slack."""
+        objects = self.packed_objects(device, slack) if packed else self.listed_objects(device)
+        return {**self.predictions(device), **objects, **self.options}
 
     def predictions(self, device: str = "cpu") -> dict[str, Tensor]:
-        """anchors (A, 4), pred_boxes (B, A, 4), cls_scores (B, A, C), float32."""
-        num_anchors = len(self.anchors)
-        default = [(0.0,) * 4] * num_anchors if "box_coder" in self.options else self.anchors
-        pred_boxes = [default if image.pred_boxes is None else image.pred_boxes for image in self.images]
-        zeros = [[0.0] * self.num_classes] * num_anchors
-        cls_scores = [zeros if image.cls_scores is None else image.cls_scores for image in self.images]
-        shape = (len(self.images), num_anchors)
+        """anchors (A, 4), pred_boxes or box_deltas (B, A, 4), cls_logits or cls_probabilities (B, A, C), float32."""
+        shape = (len(self.images), len(self.anchors))
+
+        def tensor(rows: list[Any], *shape: int) -> Tensor:
+            return torch.tensor(rows, dtype=torch.float32, device=device).reshape(shape)
+
+        boxes_name, default = "pred_boxes", self.anchors
+        if "box_coder" in self.options:
+            boxes_name, default = "box_deltas", [(0.0,) * 4] * len(self.anchors)
+        probabilities = any(image.cls_probabilities is not None for image in self.images)
+        scores_name = "cls_probabilities" if probabilities else "cls_logits"
+        zeros = [[0.0] * self.num_classes] * len(self.anchors)
+        boxes, scores = (
+            [rest if getattr(image, name) is None else getattr(image, name) for image in self.images]
+            for name, rest in ((boxes_name, default), (scores_name, zeros))
+        )
         return {
-            "anchors": torch.tensor(self.anchors, dtype=torch.float32, device=device).reshape(num_anchors, 4),
-            "pred_boxes": torch.tensor(pred_boxes, dtype=torch.float32, device=device).reshape(*shape, 4),
-            "cls_scores": torch.tensor(cls_scores, dtype=torch.float32, device=device).reshape(
-                *shape, self.num_classes
-            ),
+            "anchors": tensor(self.anchors, len(self.anchors), 4),
+            boxes_name: tensor(boxes, *shape, 4),
+            scores_name: tensor(scores, *shape, self.num_classes),
         }
 
     def listed_objects(self, device: str = "cpu") -> dict[str, list[Tensor]]:
-        """gt_boxes, gt_labels and, where the case has any, gt_crowd: a list of one tensor an image."""
+        """gt_boxes, gt_labels and, where the case has any, gt_crowd: a list of one tensor per image."""
         objects: dict[str, list[Tensor]] = {"gt_boxes": [], "gt_labels": []}
         if any(image.gt_crowd is not None for image in self.images):
             objects["gt_crowd"] = []
@@ -232,7 +248,7 @@ add(
     [FAR, strip(0, 3), strip(7, 10)],
     Image(
         gt_boxes=[strip(0, 10)],
-        cls_scores=[[SURE], [SURE], [SURE]],
+        cls_logits=[[SURE], [SURE], [SURE]],
         cls_match=[BACKGROUND, 0, BACKGROUND],
         loc_match=[NONE, 0, NONE],
         num_pos=[1],
@@ -461,7 +477,7 @@ add(
     [strip(0, 8), strip(0, 6), strip(0, 4)],
     Image(
         gt_boxes=[strip(0, 10)],
-        cls_scores=[[NEVER], [NEVER], [SURE]],
+        cls_logits=[[NEVER], [NEVER], [SURE]],
         cls_match=[0, 0, IGNORED],
         loc_match=[0, NONE, 0],
         num_pos=[2],
@@ -478,7 +494,7 @@ add(
         Image(
             gt_boxes=[strip(0, 10)],
             gt_labels=[label],
-            cls_scores=[[SURE, NEVER, SURE], [NEVER, SURE, NEVER]],
+            cls_logits=[[SURE, NEVER, SURE], [NEVER, SURE, NEVER]],
             cls_match=[0, IGNORED],
             loc_match=loc_match,
             num_pos=[1],
@@ -487,6 +503,27 @@ add(
         for label, loc_match in ((1, [NONE, 0]), (2, [0, NONE]), (0, [0, NONE]))
     ),
     num_classes=3,
+    options={"iou_positive": 0.65},
+)
+add(
+    "probabilities are p themselves",
+    "or cls_probabilities, p itself",
+    # q_anchor .7 .6, n_pos 1 (>= .65). Label 1, p = 0 for anchor 0: exponent -.51. Anchor 1 with p = .75: -.74 * .625 =
+    # -.46, the larger; with p = .5: -.55, the smaller. Taken for logits (.5 and .68), both would be anchor 0's.
+    [strip(0, 7), strip(0, 6)],
+    *(
+        Image(
+            gt_boxes=[strip(0, 10)],
+            gt_labels=[1],
+            cls_probabilities=[[1, 0], [0, p]],
+            cls_match=[0, IGNORED],
+            loc_match=loc_match,
+            num_pos=[1],
+            num_total=[2],
+        )
+        for p, loc_match in ((0.75, [NONE, 0]), (0.5, [0, NONE]))
+    ),
+    num_classes=2,
     options={"iou_positive": 0.65},
 )
 add(
@@ -500,7 +537,7 @@ add(
     Image(
         gt_boxes=[strip(0, 10), strip(4, 14)],
         gt_labels=[0, 1],
-        cls_scores=[[0, 0], [0, 0], [NEVER, SURE]],
+        cls_logits=[[0, 0], [0, 0], [NEVER, SURE]],
         cls_match=[0, 1, 0],
         loc_match=[0, 1, NONE],
         num_pos=[2, 1],
@@ -516,7 +553,7 @@ add(
     [FAR, strip(0, 10)],
     Image(
         gt_boxes=[strip(0, 10), strip(0, 10)],
-        cls_scores=[[SURE], [NEVER]],
+        cls_logits=[[SURE], [NEVER]],
         cls_match=[BACKGROUND, 0],
         loc_match=[NONE, 0],
         num_pos=[1, 1],
@@ -537,7 +574,7 @@ for sigma, loc_match in (
         [strip(0, 7), strip(0, 6)],
         Image(
             gt_boxes=[strip(0, 10)],
-            cls_scores=[[NEVER], [SURE]],
+            cls_logits=[[NEVER], [SURE]],
             cls_match=[0, IGNORED],
             loc_match=loc_match,
             num_pos=[1],
@@ -559,7 +596,7 @@ for strategy, cls_match, loc_match in (
         Image(
             gt_boxes=[strip(0, 10)],
             pred_boxes=[strip(0, 1), strip(0, 9)],
-            cls_scores=[[NEVER], [SURE]],
+            cls_logits=[[NEVER], [SURE]],
             cls_match=cls_match,
             loc_match=loc_match,
             num_pos=[1],
@@ -585,17 +622,17 @@ add(
 # ---------------------------------------------------------------------------------------------------------------------
 # Box coder
 
-DEFAULT_CODER = ((10.0, 10.0, 5.0, 5.0), math.log(1000 / 16))
+DEFAULT_CODER = mg_ops.BoxCoder(weights=(10.0, 10.0, 5.0, 5.0), clip=math.log(1000 / 16))
 add(
     "deltas are decoded",
-    "with box_coder= the raw regression deltas instead, decoded inside",
+    "box_deltas, with box_coder: the raw regression deltas instead, decoded inside",
     # dx = 10 moves by 10/10 of the width: anchor 0 -> [10, 20]; dx = -8 -> anchor 1 [10, 20] -> [2, 12]; dy = 10 moves
     # anchor 2 up by its height, off the object. q_anchor 0 .. : object [10, 20]: 0 1 1. q_regressed 1, 2/18, 0.
     # n_pos 2 (anchor 1 forced to 1, anchor 2 is 1). Classification ranks 0, 1; localisation 1, 2.
     [strip(0, 10), strip(10, 20), strip(10, 20)],
     Image(
         gt_boxes=[strip(10, 20)],
-        pred_boxes=[(10, 0, 0, 0), (-8, 0, 0, 0), (0, 10, 0, 0)],
+        box_deltas=[(10, 0, 0, 0), (-8, 0, 0, 0), (0, 10, 0, 0)],
         cls_match=[0, 0, BACKGROUND],
         loc_match=[NONE, 0, 0],
         num_pos=[2],
@@ -612,7 +649,7 @@ add(
     [strip(4.5, 5.5), strip(4.5, 5.5), strip(4.5, 5.5)],
     Image(
         gt_boxes=[strip(0, 10)],
-        pred_boxes=[(0, 0, 0, 0), (0, 0, 1000, 0), (0, 0, 5 * math.log(10), 0)],
+        box_deltas=[(0, 0, 0, 0), (0, 0, 1000, 0), (0, 0, 5 * math.log(10), 0)],
         cls_match=[BACKGROUND, BACKGROUND, 0],
         loc_match=[0, NONE, NONE],
         num_pos=[1],
@@ -620,7 +657,7 @@ add(
     ),
     Image(
         gt_boxes=[strip(0, 10)],
-        pred_boxes=[(0, 0, 0, 0), (0, 0, 1000, 0), (0, 0, -1, 0)],
+        box_deltas=[(0, 0, 0, 0), (0, 0, 1000, 0), (0, 0, -1, 0)],
         cls_match=[BACKGROUND, 0, BACKGROUND],
         loc_match=[0, NONE, NONE],
         num_pos=[1],
@@ -636,14 +673,14 @@ add(
     [strip(0, 10), strip(0, 10), strip(19, 29)],
     Image(
         gt_boxes=[strip(10, 20)],
-        pred_boxes=[(1, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 0)],
+        box_deltas=[(1, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 0)],
         # q_anchor 0 0 1/19: n_pos 1. q_regressed 1 0 1/19.
         cls_match=[0, BACKGROUND, BACKGROUND],
         loc_match=[NONE, NONE, 0],
         num_pos=[1],
         num_total=[1],
     ),
-    options={"box_coder": ((1.0, 1.0, 1.0, 1.0), 0.0)},
+    options={"box_coder": mg_ops.BoxCoder(weights=(1.0, 1.0, 1.0, 1.0), clip=0.0)},
 )
 add(
     "exploding and missing deltas",
@@ -653,13 +690,13 @@ add(
     [strip(0, 10)] * 4,
     Image(
         gt_boxes=[strip(0, 10)],
-        pred_boxes=[(0, 0, 1e4, 0), (0, NAN, 0, 0), (INF, 0, 0, 0), (5, 0, 0, 0)],
+        box_deltas=[(0, 0, 1e4, 0), (0, NAN, 0, 0), (INF, 0, 0, 0), (5, 0, 0, 0)],
         cls_match=[BACKGROUND, BACKGROUND, BACKGROUND, 0],
         loc_match=[0, 0, 0, 0],
         num_pos=[4],
         num_total=[4],
     ),
-    options={"box_coder": ((10.0, 10.0, 5.0, 5.0), INF)},
+    options={"box_coder": mg_ops.BoxCoder(weights=(10.0, 10.0, 5.0, 5.0), clip=INF)},
 )
 add(
     "deltas of an invalid anchor",
@@ -838,7 +875,7 @@ add(
     Image(
         gt_boxes=[strip(20, 30)],
         pred_boxes=[strip(20, 30)],
-        cls_scores=[[SURE]],
+        cls_logits=[[SURE]],
         cls_match=[BACKGROUND],
         loc_match=[NONE],
         num_pos=[0],
@@ -890,7 +927,7 @@ for bad_name, bad in (
         Image(
             gt_boxes=[strip(0, 10)],
             pred_boxes=[strip(0, 10), strip(0, 6)],
-            cls_scores=[[SURE], [NEVER]],
+            cls_logits=[[SURE], [NEVER]],
             cls_match=[0, BACKGROUND],
             loc_match=[NONE, 0],
             num_pos=[1],
@@ -919,13 +956,36 @@ add(
     *(
         Image(
             gt_boxes=[strip(0, 10)],
-            cls_scores=[[NEVER], [score]],
+            cls_logits=[[NEVER], [score]],
             cls_match=[0, IGNORED],
             loc_match=loc_match,
             num_pos=[1],
             num_total=[2],
         )
         for score, loc_match in ((NAN, [0, NONE]), (-NAN, [0, NONE]), (INF, [NONE, 0]), (-INF, [0, NONE]))
+    ),
+    options={"iou_positive": 0.65},
+)
+add(
+    "a probability that is none is contained",
+    "below 0 it counts as 0, above 1 as 1; a NaN score: p = 0",
+    # As above. p = 0 gives the exponents -.51 and -.74, p = 1 gives -.26 and -.37, p = .5 for anchor 1 gives -.55.
+    # Not contained, p = 3 would give anchor 1 +.37, and p = -1 anchor 0 -.77.
+    [strip(0, 7), strip(0, 6)],
+    *(
+        Image(
+            gt_boxes=[strip(0, 10)],
+            cls_probabilities=[[first], [second]],
+            cls_match=[0, IGNORED],
+            loc_match=loc_match,
+            num_pos=[1],
+            num_total=[2],
+        )
+        for first, second, loc_match in (
+            *((1, 3, [0, NONE]), (0, 3, [NONE, 0]), (0, INF, [NONE, 0]), (1, INF, [0, NONE])),
+            *((-1, 0.5, [0, NONE]), (-INF, 0.5, [0, NONE]), (0, -INF, [0, NONE]), (-INF, 1, [NONE, 0])),
+            *((NAN, 0.5, [0, NONE]), (0, NAN, [0, NONE]), (NAN, 1, [NONE, 0])),
+        )
     ),
     options={"iou_positive": 0.65},
 )
@@ -938,7 +998,7 @@ add(
         Image(
             gt_boxes=[strip(0, 10)],
             gt_labels=[label],
-            cls_scores=[[NEVER, NEVER], [SURE, SURE]],
+            cls_logits=[[NEVER, NEVER], [SURE, SURE]],
             cls_match=[0, IGNORED],
             loc_match=loc_match,
             num_pos=[1],

@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from comparison import assert_same
 from random_batches import RandomBatch, random_batch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -28,11 +29,6 @@ import mg_ops
 BACKENDS = [name for name in ("cpp", "eager") if mg_ops.backends()[name].usable]
 SEEDS = [seed for seed in range(200) if random_batch(seed).notes["A"] > 100 and random_batch(seed).notes["B"] > 0][:24]
 NUM_THREADS = 8
-
-
-def assert_same(match: mg_ops.MutualMatch, expected: mg_ops.MutualMatch, what: str) -> None:
-    for name, value, wanted in zip(mg_ops.MutualMatch._fields, match, expected, strict=True):
-        assert torch.equal(value, wanted), f"{what}: another {name} than alone"
 
 
 def run_in_threads(works: list[Callable[[], None]]) -> None:
@@ -81,10 +77,11 @@ def check_threads() -> int:
                             match = batch.call(backend)
                     elif thread % 4 == 2:
                         arguments = dict(batch.arguments)
-                        scores = arguments["cls_scores"].float().requires_grad_()
-                        arguments["cls_scores"] = scores * 1.0
+                        boxes_name = "box_deltas" if "box_deltas" in arguments else "pred_boxes"
+                        boxes = arguments[boxes_name].float().requires_grad_()
+                        arguments[boxes_name] = boxes * 1.0
                         match = mg_ops.mutual_match(**arguments, backend=backend)
-                        scores.square().sum().backward()
+                        boxes.square().sum().backward()
                     else:
                         match = batch.call(backend)
                     assert_same(match, expected, f"thread {thread}, {batch}, {backend}")

@@ -61,17 +61,17 @@ def pyramid_batch(seed: int) -> dict[str, Any]:
         size = torch.exp(normal(count, 2) * choose([0.1, 0.5, 1.0]) + math.log(choose([8, 16, 30, 60])))
         gt_boxes.append(torch.cat([center - size / 2, center + size / 2], -1))
         gt_labels.append(torch.randint(0, num_classes, (count,), generator=generator))
-    cls_scores = normal(batch_size, num_anchors, num_classes) * choose([0.1, 1, 4, 20]) + choose([-4.6, 0, 3])
+    cls_logits = normal(batch_size, num_anchors, num_classes) * choose([0.1, 1, 4, 20]) + choose([-4.6, 0, 3])
     if choose([True, False, False]):  # a few that the network is sure of
-        cls_scores[torch.rand(cls_scores.shape, generator=generator) < 0.02] += 12
+        cls_logits[torch.rand(cls_logits.shape, generator=generator) < 0.02] += 12
     iou_positive, iou_ignored = choose([(0.5, 0.4), (0.5, 0.4), (0.9, 0.1), (0.7, 0.7), (0.3, 0.3), (0.05, 0.01)])
     gt_crowd = None
     if choose([True, False, False, False, False]):
         gt_crowd = [torch.rand(len(boxes), generator=generator) < 0.3 for boxes in gt_boxes]
     return {
         "anchors": anchors,
-        "pred_boxes": normal(batch_size, num_anchors, 4) * choose([0, 0.1, 0.3, 2, 20]),
-        "cls_scores": cls_scores,
+        "box_deltas": normal(batch_size, num_anchors, 4) * choose([0, 0.1, 0.3, 2, 20]),
+        "cls_logits": cls_logits,
         "gt_boxes": gt_boxes,
         "gt_labels": gt_labels,
         "gt_crowd": gt_crowd,

@@ -15,10 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from comparison import assert_same
 from random_batches import random_batch
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=3000, help="random batches, each matched twice (default 3,000)")
     parser.add_argument("--first", type=int, default=0, help="seed of the first (default 0)")
@@ -32,13 +33,9 @@ def main() -> int:
         torch.set_num_threads(1)
         expected = batch.call("cpp")
         torch.set_num_threads(options.threads)
-        for name, a, b in zip(expected._fields, expected, batch.call("cpp"), strict=True):
-            if not torch.equal(a, b):
-                print(f"{options.threads} threads give another {name} than one: {batch}")
-                return 1
+        assert_same(batch.call("cpp"), expected, f"{options.threads} threads, and one: {batch}")
     print(f"{options.batches:,} batches on {options.threads} threads in {time.monotonic() - started:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -237,6 +237,9 @@ def random_batch(seed: int, *, large: bool = False) -> RandomBatch:
         scores = random.choice([-np.inf, -200.0, -20.0, 0.0, 17.0, 90.0, np.inf], shape)
     else:
         scores = random.integers(0, 2**32, shape, dtype=np.uint32).view(np.float32)
+    scores_name = str(random.choice(["cls_logits", "cls_logits", "cls_probabilities"]))
+    if scores_name == "cls_probabilities" and score_kind in ("normal", "quantised"):
+        scores = np.clip(scores / 4 + 0.5, -0.1, 1.1)
     scores = sprinkle(random, scores.reshape(-1, max(1, num_classes)), 0.02 if garbage else 0.0).reshape(shape)
 
     # float16 holds unit-scale boxes only: at other scales everything would be inf or 0.
@@ -254,8 +257,8 @@ def random_batch(seed: int, *, large: bool = False) -> RandomBatch:
 
     arguments: dict[str, Any] = {
         "anchors": a_tensor(anchors),
-        "pred_boxes": a_tensor(predictions.astype(np.float32)),
-        "cls_scores": a_tensor(scores.astype(np.float32)),
+        "box_deltas" if with_coder else "pred_boxes": a_tensor(predictions.astype(np.float32)),
+        scores_name: a_tensor(scores.astype(np.float32)),
     }
     crowds = random.random() < 0.4
     packed = random.random() < 0.5
@@ -293,7 +296,7 @@ def random_batch(seed: int, *, large: bool = False) -> RandomBatch:
         "anchors": anchor_kind,
         "gt_boxes": str(object_kind),
         "pred_boxes": f"{pred_kind}{' as deltas' if with_coder else ''}",
-        "scores": str(score_kind),
+        "scores": f"{score_kind} {scores_name}",
         "scale": scale,
         "garbage": garbage,
         "packed": packed,

@@ -14,7 +14,7 @@ NUMBERS = st.one_of(
     st.sampled_from([0.5, 1.5, -1.0, float("nan"), float("inf"), float("-inf"), 1e30, 3e38, 1e-20, 1e-45, -0.0]),
     st.floats(width=32),
 )
-LOGITS = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 100.0, -100.0]), st.floats(width=32))
+SCORES = st.one_of(st.sampled_from([0.0, 0.25, 1.0, -1.0, 100.0, -100.0]), st.floats(width=32))
 
 
 @st.composite
@@ -27,11 +27,13 @@ def small_batches(draw: st.DrawFn) -> dict[str, Any]:
     batch_size = draw(st.integers(0, 2))
     counts = [draw(st.integers(0, 4)) for _ in range(batch_size)]
     numbers = draw(st.sampled_from([NUMBERS, st.integers(0, 4).map(float)]))
+    boxes_name = draw(st.sampled_from(["pred_boxes", "box_deltas"]))
+    scores_name = draw(st.sampled_from(["cls_logits", "cls_probabilities"]))
     label = st.one_of(st.integers(0, 1), st.integers(-(2**63), 2**63 - 1))
     arguments: dict[str, Any] = {
         "anchors": rows(num_anchors, 4, numbers),
-        "pred_boxes": rows(batch_size * num_anchors, 4, numbers).reshape(batch_size, num_anchors, 4),
-        "cls_scores": rows(batch_size * num_anchors, num_classes, LOGITS).reshape(batch_size, num_anchors, num_classes),
+        boxes_name: rows(batch_size * num_anchors, 4, numbers).reshape(batch_size, num_anchors, 4),
+        scores_name: rows(batch_size * num_anchors, num_classes, SCORES).reshape(batch_size, num_anchors, num_classes),
         "gt_boxes": [rows(count, 4, numbers) for count in counts],
         "gt_labels": [torch.tensor([draw(label) for _ in range(count)], dtype=torch.int64) for count in counts],
         "strategy": draw(st.sampled_from(["mutual", "iou", "localize_to_classify", "classify_to_localize"])),
@@ -41,7 +43,7 @@ def small_batches(draw: st.DrawFn) -> dict[str, Any]:
         arguments["gt_crowd"] = [
             torch.tensor([draw(st.booleans()) for _ in range(count)], dtype=torch.bool) for count in counts
         ]
-    if draw(st.booleans()):
+    if boxes_name == "box_deltas":
         clip = draw(st.sampled_from([4.135, float("inf"), 0.0]))
         arguments["box_coder"] = mg_ops.BoxCoder(weights=(1.0, 1.0, 1.0, 1.0), clip=clip)
     arguments["iou_positive"] = draw(st.sampled_from([0.5, 1.0, 0.25, 1e-30]))

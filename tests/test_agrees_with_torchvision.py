@@ -52,8 +52,6 @@ def test_iou_strategy_is_torchvisions_matcher(target: Target, integers: bool) ->
         expected = matcher(iou)
         match = mg_ops.mutual_match(
             anchors.to(target.device),
-            torch.zeros(1, num_anchors, 4, device=target.device),
-            torch.zeros(1, num_anchors, 1, device=target.device),
             [gt_boxes.to(target.device)],
             [torch.zeros(num_objects, dtype=torch.int64, device=target.device)],
             strategy="iou",

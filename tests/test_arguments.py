@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import re
+import warnings
 import weakref
 from typing import Any
 
@@ -28,7 +29,7 @@ def listed() -> dict[str, Any]:
     return {
         "anchors": anchors,
         "pred_boxes": anchors.repeat(B, 1, 1),
-        "cls_scores": torch.zeros(B, A, C),
+        "cls_logits": torch.zeros(B, A, C),
         "gt_boxes": [anchors[:2].clone(), anchors[2:].clone()],
         "gt_labels": [torch.tensor([0, 1]), torch.tensor([3])],
     }
@@ -43,6 +44,13 @@ def packed() -> dict[str, Any]:
         "gt_labels": torch.cat(arguments["gt_labels"]),
         "gt_offsets": torch.tensor([0, 2, 3]),
     }
+
+
+def with_deltas(**changes: Any) -> dict[str, Any]:
+    """The listed call with zero deltas in place of the boxes they decode to; its coder is for the caller to give."""
+    arguments = {**listed(), "box_deltas": torch.zeros(B, A, 4), **changes}
+    del arguments["pred_boxes"]
+    return arguments
 
 
 def assert_raises(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
@@ -65,6 +73,7 @@ def freed(tensor: Tensor, num_bytes: int = 0) -> Tensor:
 
 
 FLOATING = "float16, bfloat16, float32 or float64"
+LABEL = "int64, int32 or floating point"
 
 
 @pytest.mark.parametrize(
@@ -72,9 +81,9 @@ FLOATING = "float16, bfloat16, float32 or float64"
     [
         # Types
         ("anchors", None, TypeError, r"^anchors: expected a floating point tensor, got NoneType"),
-        ("anchors", [[0, 0, 1, 1]], TypeError, r"^anchors: expected a floating point tensor, got list"),
+        ("anchors", [[0, 0, 1, 1]], TypeError, r"^anchors\[0\]: expected a floating point tensor, got list"),
         ("pred_boxes", 3.0, TypeError, r"^pred_boxes: expected a floating point tensor, got float"),
-        ("cls_scores", "logits", TypeError, r"^cls_scores: expected a floating point tensor, got str"),
+        ("cls_logits", "logits", TypeError, r"^cls_logits: expected a floating point tensor, got str"),
         ("gt_boxes", None, TypeError, r"^gt_boxes: expected a list of 2 tensors.*got NoneType"),
         ("gt_boxes", 5, TypeError, r"^gt_boxes: expected a list of 2 tensors.*got int"),
         ("gt_labels", None, TypeError, r"^gt_labels: expected a list of 2 tensors.*got NoneType"),
@@ -86,7 +95,7 @@ FLOATING = "float16, bfloat16, float32 or float64"
         ),
         ("gt_crowd", torch.zeros(3, dtype=torch.bool), TypeError, r"^gt_crowd: expected a list of 2 tensors"),
         ("gt_boxes", [None, None], TypeError, r"^gt_boxes\[0\]: expected a floating point tensor, got NoneType"),
-        ("gt_labels", [torch.tensor([0, 1]), [3]], TypeError, r"^gt_labels\[1\]: expected an integer tensor, got list"),
+        ("gt_labels", [torch.tensor([0, 1]), [3]], TypeError, r"^gt_labels\[1\]: expected a label tensor, got list"),
         ("box_coder", (10.0, 10.0, 5.0, 5.0), TypeError, r"^box_coder: expected mg_ops.BoxCoder or None, got tuple"),
         # Dtypes
         (
@@ -103,19 +112,18 @@ FLOATING = "float16, bfloat16, float32 or float64"
             r"^anchors: expected dtype .*torch.float8_e5m2",
         ),
         ("pred_boxes", torch.zeros(B, A, 4, dtype=torch.int32), TypeError, rf"^pred_boxes: expected dtype {FLOATING}"),
-        ("cls_scores", torch.zeros(B, A, C, dtype=torch.bool), TypeError, rf"^cls_scores: expected dtype {FLOATING}"),
+        ("cls_logits", torch.zeros(B, A, C, dtype=torch.bool), TypeError, rf"^cls_logits: expected dtype {FLOATING}"),
         (
             "gt_boxes",
             [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(1, 4)],
             TypeError,
             r"^gt_boxes\[0\]: expected dtype",
         ),
-        ("gt_labels", [torch.zeros(2), torch.zeros(1)], TypeError, r"^gt_labels\[0\]: expected dtype int64 or int32"),
         (
             "gt_labels",
             [torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)],
             TypeError,
-            r"^gt_labels\[1\]: expected dtype int64 or int32, got a torch.uint8",
+            rf"^gt_labels\[1\]: expected dtype {LABEL}, got a torch.uint8",
         ),
         ("gt_crowd", [torch.zeros(2), torch.zeros(1)], TypeError, r"^gt_crowd\[0\]: expected dtype bool"),
         # Layout
@@ -140,10 +148,10 @@ FLOATING = "float16, bfloat16, float32 or float64"
         # Memory
         ("anchors", freed(torch.zeros(A, 4)), ValueError, r"^anchors: its memory of 0 bytes does not hold .*\(3, 4\)"),
         (
-            "cls_scores",
+            "cls_logits",
             freed(torch.zeros(B, A, C), 95),
             ValueError,
-            r"^cls_scores: its memory of 95 bytes does not hold",
+            r"^cls_logits: its memory of 95 bytes does not hold",
         ),
         (
             "pred_boxes",
@@ -175,9 +183,9 @@ FLOATING = "float16, bfloat16, float32 or float64"
             r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(2, 4, 4\)",
         ),
         ("pred_boxes", torch.zeros(B, 4, A), ValueError, r"^pred_boxes: expected shape \(2, 3, 4\), got .*\(2, 4, 3\)"),
-        ("cls_scores", torch.zeros(B, C, A), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(2, 4, 3\)"),
-        ("cls_scores", torch.zeros(A, C), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(3, 4\)"),
-        ("cls_scores", torch.zeros(()), ValueError, r"^cls_scores: expected shape \(B, 3, C\), got .*\(\)"),
+        ("cls_logits", torch.zeros(B, C, A), ValueError, r"^cls_logits: expected shape \(B, 3, C\), got .*\(2, 4, 3\)"),
+        ("cls_logits", torch.zeros(A, C), ValueError, r"^cls_logits: expected shape \(B, 3, C\), got .*\(3, 4\)"),
+        ("cls_logits", torch.zeros(()), ValueError, r"^cls_logits: expected shape \(B, 3, C\), got .*\(\)"),
         (
             "gt_boxes",
             [torch.zeros(2, 4), torch.zeros(1, 5)],
@@ -235,7 +243,7 @@ FLOATING = "float16, bfloat16, float32 or float64"
             "anchors",
             torch.zeros(A, 4, device="meta"),
             ValueError,
-            r"^cls_scores: expected device meta, like anchors, got .*cpu",
+            r"^cls_logits: expected device meta, like anchors, got .*cpu",
         ),
         (
             "pred_boxes",
@@ -244,10 +252,10 @@ FLOATING = "float16, bfloat16, float32 or float64"
             r"^pred_boxes: expected device cpu, like anchors.*meta",
         ),
         (
-            "cls_scores",
+            "cls_logits",
             torch.zeros(B, A, C, device="meta"),
             ValueError,
-            r"^cls_scores: expected device cpu, like anchors.*meta",
+            r"^cls_logits: expected device cpu, like anchors.*meta",
         ),
         (
             "gt_boxes",
@@ -349,9 +357,9 @@ def test_wrong_argument(name: str, value: object, error: type[Exception], messag
             "gt_labels",
             [torch.tensor([0, 1]), torch.tensor([3])],
             TypeError,
-            r"^gt_labels: expected an integer tensor, got list",
+            r"^gt_labels: expected a label tensor, got list",
         ),
-        ("gt_labels", torch.zeros(3), TypeError, r"^gt_labels: expected dtype int64 or int32, got a torch.float32"),
+        ("gt_labels", torch.zeros(3).bool(), TypeError, rf"^gt_labels: expected dtype {LABEL}, got a torch.bool"),
         (
             "gt_labels",
             torch.zeros(3, 1, dtype=torch.int64),
@@ -378,12 +386,156 @@ def test_wrong_packed_argument(name: str, value: object, error: type[Exception],
     assert_raises(error, message, {**packed(), name: value})
 
 
+def padded(**changes: Any) -> dict[str, Any]:
+    """The same call, padded: the second image has one object, and room for another."""
+    arguments = listed()
+    boxes = torch.nn.utils.rnn.pad_sequence(arguments["gt_boxes"], batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(arguments["gt_labels"], batch_first=True, padding_value=-1)
+    return {**arguments, "gt_boxes": boxes, "gt_labels": labels, **changes}
+
+
+MASK = torch.tensor([[True, True], [True, False]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("gt_boxes", torch.zeros(B, 2, 5), ValueError, r"^gt_boxes: expected shape \(2, M, 4\), got .*\(2, 2, 5\)"),
+        ("gt_boxes", torch.zeros(B + 1, 2, 4), ValueError, r"^gt_boxes: expected shape \(2, M, 4\), got .*\(3, 2, 4\)"),
+        ("gt_boxes", torch.zeros(B, 2, 4).long(), TypeError, rf"^gt_boxes: expected dtype {FLOATING}"),
+        ("gt_boxes", torch.zeros(1, B, 2, 4), ValueError, r"^gt_offsets: packed gt_boxes"),
+        ("gt_boxes", freed(torch.zeros(B, 2, 4)), ValueError, r"^gt_boxes: its memory of 0 bytes"),
+        ("gt_boxes", listed()["gt_boxes"], TypeError, r"^gt_labels: expected a list of 2 tensors, .*got a torch.int64"),
+        ("gt_labels", None, TypeError, r"^gt_labels: expected a label tensor, got NoneType"),
+        ("gt_labels", listed()["gt_labels"], TypeError, r"^gt_labels: expected a label tensor, got list"),
+        ("gt_labels", torch.zeros(B, 3).long(), ValueError, r"^gt_labels: expected shape \(2, 2\), got .*\(2, 3\)"),
+        ("gt_labels", torch.zeros(B, 2).bool(), TypeError, rf"^gt_labels: expected dtype {LABEL}"),
+        ("gt_labels", freed(torch.zeros(B, 2)), ValueError, r"^gt_labels: its memory of 0 bytes"),
+        ("gt_crowd", torch.zeros(B, 2), TypeError, r"^gt_crowd: expected dtype bool"),
+        ("gt_crowd", MASK[0], ValueError, r"^gt_crowd: expected shape \(2, 2\), got .*\(2,\)"),
+        ("gt_mask", MASK.int(), TypeError, r"^gt_mask: expected dtype bool, got a torch.int32"),
+        ("gt_mask", MASK[:1], ValueError, r"^gt_mask: expected shape \(2, 2\), got .*\(1, 2\)"),
+        ("gt_mask", MASK.to("meta"), ValueError, r"^gt_mask: expected device cpu, like anchors"),
+        ("gt_mask", MASK.tolist(), TypeError, r"^gt_mask: expected a bool tensor, got list"),
+        ("gt_offsets", torch.tensor([0, 2, 3]), ValueError, r"^gt_boxes: expected shape \(N, 4\), got .*\(2, 2, 4\)"),
+        ("gt_box_format", "yxyx", ValueError, r"^gt_box_format: expected one of 'xyxy', 'xywh', 'cxcywh', got 'yxyx'"),
+        ("gt_box_format", ["xyxy"], ValueError, r"^gt_box_format: expected one of .*got \['xyxy'\]"),
+    ],
+)
+def test_wrong_padded_argument(name: str, value: object, error: type[Exception], message: str) -> None:
+    assert_raises(error, message, padded(**{name: value}))
+
+
+@pytest.mark.parametrize("arguments", [listed(), packed()], ids=["listed", "packed"])
+def test_only_padded_objects_take_a_mask(arguments: dict[str, Any]) -> None:
+    assert_raises(ValueError, r"^gt_mask: only padded gt_boxes .* take a mask", {**arguments, "gt_mask": MASK})
+
+
+TARGET = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([0])}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"gt_boxes": [TARGET]}, ValueError, r"^gt_boxes: expected a list of 2 tensors, one per image, got 1"),
+        ({"gt_boxes": [TARGET, TARGET["boxes"]]}, TypeError, r'^gt_boxes\[1\]: expected a dictionary with "boxes" and'),
+        ({"gt_boxes": [TARGET["boxes"], TARGET]}, TypeError, r"^gt_labels: expected a list of 2 tensors"),
+        (
+            {"gt_boxes": [TARGET, {"boxes": TARGET["boxes"], "class": 1}]},
+            TypeError,
+            r'^gt_boxes\[1\]: expected a dictionary with "boxes" and "labels", got one with \[\'boxes\', \'class\'\]',
+        ),
+        (
+            {"gt_boxes": [TARGET, TARGET | {"iscrowd": torch.zeros(1)}]},
+            TypeError,
+            r'^gt_boxes\[1\]\["iscrowd"\]: expected dtype bool, uint8, int32 or int64, got a torch.float32',
+        ),
+        (
+            {"gt_boxes": [TARGET, TARGET | {"iscrowd": torch.zeros(2).bool()}]},
+            ValueError,
+            r"^gt_crowd\[1\]: expected shape \(1,\)",
+        ),
+        (
+            {"gt_boxes": [TARGET, TARGET | {"labels": 3}]},
+            TypeError,
+            r"^gt_labels\[1\]: expected a label tensor, got int",
+        ),
+        ({"gt_boxes": [TARGET] * 2, "gt_labels": [TARGET["labels"]] * 2}, ValueError, r"^gt_labels: .* dictionaries"),
+        ({"gt_boxes": [TARGET] * 2, "gt_offsets": torch.arange(3)}, ValueError, r"^gt_offsets: .* dictionaries"),
+        ({"gt_boxes": [TARGET] * 2, "gt_crowd": [MASK[0, :1]] * 2}, ValueError, r"^gt_crowd: .* dictionaries"),
+    ],
+)
+def test_wrong_dictionaries(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    assert_raises(error, message, {**listed(), "gt_labels": None, **changes})
+
+
+CODER = mg_ops.BoxCoder()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"box_deltas": torch.zeros(B, A, 4)}, r"^box_deltas: expected pred_boxes or box_deltas, got both"),
+        ({"box_deltas": torch.zeros(B, A, 4), "box_coder": CODER}, r"^box_deltas: .*got both"),
+        ({"cls_probabilities": torch.zeros(B, A, C)}, r"^cls_probabilities: expected cls_logits or .*got both"),
+        ({"box_coder": CODER}, r"^box_coder: expected none without box_deltas; boxes .* decoded are pred_boxes"),
+        ({"pred_boxes": None, "box_coder": CODER}, r"^box_coder: expected none without box_deltas"),
+        ({"pred_boxes": None, "box_deltas": torch.zeros(B, A, 4)}, r"^box_coder: expected one with box_deltas"),
+        ({"pred_boxes": None}, r"^pred_boxes: strategy 'mutual' reads the predicted boxes; pass pred_boxes or box_del"),
+        ({"pred_boxes": None, "strategy": "localize_to_classify"}, r"^pred_boxes: strategy 'localize_to_classify'"),
+        ({"cls_logits": None}, r"^cls_logits: strategy 'mutual' reads the scores; pass cls_logits or cls_prob"),
+        ({"cls_logits": None, "strategy": "classify_to_localize"}, r"^cls_logits: strategy 'classify_to_localize'"),
+    ],
+)
+def test_boxes_and_deltas_logits_and_probabilities_cannot_be_confused(changes: dict[str, Any], message: str) -> None:
+    """What is missing, and what is given twice, is an error that names it, whatever the other arguments are."""
+    for arguments in (listed(), packed(), padded()):
+        assert_raises(ValueError, message, {**arguments, **changes})
+
+
+def test_predictions_go_by_name_alone() -> None:
+    arguments = listed()
+    with pytest.raises(TypeError, match="positional argument"):
+        mg_ops.mutual_match(*(arguments[name] for name in ("anchors", "pred_boxes", "cls_logits")), *[None] * 2)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["anchors", "pred_boxes", "box_deltas", "cls_logits", "cls_probabilities"])
+def test_a_wrong_level_is_named(name: str) -> None:
+    arguments = with_deltas(box_coder=CODER) if name == "box_deltas" else listed()
+    if name == "cls_probabilities":
+        arguments[name] = arguments.pop("cls_logits")
+    first, *rest = arguments[name].split(1, dim=-2)
+    for levels, error, message in (
+        ([first, 3], TypeError, r"\[1\]: expected a floating point tensor, got int"),
+        ([first, *rest, first[..., :3]], ValueError, r"\[3\]: expected the shape and device of .*\[0\]"),
+        ([first, first[0]], ValueError, r"\[1\]: expected "),
+        ([first, rest[0].to("meta")], ValueError, r"\[1\]: expected the shape and device of"),
+        ([first.int(), *rest], TypeError, r"\[0\]: expected dtype float16"),
+        ([first, freed(torch.zeros(rest[0].shape))], ValueError, r"\[1\]: its memory of 0 bytes"),
+        ([first], ValueError, ": expected shape"),
+        ([], ValueError, ": expected one tensor, or one tensor per feature level, got none"),
+    ):
+        wanted = message
+        if levels == [first] and name == "anchors":
+            wanted = r"^\w+: expected shape"  # the others no longer fit the anchors
+        assert_raises(error, wanted, {**arguments, name: levels})
+
+
+def test_a_wrong_object_is_named_where_predictions_are_in_levels() -> None:
+    """Levels that are right are not blamed for another argument."""
+    arguments = listed()
+    names = ("anchors", "pred_boxes", "cls_logits")
+    levels = {name: arguments[name].split(1, dim=-2) for name in names}
+    wrong = {**arguments, **levels, "gt_labels": None}
+    assert_raises(TypeError, r"^gt_labels: expected a list of 2 tensors", wrong)
+
+
 def test_more_than_32_bits_number_is_refused() -> None:
     """Sizes as huge as this come from a stray expand: every tensor here is a few bytes."""
     count = 2**31 + 5
     anchors = torch.zeros(1, 4).expand(count, 4)
     arguments = {**packed(), "anchors": anchors, "pred_boxes": anchors.expand(B, count, 4)}
-    arguments["cls_scores"] = torch.zeros(1, 1, 1).expand(B, count, C)
+    arguments["cls_logits"] = torch.zeros(1, 1, 1).expand(B, count, C)
     assert_raises(ValueError, rf"^anchors: expected at most 2147483647, got {count}", arguments)
     arguments = {**packed(), "gt_boxes": anchors, "gt_labels": torch.zeros(1, dtype=torch.int64).expand(count)}
     assert_raises(ValueError, rf"^gt_boxes: expected at most 2147483647, got {count}", arguments)
@@ -393,7 +545,7 @@ def test_more_than_32_bits_number_is_refused() -> None:
 def test_any_number_of_classes_is_read_where_it_is(backend: str) -> None:
     if not mg_ops.backends()[backend].usable:
         pytest.skip(mg_ops.backends()[backend].detail)
-    arguments = {**packed(), "cls_scores": torch.zeros(1, 1, 1).expand(B, A, 2**40)}
+    arguments = {**packed(), "cls_logits": torch.zeros(1, 1, 1).expand(B, A, 2**40)}
     arguments["gt_labels"] = torch.tensor([0, 2**40 - 1, 2**40])
     match = mg_ops.mutual_match(**arguments, backend=backend)
     assert match.cls_match.tolist() == [[0, 1, -1], [-1, -1, 0]]
@@ -407,7 +559,7 @@ def test_results_beyond_any_memory_are_an_error(backend: str) -> None:
     arguments = {
         "anchors": torch.zeros(1, 4).expand(count, 4),
         "pred_boxes": torch.zeros(1, 1, 4).expand(images, count, 4),
-        "cls_scores": torch.zeros(1, 1, 1).expand(images, count, 1),
+        "cls_logits": torch.zeros(1, 1, 1).expand(images, count, 1),
         "gt_boxes": torch.zeros(0, 4),
         "gt_labels": torch.zeros(0, dtype=torch.int64),
         "gt_offsets": torch.zeros(images + 1, dtype=torch.int64),
@@ -502,7 +654,7 @@ BOX = "expected four finite coordinates with x2 > x1 and y2 > y1"
         ("anchors", (2,), [5, 0, 1, 1], rf"^anchors\[2\]: {BOX}, got \[5.0, 0.0, 1.0, 1.0\]"),
         ("pred_boxes", (1, 2), [0, 0, INF, 1], rf"^pred_boxes: image 1, anchor 2: {BOX}, got \[0.0, 0.0, inf, 1.0\]"),
         ("pred_boxes", (0, 1), [0, 3, 1, 1], rf"^pred_boxes: image 0, anchor 1: {BOX}, got \[0.0, 3.0, 1.0, 1.0\]"),
-        ("cls_scores", (1, 0, 3), NAN, r"^cls_scores: image 1, anchor 0, class 3: got NaN"),
+        ("cls_logits", (1, 0, 3), NAN, r"^cls_logits: image 1, anchor 0, class 3: got NaN"),
         ("gt_boxes", (0, 1), [NAN, 0, 1, 1], rf"^gt_boxes: image 0, object 1: {BOX}, got \[nan, 0.0, 1.0, 1.0\]"),
         ("gt_boxes", (1, 0), [0, 0, 0, 1], rf"^gt_boxes: image 1, object 0: {BOX}, got \[0.0, 0.0, 0.0, 1.0\]"),
         ("gt_boxes", (0, 0), [0, 1, 1, 0], rf"^gt_boxes: image 0, object 0: {BOX}"),
@@ -533,25 +685,92 @@ def test_check_names_the_bad_value(name: str, where: tuple[int, ...], value: obj
         (
             [NAN, 0, 0, 0],
             4.0,
-            r"^pred_boxes: image 1, anchor 2: expected four finite deltas, got \[nan, 0.0, 0.0, 0.0\]",
+            r"^box_deltas: image 1, anchor 2: expected four finite deltas, got \[nan, 0.0, 0.0, 0.0\]",
         ),
         (
             [0, 0, INF, 0],
             4.0,
-            r"^pred_boxes: image 1, anchor 2: expected four finite deltas, got \[0.0, 0.0, inf, 0.0\]",
+            r"^box_deltas: image 1, anchor 2: expected four finite deltas, got \[0.0, 0.0, inf, 0.0\]",
         ),
-        ([0, 0, 1e4, 0], INF, r"^pred_boxes: image 1, anchor 2: .*\[0.0, 0.0, 10000.0, 0.0\].* decode to .*inf"),
-        ([3e38, 0, 0, 0], 4.0, r"^pred_boxes: image 1, anchor 2: .*\[3.*e\+38, 0.0, 0.0, 0.0\].* decode to .*inf"),
+        ([0, 0, 1e4, 0], INF, r"^box_deltas: image 1, anchor 2: .*\[0.0, 0.0, 10000.0, 0.0\].* decode to .*inf"),
+        ([3e38, 0, 0, 0], 4.0, r"^box_deltas: image 1, anchor 2: .*\[3.*e\+38, 0.0, 0.0, 0.0\].* decode to .*inf"),
     ],
 )
 def test_check_names_bad_deltas(deltas: list[float], clip: float, message: str) -> None:
     arguments = listed()
-    arguments["pred_boxes"] = torch.zeros(B, A, 4)
+    del arguments["pred_boxes"]
+    arguments["box_deltas"] = torch.zeros(B, A, 4)
     arguments["box_coder"] = mg_ops.BoxCoder(weights=(1.0, 1.0, 1.0, 1.0), clip=clip)
     mg_ops.mutual_match(**arguments, check=True)
-    arguments = replace(arguments, "pred_boxes", (1, 2), deltas)
+    arguments = replace(arguments, "box_deltas", (1, 2), deltas)
     mg_ops.mutual_match(**arguments)
     assert_raises(ValueError, message, {**arguments, "check": True})
+
+
+def test_check_warns_of_what_is_probably_another_form() -> None:
+    """It is no error: the numbers could be meant. The warning names the form to pass them in, at the caller's line."""
+    wide = torch.tensor([[0.0, 0.0, 100.0, 100.0], [50.0, 50.0, 150.0, 150.0], [200.0, 200.0, 300.0, 300.0]])
+    right = {**listed(), "anchors": wide, "pred_boxes": wide.repeat(B, 1, 1), "check": True}
+    right["gt_boxes"] = [wide[:2].clone(), wide[2:].clone()]
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(B, A, C, generator=generator)
+    deltas = torch.tensor([-0.5, -0.2, 0.1, 0.3]) + torch.rand(B, A, 4, generator=generator) / 20
+    without = {name: value for name, value in right.items() if name != "pred_boxes"}
+    for arguments, message in (
+        ({**right, "cls_logits": probabilities}, "^cls_logits: all values .* Then pass them as cls_probabilities"),
+        ({**right, "pred_boxes": deltas}, "^pred_boxes: the largest coordinate .* Deltas are passed as box_deltas"),
+        (
+            {**without, "box_deltas": right["pred_boxes"] + 30, "box_coder": mg_ops.BoxCoder()},
+            "^box_deltas: half of the values .* Then pass them as pred_boxes, without coder",
+        ),
+    ):
+        with pytest.warns(UserWarning, match=message) as caught:
+            mg_ops.mutual_match(**arguments)
+        assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mg_ops.mutual_match(**right)
+        mg_ops.mutual_match(**right | {"cls_logits": 4 * probabilities - 2})
+        mg_ops.mutual_match(**without, box_deltas=deltas, box_coder=mg_ops.BoxCoder())
+        mg_ops.mutual_match(**{**right, "cls_logits": None, "cls_probabilities": probabilities})
+        mg_ops.mutual_match(**right | {"cls_logits": torch.zeros(B, A, C)})  # an untrained network
+
+
+def test_check_says_that_many_inverted_boxes_may_be_deltas() -> None:
+    deltas = torch.tensor([[0.1, 0.2, -0.3, 0.1]]).repeat(B, A, 1)
+    message = r"^pred_boxes: image 0, anchor 0: .*are they deltas\? Then pass them as box_deltas, with box_coder"
+    assert_raises(ValueError, message, {**listed(), "pred_boxes": deltas, "check": True})
+
+
+@pytest.mark.parametrize("value", [-0.25, 1.5, INF, -INF])
+def test_check_refuses_what_is_no_probability(value: float) -> None:
+    arguments = {**listed(), "cls_probabilities": torch.full((B, A, C), 0.5)}
+    del arguments["cls_logits"]
+    bad = replace(arguments, "cls_probabilities", (1, 2, 3), value)
+    mg_ops.mutual_match(**bad)
+    message = r"^cls_probabilities: image 1, anchor 2, class 3: expected a probability in \[0, 1\], got .*cls_logits"
+    assert_raises(ValueError, message, {**bad, "check": True})
+    bad = replace(arguments, "cls_probabilities", (1, 2, 3), NAN)
+    assert_raises(ValueError, r"^cls_probabilities: image 1, anchor 2, class 3: got NaN", {**bad, "check": True})
+
+
+@pytest.mark.parametrize("form", ["listed", "packed", "padded"])
+def test_check_refuses_objects_in_fractions_of_the_image(form: str) -> None:
+    """Anchors in pixels, and boxes as DETR's data sets have them: each would be matched to some corner anchor."""
+    arguments = {"listed": listed, "packed": packed, "padded": padded}[form]()
+    boxes = arguments["gt_boxes"]
+    arguments["gt_boxes"] = [image / 30 for image in boxes] if form == "listed" else boxes / 30
+    message = r"^gt_boxes: no coordinate is above 1, and the anchors reach 30: .*multiply fractions"
+    assert_raises(ValueError, message, {**arguments, "check": True})
+    unit = {name: arguments[name] / 30 for name in ("anchors", "pred_boxes")}
+    mg_ops.mutual_match(**arguments | unit, check=True)
+
+
+def test_check_does_not_look_at_padding() -> None:
+    arguments = padded(gt_mask=MASK, gt_labels=torch.tensor([[0, 1], [3, 99]]))
+    arguments["gt_boxes"][1, 1] = NAN
+    found = mg_ops.mutual_match(**arguments, check=True)
+    assert found.cls_match.tolist() == [[0, 1, -1], [-1, -1, 0]] and found.num_pos.tolist() == [[1, 1], [1, 0]]
 
 
 def test_check_lets_a_crowd_lie_anywhere_with_any_label() -> None:
@@ -574,14 +793,14 @@ def test_check_takes_every_ordinary_emptiness() -> None:
     no_image = {
         **listed(),
         "pred_boxes": torch.zeros(0, A, 4),
-        "cls_scores": torch.zeros(0, A, C),
+        "cls_logits": torch.zeros(0, A, C),
         "gt_boxes": [],
         "gt_labels": [],
     }
     mg_ops.mutual_match(**no_image, check=True)
     no_object = {**listed(), "gt_boxes": [torch.zeros(0, 4)] * B, "gt_labels": [torch.zeros(0, dtype=torch.int64)] * B}
     mg_ops.mutual_match(**no_object, check=True)
-    no_anchor = {"anchors": torch.zeros(0, 4), "pred_boxes": torch.zeros(B, 0, 4), "cls_scores": torch.zeros(B, 0, C)}
+    no_anchor = {"anchors": torch.zeros(0, 4), "pred_boxes": torch.zeros(B, 0, 4), "cls_logits": torch.zeros(B, 0, C)}
     mg_ops.mutual_match(**{**no_object, **no_anchor}, check=True)
     assert_raises(ValueError, "image 0, object 0: no anchor overlaps", {**listed(), **no_anchor, "check": True})
 
@@ -616,10 +835,11 @@ def test_box_coder_takes_any_numbers() -> None:
     anchors = listed()["anchors"]
     for clip in (1e300, -1e300):  # beyond float32: as good as infinite
         finite = mg_ops.BoxCoder(clip=math.copysign(math.inf, clip))
-        assert mg_ops.BoxCoder(clip=clip).decode(anchors, anchors).equal(finite.decode(anchors, anchors))
+        tensors = {"anchors": anchors, "deltas": anchors}
+        assert mg_ops.BoxCoder(clip=clip).decode(**tensors).equal(finite.decode(**tensors))
     coder = mg_ops.BoxCoder(weights=[1, 2, 3, 4], clip=1e300)
     assert coder.weights == (1.0, 2.0, 3.0, 4.0)
-    match = mg_ops.mutual_match(**{**listed(), "pred_boxes": torch.zeros(B, A, 4)}, box_coder=coder)
+    match = mg_ops.mutual_match(**with_deltas(), box_coder=coder)
     assert match.cls_match.tolist() == [[0, 1, -1], [-1, -1, 0]]
 
 
@@ -648,37 +868,37 @@ def test_box_coder_takes_any_numbers() -> None:
         ),
         (lambda boxes: mg_ops.box_iou(boxes[0], boxes), ValueError, r"^boxes_1: expected shape \(M, 4\), got .*\(4,\)"),
         (
-            lambda boxes: mg_ops.BoxCoder().decode(boxes[None], boxes),
+            lambda boxes: mg_ops.BoxCoder().decode(anchors=boxes[None], deltas=boxes),
             ValueError,
             r"^anchors: expected shape \(A, 4\), got",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes[:2]),
+            lambda boxes: mg_ops.BoxCoder().decode(anchors=boxes, deltas=boxes[:2]),
             ValueError,
             r"^deltas: expected shape \(..., 3, 4\), got .*\(2, 4\)",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes[0]),
+            lambda boxes: mg_ops.BoxCoder().decode(anchors=boxes, deltas=boxes[0]),
             ValueError,
             r"^deltas: expected shape \(..., 3, 4\), got .*\(4,\)",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().decode(boxes, 3),
+            lambda boxes: mg_ops.BoxCoder().decode(anchors=boxes, deltas=3),
             TypeError,
             r"^deltas: expected a floating point tensor, got int",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().encode(boxes, boxes[:, :2]),
+            lambda boxes: mg_ops.BoxCoder().encode(anchors=boxes, boxes=boxes[:, :2]),
             ValueError,
             r"^boxes: expected shape \(..., 4\), got .*\(3, 2\)",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().encode(boxes, boxes[:2]),
+            lambda boxes: mg_ops.BoxCoder().encode(anchors=boxes, boxes=boxes[:2]),
             ValueError,
             r"^boxes: expected a shape that broadcasts with anchors \(3, 4\), got .*\(2, 4\)",
         ),
         (
-            lambda boxes: mg_ops.BoxCoder().decode(boxes, boxes.to("meta")),
+            lambda boxes: mg_ops.BoxCoder().decode(anchors=boxes, deltas=boxes.to("meta")),
             ValueError,
             r"^deltas: expected device cpu, like anchors",
         ),
@@ -690,7 +910,7 @@ def test_box_coder_takes_any_numbers() -> None:
         ),
         (lambda boxes: mg_ops.box_iou(boxes, freed(boxes.clone())), ValueError, r"^boxes_2: its memory of 0 bytes"),
         (
-            lambda boxes: mg_ops.BoxCoder().encode([1], boxes),
+            lambda boxes: mg_ops.BoxCoder().encode(anchors=[1], boxes=boxes),
             TypeError,
             r"^anchors: expected a floating point tensor, got list",
         ),
@@ -712,7 +932,11 @@ def test_wrong_boxes(call: Any, error: type[Exception], message: str) -> None:
             r"^match: made for 3 objects",
         ),
         ({"gt_boxes": [torch.zeros(3, 4)]}, ValueError, r"^gt_boxes: expected a list of 2 tensors"),
-        ({"gt_labels": [torch.zeros(2), torch.zeros(1)]}, TypeError, r"^gt_labels\[0\]: expected dtype int64 or int32"),
+        (
+            {"gt_labels": [torch.zeros(2).bool(), torch.zeros(1)]},
+            TypeError,
+            rf"^gt_labels\[0\]: expected dtype {LABEL}",
+        ),
         (
             {"gt_boxes": [torch.zeros(2, 4).to_sparse(), torch.zeros(1, 4)]},
             TypeError,
@@ -780,11 +1004,12 @@ def test_wrong_number_of_classes_of_a_summary(num_classes: Any) -> None:
 
 
 def operator_arguments(device: str) -> dict[str, Any]:
-    tensors = {name: value.to(device) for name, value in packed().items()}
+    scores_name = {"cls_logits": "cls_scores"}
     return {
-        **tensors,
+        **{scores_name.get(name, name): value.to(device) for name, value in packed().items()},
         "gt_crowd": torch.zeros(3, dtype=torch.bool, device=device),
         "box_coder": None,
+        "scores_are_probabilities": False,
         "classification_by_regressed": True,
         "localization_by_amplified": True,
         "sigma": 2.0,
@@ -878,7 +1103,7 @@ def test_wrong_call_of_the_function(kind: str) -> None:
     arguments = listed()
     with pytest.raises(TypeError):
         if kind == "positional":
-            mg_ops.mutual_match(*arguments.values(), None, None)  # type: ignore[misc]
+            mg_ops.mutual_match(*arguments.values())  # type: ignore[misc]
         elif kind == "missing":
             mg_ops.mutual_match(arguments["anchors"])  # type: ignore[call-arg]
         else:

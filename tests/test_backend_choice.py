@@ -111,7 +111,7 @@ def test_a_compiled_call_chooses_while_it_is_traced() -> None:
     boxes, labels, offsets = anchors[:1].clone(), torch.tensor([0]), torch.tensor([0, 1])
 
     def match(anchors: torch.Tensor) -> mg_ops.MutualMatch:
-        return mg_ops.mutual_match(anchors, anchors[None], torch.zeros(1, 2, 1), boxes, labels, offsets)
+        return mg_ops.mutual_match(anchors, boxes, labels, offsets, strategy="iou")
 
     compiled = torch.compile(match, fullgraph=True, backend="aot_eager")(anchors)
     assert [value.tolist() for value in compiled] == [value.tolist() for value in match(anchors)]

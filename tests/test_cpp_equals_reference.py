@@ -7,30 +7,20 @@ MG_OPS_FUZZ=10 runs ten times as many random cases (0.1: a tenth, as under a san
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from comparison import assert_same
 from conftest import Target, fuzz_cases, usable_targets
 from hypothesis import given, settings
 from random_batches import random_batch, to_device
 from small_batches import small_batches
+from torch import Tensor
 
 import mg_ops
-
-
-def assert_same(match: mg_ops.MutualMatch, reference: mg_ops.MutualMatch, what: object) -> None:
-    for name, value, expected in zip(mg_ops.MutualMatch._fields, match, reference, strict=True):
-        assert value.dtype == expected.dtype and value.shape == expected.shape, (name, what)
-        if not torch.equal(value.cpu(), expected.cpu()):
-            where = (value.cpu() != expected.cpu()).nonzero()
-            first = tuple(where[0].tolist())
-            raise AssertionError(
-                f"{name}{list(first)} is {value[first].item()}, the reference says {expected[first].item()}; "
-                f"{len(where)} of {value.numel()} differ; {what}"
-            )
 
 
 def assert_equals_reference(arguments: dict[str, Any], target: Target, what: object) -> None:
@@ -72,9 +62,16 @@ def test_random_batches_match_something() -> None:
     assert sum(bool((match.cls_match >= 0).sum() > 1) for match in matches) > 0.5 * count
     assert sum(bool((match.cls_match == mg_ops.IGNORED).any()) for match in matches) > 0.15 * count
     assert sum(not torch.equal(match.cls_match >= 0, match.loc_match >= 0) for match in matches) > 0.25 * count
-    assert sum(bool(batch.arguments["pred_boxes"].isnan().any()) for batch in batches) > 0.1 * count
-    strided = [batch.arguments["cls_scores"] for batch in batches]
-    assert sum(not scores.is_contiguous() for scores in strided) > 0.1 * count
+
+    def share(quality: Callable[[Tensor], bool], *names: str) -> float:
+        """Of the batches, those whose argument of one of these names has a quality."""
+        given = [batch.arguments[name] for batch in batches for name in names if name in batch.arguments]
+        return sum(map(quality, given)) / count
+
+    assert share(lambda boxes: bool(boxes.isnan().any()), "pred_boxes", "box_deltas") > 0.1
+    assert share(lambda scores: not scores.is_contiguous(), "cls_logits", "cls_probabilities") > 0.1
+    for name in ("pred_boxes", "box_deltas", "cls_logits", "cls_probabilities"):
+        assert share(lambda _: True, name) > 0.25
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,8 +104,8 @@ def detector_batch(batch_size: int, num_anchors: int, num_objects: int, seed: in
         gt_labels.append(torch.from_numpy(random.integers(0, 5, num_objects)))
     return {
         "anchors": torch.from_numpy(anchors),
-        "pred_boxes": torch.from_numpy((0.3 * random.standard_normal((batch_size, num_anchors, 4))).astype(np.float32)),
-        "cls_scores": torch.from_numpy(random.normal(-2, 2, (batch_size, num_anchors, 5)).astype(np.float32)),
+        "box_deltas": torch.from_numpy((0.3 * random.standard_normal((batch_size, num_anchors, 4))).astype(np.float32)),
+        "cls_logits": torch.from_numpy(random.normal(-2, 2, (batch_size, num_anchors, 5)).astype(np.float32)),
         "gt_boxes": gt_boxes,
         "gt_labels": gt_labels,
         "box_coder": mg_ops.BoxCoder(),
@@ -163,13 +160,13 @@ def test_many_objects(compiled_target: Target, num_objects: int) -> None:
 def test_worst_cases_of_ranking(compiled_target: Target, kind: str) -> None:
     """When thousands of anchors compete for one object, and when all of them tie."""
     arguments = detector_batch(2, 5000, 6)
-    del arguments["box_coder"]
+    del arguments["box_coder"], arguments["box_deltas"]
     arguments["pred_boxes"] = arguments["anchors"].expand(2, -1, -1)
     if kind == "all one box":
         arguments["anchors"] = arguments["anchors"][:1].expand(5000, 4)
         arguments["gt_boxes"] = [arguments["anchors"][:1].expand(6, 4)] * 2
     elif kind == "all scores equal":
-        arguments["cls_scores"] = torch.zeros(1, 1, 1).expand(2, 5000, 5)
+        arguments["cls_logits"] = torch.zeros(1, 1, 1).expand(2, 5000, 5)
     else:
         whole = torch.tensor([[-500.0, -500.0, 900.0, 900.0]])
         covered = slice(0, 1) if kind == "one object over all" else slice(0, 6)

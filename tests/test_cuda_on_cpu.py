@@ -15,9 +15,11 @@ from typing import Any
 import cuda_on_cpu
 import pytest
 import torch
+from comparison import assert_same
 from conftest import fuzz_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operators import operator_arguments
 from small_batches import small_batches
 
 import mg_ops
@@ -99,7 +101,7 @@ def test_under_sanitizers() -> None:
 @given(arguments=small_batches(), seed=st.integers(0, 2**32))
 def test_small_batches(small_blocks: cuda_on_cpu.Emulator, arguments: dict[str, Any], seed: int) -> None:
     match = small_blocks.mutual_match(**arguments, seed=seed)
-    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), str(arguments))
+    assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), str(arguments))
 
 
 def detector_batch(batch_size: int, num_anchors: int, num_objects: int, seed: int = 0) -> dict[str, Any]:
@@ -113,8 +115,8 @@ def detector_batch(batch_size: int, num_anchors: int, num_objects: int, seed: in
 
     return {
         "anchors": boxes(num_anchors),
-        "pred_boxes": 0.3 * torch.randn(batch_size, num_anchors, 4, generator=random),
-        "cls_scores": 2 * torch.randn(batch_size, num_anchors, 5, generator=random) - 2,
+        "box_deltas": 0.3 * torch.randn(batch_size, num_anchors, 4, generator=random),
+        "cls_logits": 2 * torch.randn(batch_size, num_anchors, 5, generator=random) - 2,
         "gt_boxes": [boxes(num_objects) for _ in range(batch_size)],
         "gt_labels": [torch.randint(0, 5, (num_objects,), generator=random) for _ in range(batch_size)],
         "box_coder": mg_ops.BoxCoder(),
@@ -126,7 +128,7 @@ def test_the_order_of_threads_does_not_matter(small_blocks: cuda_on_cpu.Emulator
     """Many objects compete for few anchors, so that every block adds to every list."""
     arguments = detector_batch(2, 150, 40)
     match = small_blocks.mutual_match(**arguments, seed=seed)
-    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), f"seed {seed}")
+    assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), f"seed {seed}")
 
 
 @pytest.mark.parametrize("iou_positive", [0.5, 1e-6], ids=["few positives", "nearly all positive"])
@@ -134,20 +136,20 @@ def test_the_order_of_threads_does_not_matter(small_blocks: cuda_on_cpu.Emulator
 def test_worst_cases_of_ranking(emulator: cuda_on_cpu.Emulator, kind: str, iou_positive: float) -> None:
     """When hundreds of anchors compete for one object, and when all of them tie."""
     arguments = detector_batch(2, 500, 6)
-    del arguments["box_coder"]
+    del arguments["box_coder"], arguments["box_deltas"]
     arguments["pred_boxes"] = arguments["anchors"].expand(2, -1, -1)
     if kind == "all one box":
         arguments["anchors"] = arguments["anchors"][:1].expand(500, 4)
         arguments["gt_boxes"] = [arguments["anchors"][:1].expand(6, 4)] * 2
     elif kind == "all scores equal":
-        arguments["cls_scores"] = torch.zeros(1, 1, 1).expand(2, 500, 5)
+        arguments["cls_logits"] = torch.zeros(1, 1, 1).expand(2, 500, 5)
     else:
         whole = torch.tensor([[-500.0, -500.0, 900.0, 900.0]])
         for boxes in arguments["gt_boxes"]:
             boxes[: 1 if kind == "one object over all" else 6] = whole
     arguments |= {"iou_positive": iou_positive, "iou_ignored": iou_positive / 2}
     match = emulator.mutual_match(**arguments, seed=3)
-    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), kind)
+    assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -157,16 +159,16 @@ def test_every_dtype_is_rounded_to_float32(
 ) -> None:
     """All finite numbers of the small dtypes pass through: subnormals, infinities and NaN too."""
     arguments = detector_batch(2, 100, 5)
-    for name in ("anchors", "pred_boxes", "cls_scores"):
+    for name in ("anchors", "box_deltas", "cls_logits"):
         arguments[name] = arguments[name].to(dtype)
         if not whole_rows:
             wide = torch.full((*arguments[name].shape[:-1], 7), math.nan, dtype=dtype)
             wide[..., 1 : 1 + arguments[name].shape[-1]] = arguments[name]
             arguments[name] = wide[..., 1 : 1 + arguments[name].shape[-1]]
-        assert cuda_on_cpu.rows(arguments[name]).whole_rows == (whole_rows and name != "cls_scores")
+        assert cuda_on_cpu.rows(arguments[name]).whole_rows == (whole_rows and name != "cls_logits")
     arguments["gt_boxes"] = [boxes.to(dtype) for boxes in arguments["gt_boxes"]]
     match = small_blocks.mutual_match(**arguments)
-    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), str(dtype))
+    assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), str(dtype))
 
 
 def test_every_float16_is_converted_exactly(small_blocks: cuda_on_cpu.Emulator) -> None:
@@ -176,14 +178,14 @@ def test_every_float16_is_converted_exactly(small_blocks: cuda_on_cpu.Emulator) 
         arguments = {
             "anchors": torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(part), 4),
             "pred_boxes": torch.zeros(1, len(part), 4),
-            "cls_scores": part.reshape(1, -1, 1),
+            "cls_logits": part.reshape(1, -1, 1),
             "gt_boxes": [torch.tensor([[0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 0.3, 1.0]])],
             "gt_labels": [torch.tensor([0, 0])],
             "iou_positive": 0.9,
             "iou_ignored": 0.5,
         }
         match = small_blocks.mutual_match(**arguments)
-        cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), str(part[0]))
+        assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), str(part[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,17 +202,9 @@ def test_every_float16_is_converted_exactly(small_blocks: cuda_on_cpu.Emulator) 
 )
 def test_wrong_offsets_are_read_as_the_reference_does(small_blocks: cuda_on_cpu.Emulator, offsets: list[int]) -> None:
     """CPU tensors with such offsets raise; on a GPU nothing may be read or written out of bounds."""
-    arguments = detector_batch(3, 70, 2)
-    coder = arguments["box_coder"]
-    arguments["gt_boxes"] = torch.cat(arguments["gt_boxes"])
-    arguments["gt_labels"] = torch.cat(arguments["gt_labels"])
-    arguments["gt_offsets"] = torch.tensor(offsets)
-    match = small_blocks.mutual_match(**arguments, clamp_offsets=True)
-    names = ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")
-    expected = mg_ops.reference.mutual_match(
-        *(arguments[name] for name in names), None, [*coder.weights, coder.clip], True, True, 2.0, 0.5, 0.4, 0.5
-    )
-    cuda_on_cpu.assert_same(match, mg_ops.MutualMatch(*expected), str(offsets))
+    arguments = list(operator_arguments(**detector_batch(3, 70, 2)))
+    arguments[5] = torch.tensor(offsets)
+    assert_same(small_blocks.operator(*arguments), mg_ops.reference.mutual_match(*arguments), offsets)
 
 
 def test_random_wrong_offsets(small_blocks: cuda_on_cpu.Emulator) -> None:

@@ -142,7 +142,16 @@ def test_sigmoid_is_close_to_float64() -> None:
 def test_sigmoid_of_special_values() -> None:
     x = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 100, -200, MAX_FLOAT, -MAX_FLOAT], dtype=np.float32)
     np.testing.assert_array_equal(headers.det_sigmoid(x), [0.5, 0.5, 1, 0, np.nan, 1, 0, 1, 0])
-    np.testing.assert_array_equal(headers.class_probability(x), [0.5, 0.5, 1, 0, 0, 1, 0, 1, 0])
+    np.testing.assert_array_equal(headers.class_probability(x, False), [0.5, 0.5, 1, 0, 0, 1, 0, 1, 0])
+
+
+def test_probabilities_are_contained() -> None:
+    x = np.array([0.0, -0.0, 1.0, 0.25, np.inf, -np.inf, np.nan, 1 + 2**-23, -1e-45, 1e-45], dtype=np.float32)
+    expected = np.array([0, 0, 1, 0.25, 1, 0, 0, 1, 0, 1e-45], dtype=np.float32)
+    np.testing.assert_array_equal(headers.class_probability(x, True), expected)
+    for x in floats_of_every_kind():
+        contained = headers.class_probability(x, True)
+        np.testing.assert_array_equal(contained, np.nan_to_num(np.clip(x, 0, 1), nan=0))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -2,59 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from cases import CASES, Case
+from comparison import assert_same
 from conftest import Target
 
 import mg_ops
 
 
-def options_of(case: Case) -> dict[str, Any]:
-    options = dict(case.options)
-    if "box_coder" in options:
-        weights, clip = options["box_coder"]
-        options["box_coder"] = mg_ops.BoxCoder(weights=weights, clip=clip)
-    return options
-
-
-def assert_expected(match: mg_ops.MutualMatch, case: Case, slack: int = 0) -> None:
-    for name, value, expected in zip(mg_ops.MutualMatch._fields, match, case.expected(slack), strict=True):
-        assert value.dtype == expected.dtype, name
-        assert value.shape == expected.shape, name
-        assert value.cpu().tolist() == expected.tolist(), f"{name} of {case.name!r}: {case.clause}"
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 class TestCase:
     def test_listed(self, case: Case, target: Target) -> None:
-        match = mg_ops.mutual_match(
-            **case.predictions(target.device),
-            **case.listed_objects(target.device),
-            **options_of(case),
-            backend=target.backend,
-        )
-        assert_expected(match, case)
+        match = mg_ops.mutual_match(**case.arguments(target.device), backend=target.backend)
+        assert_same(match, case.expected(), case.clause)
 
     @pytest.mark.parametrize("slack", [0, 3])
     def test_packed(self, case: Case, target: Target, slack: int) -> None:
         """Objects past gt_offsets[B] do not count."""
-        match = mg_ops.mutual_match(
-            **case.predictions(target.device),
-            **case.packed_objects(target.device, slack),
-            **options_of(case),
-            backend=target.backend,
-        )
-        assert_expected(match, case, slack)
+        match = mg_ops.mutual_match(**case.arguments(target.device, packed=True, slack=slack), backend=target.backend)
+        assert_same(match, case.expected(slack), case.clause)
 
     def test_in_float64(self, case: Case, target: Target) -> None:
         """Every number of the cases comes from float32, so a wider dtype changes nothing."""
-        predictions = {name: value.double() for name, value in case.predictions(target.device).items()}
-        objects = case.listed_objects(target.device)
-        objects["gt_boxes"] = [boxes.double() for boxes in objects["gt_boxes"]]
-        match = mg_ops.mutual_match(**predictions, **objects, **options_of(case), backend=target.backend)
-        assert_expected(match, case)
+        arguments = case.arguments(target.device)
+        arguments |= {name: value.double() for name, value in case.predictions(target.device).items()}
+        arguments["gt_boxes"] = [boxes.double() for boxes in arguments["gt_boxes"]]
+        assert_same(mg_ops.mutual_match(**arguments, backend=target.backend), case.expected(), case.clause)
 
 
 def test_names_are_unique() -> None:
@@ -70,14 +43,13 @@ def test_matches_have_torchvisions_sentinels() -> None:
 def test_default_backend_is_the_best_of_the_device() -> None:
     """backend=None gives the same integers, from the compiled library where it is usable."""
     for case in CASES:
-        assert_expected(mg_ops.mutual_match(**case.predictions(), **case.listed_objects(), **options_of(case)), case)
+        assert_same(mg_ops.mutual_match(**case.arguments()), case.expected(), case.clause)
 
 
 def test_strides_do_not_matter() -> None:
     """Strides are read in place: the same values in another memory order give the same answer."""
     for case in CASES:
-        arguments = {
+        other = {
             name: value.transpose(0, -1).contiguous().transpose(0, -1) for name, value in case.predictions().items()
         }
-        match = mg_ops.mutual_match(**arguments, **case.listed_objects(), **options_of(case))
-        assert_expected(match, case)
+        assert_same(mg_ops.mutual_match(**case.arguments() | other), case.expected(), case.clause)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case
+from comparison import assert_same
 from conftest import fuzz_cases
+from operators import operator_arguments
 from random_batches import random_batch
 from torch import Tensor
 
@@ -43,25 +45,6 @@ def to_gpu(value: Any) -> Any:
     return torch.as_strided(memory, value.shape, value.stride(), value.storage_offset())
 
 
-def options_of(case: Case) -> dict[str, Any]:
-    options = dict(case.options)
-    if "box_coder" in options:
-        weights, clip = options["box_coder"]
-        options["box_coder"] = mg_ops.BoxCoder(weights=weights, clip=clip)
-    return options
-
-
-def assert_same(match: mg_ops.MutualMatch, expected: tuple[Tensor, ...], what: object) -> None:
-    for name, value, wanted in zip(mg_ops.MutualMatch._fields, match, expected, strict=True):
-        value, wanted = value.cpu(), wanted.cpu()
-        if not torch.equal(value, wanted):
-            different = (value != wanted).nonzero()
-            first = tuple(different[0].tolist())
-            raise AssertionError(
-                f"{name}{list(first)} is {value[first]}, expected {wanted[first]}; {len(different)} differ; {what}"
-            )
-
-
 def detector_batch(
     batch_size: int, num_anchors: int, num_objects: int, num_classes: int = 20, seed: int = 0
 ) -> dict[str, Any]:
@@ -77,8 +60,8 @@ def detector_batch(
     counts = [num_objects] * batch_size
     return {
         "anchors": boxes(anchor_center),
-        "pred_boxes": 0.5 * torch.randn(batch_size, num_anchors, 4, generator=random),
-        "cls_scores": 2 * torch.randn(batch_size, num_anchors, num_classes, generator=random) - 2,
+        "box_deltas": 0.5 * torch.randn(batch_size, num_anchors, 4, generator=random),
+        "cls_logits": 2 * torch.randn(batch_size, num_anchors, num_classes, generator=random) - 2,
         "gt_boxes": boxes(600 * torch.rand(sum(counts), 2, generator=random)),
         "gt_labels": torch.randint(0, num_classes, (sum(counts),), generator=random),
         "gt_offsets": torch.tensor([0, *counts]).cumsum(0),
@@ -101,9 +84,7 @@ def test_the_cuda_backend_is_usable_and_the_default() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_named_cases(case: Case, backend: str) -> None:
-    match = mg_ops.mutual_match(
-        **case.predictions("cuda"), **case.packed_objects("cuda", slack=2), **options_of(case), backend=backend
-    )
+    match = mg_ops.mutual_match(**case.arguments("cuda", packed=True, slack=2), backend=backend)
     assert_same(match, case.expected(slack=2), f"{case.name}: {case.clause}")
 
 
@@ -139,12 +120,12 @@ def test_worst_cases_of_ranking(backend: str, kind: str) -> None:
         arguments["anchors"] = arguments["anchors"][:1].expand(40000, 4)
         arguments["gt_boxes"] = arguments["anchors"][:1].expand(12, 4)
     elif kind == "all scores equal":
-        arguments["cls_scores"] = torch.zeros(1, 1, 1).expand(2, 40000, 20)
+        arguments["cls_logits"] = torch.zeros(1, 1, 1).expand(2, 40000, 20)
     elif kind == "one object over all":
         arguments["gt_boxes"][0] = arguments["gt_boxes"][6] = torch.tensor([-500.0, -500.0, 1200.0, 1200.0])
     else:
         bits = torch.randint(-(2**31), 2**31, (2, 40000, 4), generator=torch.Generator().manual_seed(1))
-        arguments["pred_boxes"] = bits.to(torch.int32).view(torch.float32)
+        arguments["box_deltas"] = bits.to(torch.int32).view(torch.float32)
     for iou_positive in (0.5, 1e-6):
         options = {"iou_positive": iou_positive, "iou_ignored": iou_positive / 2, "backend": backend}
         expected = mg_ops.mutual_match(**arguments, **{**options, "backend": "cpp"})
@@ -174,9 +155,7 @@ def test_deterministic_mode_and_autocast_change_nothing(backend: str) -> None:
 def test_short_selection() -> None:
     """What compute-sanitizer runs: it makes every kernel many times slower."""
     for case in CASES[::4]:
-        match = mg_ops.mutual_match(
-            **case.predictions("cuda"), **case.packed_objects("cuda", slack=2), **options_of(case), backend="cuda"
-        )
+        match = mg_ops.mutual_match(**case.arguments("cuda", packed=True, slack=2), backend="cuda")
         assert_same(match, case.expected(slack=2), case.name)
     for seed in range(24):
         batch = random_batch(seed)
@@ -331,9 +310,4 @@ def test_torch_compile_takes_the_whole_call(backend: str) -> None:
 
 def test_opcheck() -> None:
     arguments = to_gpu(detector_batch(2, 500, 5))
-    arguments.pop("box_coder")
-    tensors = [
-        arguments[name] for name in ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")
-    ]
-    options = ([10.0, 10.0, 5.0, 5.0, 4.135], True, True, 2.0, 0.5, 0.4, 0.5)
-    torch.library.opcheck(torch.ops.mg_ops.mutual_match.default, (*tensors, None, *options))
+    torch.library.opcheck(torch.ops.mg_ops.mutual_match.default, operator_arguments(**arguments))

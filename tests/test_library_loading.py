@@ -26,9 +26,10 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import mg_ops
 anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [40.0, 40.0, 50.0, 50.0]])
-arguments = (anchors, anchors[None], torch.zeros(1, 2, 3), [anchors[:1] + 1], [torch.tensor([2])])
+arguments = dict(anchors=anchors, gt_boxes=[anchors[:1] + 1], gt_labels=[torch.tensor([2])])
+arguments |= dict(pred_boxes=anchors[None], cls_logits=torch.zeros(1, 2, 3))
 try:
-    mg_ops.mutual_match(*arguments, backend="cpp")
+    mg_ops.mutual_match(**arguments, backend="cpp")
     cpp_error = ""
 except RuntimeError as error:
     cpp_error = str(error)
@@ -37,8 +38,8 @@ print(json.dumps(dict(
     warnings=[(warning.category.__name__, str(warning.message)) for warning in caught],
     usable=mg_ops.backends()["cpp"].usable,
     cpp_error=cpp_error,
-    eager=mg_ops.mutual_match(*arguments, backend="eager").cls_match.tolist(),
-    default=mg_ops.mutual_match(*arguments).cls_match.tolist(),
+    eager=mg_ops.mutual_match(**arguments, backend="eager").cls_match.tolist(),
+    default=mg_ops.mutual_match(**arguments).cls_match.tolist(),
 )))
 """
 

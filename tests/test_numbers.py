@@ -67,10 +67,22 @@ def tensors(device: str) -> list[torch.Tensor]:
     return [tensor.to(device) for tensor in (anchors, torch.zeros(1, 2, 4), torch.zeros(1, 2, 3), *objects)]
 
 
+def call_matcher(backend: str, device: str) -> Callable[[dict[str, Any]], None]:
+    def call(options: dict[str, Any]) -> None:
+        anchors, deltas, logits, *objects = tensors(device)
+        *weights, clip = options.pop("box_coder")
+        matcher = mg_ops.MutualMatcher(box_coder=mg_ops.BoxCoder(weights, clip), backend=backend, **options)
+        matcher(anchors, *objects, cls_logits=logits, box_deltas=deltas)
+
+    return call
+
+
 def call_function(backend: str, device: str) -> Callable[[dict[str, Any]], None]:
     def call(options: dict[str, Any]) -> None:
+        anchors, deltas, logits, *objects = tensors(device)
         *weights, clip = options.pop("box_coder")
-        mg_ops.mutual_match(*tensors(device), box_coder=mg_ops.BoxCoder(weights, clip), backend=backend, **options)
+        options |= {"box_coder": mg_ops.BoxCoder(weights, clip), "backend": backend}
+        mg_ops.mutual_match(anchors, *objects, cls_logits=logits, box_deltas=deltas, **options)
 
     return call
 
@@ -78,7 +90,8 @@ def call_function(backend: str, device: str) -> Callable[[dict[str, Any]], None]
 def call_operator(name: str, device: str, fake: bool) -> Callable[[dict[str, Any]], None]:
     def call(options: dict[str, Any]) -> None:
         operator, arguments = getattr(torch.ops.mg_ops, name).default, tensors(device)
-        options |= {"gt_crowd": None, "classification_by_regressed": True, "localization_by_amplified": True}
+        options |= {"gt_crowd": None, "scores_are_probabilities": False}
+        options |= {"classification_by_regressed": True, "localization_by_amplified": True}
         if not fake:
             operator(*arguments, **options)
             return
@@ -102,6 +115,7 @@ def entry_points() -> dict[str, Callable[[dict[str, Any]], None]]:
         if hasattr(torch.ops.mg_ops, operator_of[backend]):
             calls[f"fake of {backend}"] = call_operator(operator_of[backend], "cpu", fake=True)
             calls[f"meta of {backend}"] = call_operator(operator_of[backend], "meta", fake=False)
+    calls["matcher"] = call_matcher("eager", "cpu")
     calls["function on meta"] = call_function("eager", "meta")
     return calls
 

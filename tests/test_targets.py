@@ -63,9 +63,7 @@ def test_unknown_labels_are_ignored_where_the_number_of_classes_is_given() -> No
 @pytest.mark.parametrize("batch_size", [0, 2])
 def test_without_objects_all_is_background(batch_size: int) -> None:
     boxes, labels = [torch.zeros(0, 4)] * batch_size, [torch.zeros(0, dtype=torch.int64)] * batch_size
-    match = mg_ops.mutual_match(
-        ANCHORS, boxes, labels, cls_logits=torch.zeros(batch_size, 3, 2), pred_boxes=ANCHORS.expand(batch_size, 3, 4)
-    )
+    match = mg_ops.mutual_match(ANCHORS, boxes, labels, strategy="iou")
     targets = mg_ops.encode_targets(match, ANCHORS, boxes, labels, box_coder=CODER)
     assert targets.class_targets.eq(mg_ops.BACKGROUND).all() and targets.class_targets.shape == (batch_size, 3)
     assert targets.box_targets.shape == (batch_size, 3, 4) and targets.box_targets.eq(0).all()
@@ -79,9 +77,8 @@ def random_boxes(count: int, seed: int) -> torch.Tensor:
 
 def test_decoding_undoes_encoding() -> None:
     anchors, boxes = random_boxes(1000, 0), random_boxes(1000, 1)
-    torch.testing.assert_close(
-        CODER.decode(anchors=anchors, deltas=CODER.encode(anchors=anchors, boxes=boxes)), boxes, rtol=1e-4, atol=1e-3
-    )
+    deltas = CODER.encode(anchors=anchors, boxes=boxes)
+    torch.testing.assert_close(CODER.decode(anchors=anchors, deltas=deltas), boxes, rtol=1e-4, atol=1e-3)
 
 
 def test_coder_agrees_with_torchvision() -> None:
@@ -89,13 +86,11 @@ def test_coder_agrees_with_torchvision() -> None:
     anchors, boxes = random_boxes(1000, 2), random_boxes(1000, 3)
     coder = mg_ops.BoxCoder(weights=(10.0, 9.0, 5.0, 4.0))
     peer = detection.BoxCoder(weights=(10.0, 9.0, 5.0, 4.0))
-    torch.testing.assert_close(
-        coder.encode(anchors=anchors, boxes=boxes), peer.encode_single(boxes, anchors), rtol=1e-4, atol=1e-4
-    )
+    encoded = coder.encode(anchors=anchors, boxes=boxes)
+    torch.testing.assert_close(encoded, peer.encode_single(boxes, anchors), rtol=1e-4, atol=1e-4)
     deltas = 8 * torch.randn(1000, 4, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(
-        coder.decode(anchors=anchors, deltas=deltas), peer.decode_single(deltas, anchors), rtol=1e-4, atol=1e-2
-    )
+    decoded = coder.decode(anchors=anchors, deltas=deltas)
+    torch.testing.assert_close(decoded, peer.decode_single(deltas, anchors), rtol=1e-4, atol=1e-2)
 
 
 def test_iou_agrees_with_torchvision() -> None:
@@ -108,7 +103,7 @@ def test_iou_agrees_with_torchvision() -> None:
 def test_targets_are_int64_whatever_the_match_is(num_objects: int) -> None:
     anchors = torch.tensor([[0.0, 0.0, 1.0, 1.0], [5.0, 5.0, 6.0, 6.0]])
     objects = [anchors[:num_objects]], [torch.zeros(num_objects, dtype=torch.int32)]
-    match = mg_ops.mutual_match(anchors, *objects, cls_logits=torch.zeros(1, 2, 3), pred_boxes=anchors[None])
+    match = mg_ops.mutual_match(anchors, *objects, strategy="iou")
     match = match._replace(cls_match=match.cls_match.int(), loc_match=match.loc_match.int())
     targets = mg_ops.encode_targets(match, anchors, *objects)
     assert targets.class_targets.dtype == targets.loc_labels.dtype == torch.int64

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import assert_same
 from conftest import Target
+from object_forms import FORMS, in_form
+from operators import operator_arguments
 from random_batches import random_batch, to_device
 
 import mg_ops
@@ -21,49 +24,62 @@ def operator_of(target: Target) -> Any:
     return getattr(torch.ops.mg_ops, name).default
 
 
-def operator_arguments(device: str, requires_grad: bool = False) -> tuple[Any, ...]:
+def packed_arguments(device: str, requires_grad: bool = False) -> dict[str, Any]:
     torch.manual_seed(0)
     anchors = torch.rand(70, 4, device=device)
     anchors[:, 2:] += anchors[:, :2]
-    boxes = [anchors, torch.randn(2, 70, 4, device=device), torch.randn(2, 70, 3, device=device), anchors[::20].clone()]
-    for tensor in boxes:
+    arguments = {
+        "anchors": anchors,
+        "box_deltas": torch.randn(2, 70, 4, device=device),
+        "cls_logits": torch.randn(2, 70, 3, device=device),
+        "gt_boxes": anchors[::20].clone(),
+    }
+    for tensor in arguments.values():
         tensor.requires_grad_(requires_grad)
     labels, offsets = torch.tensor([0, 1, 2, 0], device=device), torch.tensor([0, 3, 4], device=device)
-    return (*boxes, labels, offsets, None, [10.0, 10.0, 5.0, 5.0, 4.0], True, True, 2.0, 0.5, 0.4, 0.5)
+    return {**arguments, "gt_labels": labels, "gt_offsets": offsets, "box_coder": mg_ops.BoxCoder()}
 
 
 @pytest.mark.parametrize("crowd", [False, True])
 def test_opcheck(target: Target, crowd: bool) -> None:
-    arguments = list(operator_arguments(target.device))
+    arguments = packed_arguments(target.device)
     if crowd:
-        arguments[6] = torch.tensor([False, True, False, False], device=target.device)
-    results = torch.library.opcheck(operator_of(target), tuple(arguments))
+        arguments["gt_crowd"] = torch.tensor([False, True, False, False], device=target.device)
+    results = torch.library.opcheck(operator_of(target), operator_arguments(**arguments))
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
 
-@pytest.mark.parametrize("form", ["listed", "packed"])
+@pytest.mark.parametrize("form", FORMS)
 def test_compiled_calls_give_the_same_integers(target: Target, form: str) -> None:
     """fullgraph=True, with changing numbers of objects."""
 
-    def match(anchors: Any, deltas: Any, logits: Any, boxes: Any, labels: Any, offsets: Any) -> Any:
+    def match(anchors: Any, deltas: Any, logits: Any, objects: dict[str, Any]) -> Any:
         return mg_ops.mutual_match(
-            anchors, deltas * 1.0, logits, boxes, labels, offsets, box_coder=mg_ops.BoxCoder(), backend=target.backend
+            anchors,
+            cls_logits=logits,
+            box_deltas=[level * 1.0 for level in deltas.split(30, dim=1)],
+            box_coder=mg_ops.BoxCoder(),
+            backend=target.backend,
+            **objects,
         )
 
     torch._dynamo.reset()
     compiled = torch.compile(match, fullgraph=True, backend="aot_eager")
-    anchors, deltas, logits = (tensor.detach() for tensor in operator_arguments(target.device)[:3])
+    arguments = packed_arguments(target.device)
+    anchors, deltas, logits = (arguments[name] for name in ("anchors", "box_deltas", "cls_logits"))
     for count in (1, 3, 8, 2):
         boxes = [anchors[: count + 1].clone(), anchors[20 : 20 + count].clone()]
         labels = [torch.zeros(len(box), dtype=torch.int64, device=target.device) for box in boxes]
-        objects: tuple[Any, ...] = (boxes, labels, None)
-        if form == "packed":
-            offsets = torch.tensor([0, count + 1, 2 * count + 1], device=target.device)
-            objects = (torch.cat(boxes), torch.cat(labels), offsets)
-        for value, expected in zip(
-            compiled(anchors, deltas, logits, *objects), match(anchors, deltas, logits, *objects), strict=True
-        ):
-            assert torch.equal(value, expected)
+        objects, _ = in_form(form, boxes, labels)
+        assert_same(compiled(anchors, deltas, logits, objects), match(anchors, deltas, logits, objects), count)
+
+
+def test_a_matcher_compiles(target: Target) -> None:
+    arguments = packed_arguments(target.device)
+    matcher = mg_ops.MutualMatcher(box_coder=arguments.pop("box_coder"), backend=target.backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(matcher.__call__, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(**arguments), matcher(**arguments))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -89,18 +105,16 @@ def test_modes_do_not_change_the_result(target: Target, seed: int, mode: str) ->
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_default_dtype(torch.float32)
-    for value, wanted in zip(match, expected, strict=True):
-        assert torch.equal(value, wanted) and value.device == wanted.device
+    assert_same(match, expected, mode)
+    assert [value.device for value in match] == [value.device for value in expected]
 
 
 def test_inputs_may_require_grad_and_none_flows(target: Target) -> None:
-    anchors, deltas, logits, boxes, labels, offsets = operator_arguments(target.device, requires_grad=True)[:6]
-    match = mg_ops.mutual_match(anchors, deltas, logits, boxes, labels, offsets, backend=target.backend)
-    assert not any(value.requires_grad for value in match)
-    match = mg_ops.mutual_match(
-        anchors, deltas, logits, [boxes[:3], boxes[3:]], [labels[:3], labels[3:]], backend=target.backend
-    )
-    assert not any(value.requires_grad for value in match)
+    packed = packed_arguments(target.device, requires_grad=True)
+    objects = {name: packed[name].split([3, 1]) for name in ("gt_boxes", "gt_labels")}
+    for arguments in (packed, {**packed, **objects, "gt_offsets": None}):
+        match = mg_ops.mutual_match(**arguments, backend=target.backend)
+        assert not any(value.requires_grad for value in match)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -119,7 +133,8 @@ def test_fake_tensors_have_the_shapes_of_the_result(target: Target) -> None:
 
     with FakeTensorMode() as mode:
         arguments = [
-            mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in operator_arguments("cpu")
+            mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for value in operator_arguments(**packed_arguments("cpu"))
         ]
         shapes = [(tuple(value.shape), value.dtype) for value in operator_of(target)(*arguments)]
     assert shapes == [((2, 70), torch.int64)] * 2 + [((4,), torch.int32)] * 2

@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from cases import CASES, Case  # noqa: E402
+from comparison import assert_same  # noqa: E402
 from random_batches import RandomBatch, random_batch, to_device  # noqa: E402
 
 import mg_ops  # noqa: E402
@@ -34,14 +35,7 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 def assert_equals_reference(arguments: dict[str, Any], what: object) -> None:
     expected = mg_ops.mutual_match(**arguments, backend="eager")
-    match = mg_ops.mutual_match(**to_device(arguments, DEVICE), backend="triton")
-    assert_same(tuple(match), tuple(expected), what)
-
-
-def assert_same(match: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: object) -> None:
-    for name, value, wanted in zip(mg_ops.MutualMatch._fields, match, expected, strict=True):
-        assert value.dtype == wanted.dtype and value.device.type == DEVICE, (name, what)
-        assert value.cpu().tolist() == wanted.tolist(), f"{name}; {what}"
+    assert_same(mg_ops.mutual_match(**to_device(arguments, DEVICE), backend="triton"), expected, what)
 
 
 def small_batches(count: int, first_seed: int) -> Iterator[RandomBatch]:
@@ -63,6 +57,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 OPTIONS: dict[str, Any] = {
     "gt_crowd": None,
     "box_coder": None,
+    "scores_are_probabilities": False,
     "classification_by_regressed": True,
     "localization_by_amplified": True,
     "sigma": 2.0,
@@ -73,14 +68,20 @@ OPTIONS: dict[str, Any] = {
 """Of the operators, for strategy "mutual"."""
 
 
+def for_operator(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Packed arguments of `mg_ops.mutual_match` as an operator takes them, past its checks."""
+    arguments = OPTIONS | arguments
+    return arguments | {"cls_scores": arguments.pop("cls_logits")}
+
+
 def run_operator(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
-    """Packed arguments past the checks of `mg_ops.mutual_match`, straight to the launches; strategy "mutual"."""
-    return mutual_match.mutual_match(**{**OPTIONS, **to_device(arguments, DEVICE), **options})
+    """Straight to the launches; strategy "mutual"."""
+    return mutual_match.mutual_match(**for_operator(to_device(arguments, DEVICE)), **options)
 
 
 def run_reference(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The definition, past the same checks."""
-    return reference.mutual_match(**{**OPTIONS, **arguments})
+    """The definition."""
+    return reference.mutual_match(**for_operator(arguments))
 
 
 def packed_batch(objects: list[int], num_anchors: int = 40, num_classes: int = 3, seed: int = 0) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def packed_batch(objects: list[int], num_anchors: int = 40, num_classes: int = 3
     return {
         "anchors": boxes(num_anchors),
         "pred_boxes": boxes(batch_size, num_anchors),
-        "cls_scores": torch.randn(batch_size, num_anchors, num_classes, generator=random),
+        "cls_logits": torch.randn(batch_size, num_anchors, num_classes, generator=random),
         "gt_boxes": boxes(num_gt),
         "gt_labels": torch.randint(num_classes, (num_gt,), generator=random),
         "gt_offsets": torch.tensor([0, *itertools.accumulate(objects)]),
@@ -108,13 +109,9 @@ def packed_batch(objects: list[int], num_anchors: int = 40, num_classes: int = 3
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_clause_of_the_definition(case: Case) -> None:
-    options = dict(case.options)
-    if "box_coder" in options:
-        weights, clip = options["box_coder"]
-        options["box_coder"] = mg_ops.BoxCoder(weights, clip)
-    arguments = {**case.predictions(DEVICE), **case.packed_objects(DEVICE, slack=2)}
-    match = mg_ops.mutual_match(**arguments, **options, backend="triton")
-    assert_same(tuple(match), case.expected(slack=2), case.clause)
+    match = mg_ops.mutual_match(**case.arguments(DEVICE, packed=True, slack=2), backend="triton")
+    assert match.cls_match.device.type == DEVICE
+    assert_same(match, case.expected(slack=2), case.clause)
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -132,7 +129,7 @@ def test_random_batches_in_small_blocks(small_blocks: None, part: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_wide_and_narrow_inputs_are_rounded_once(dtype: torch.dtype) -> None:
     arguments = packed_batch([2, 0, 3])
-    for name in ("anchors", "pred_boxes", "cls_scores", "gt_boxes"):
+    for name in ("anchors", "pred_boxes", "cls_logits", "gt_boxes"):
         arguments[name] = arguments[name].to(dtype)
     arguments["gt_labels"], arguments["gt_offsets"] = arguments["gt_labels"].int(), arguments["gt_offsets"].int()
     assert_equals_reference(arguments, dtype)
@@ -144,12 +141,12 @@ def test_any_strides_are_read_in_place() -> None:
     strided = to_device(arguments, DEVICE)
     strided["anchors"] = strided["anchors"].T.contiguous().T
     strided["pred_boxes"] = strided["pred_boxes"].permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    strided["cls_scores"] = strided["cls_scores"].transpose(1, 2).contiguous().transpose(1, 2)
+    strided["cls_logits"] = strided["cls_logits"].transpose(1, 2).contiguous().transpose(1, 2)
     strided["gt_boxes"] = strided["gt_boxes"].flip(1).repeat_interleave(2, 0)[::2].flip(1)
     for name in ("gt_labels", "gt_offsets"):
         strided[name] = strided[name].repeat_interleave(3)[::3]
     assert not any(value.is_contiguous() for name, value in strided.items() if name not in ("gt_boxes",))
-    assert_same(tuple(mg_ops.mutual_match(**strided, backend="triton")), tuple(expected), "strides")
+    assert_same(mg_ops.mutual_match(**strided, backend="triton"), expected, "strides")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +167,7 @@ def test_ties_over_all_anchors(num_anchors: int, longest_list: int) -> None:
     arguments = packed_batch([2, 1], num_anchors)
     arguments["anchors"] = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(num_anchors, 4)
     arguments["pred_boxes"] = arguments["anchors"].expand(2, num_anchors, 4)
-    arguments["cls_scores"] = torch.zeros(1, 1, 1).expand(2, num_anchors, 3)
+    arguments["cls_logits"] = torch.zeros(1, 1, 1).expand(2, num_anchors, 3)
     # 0.45 of the anchors' box: ignored, but for the best one; then all positive.
     for width in (0.45, 0.75):
         arguments["gt_boxes"] = torch.tensor([[0.0, 0.0, width, 1.0]]).expand(3, 4)
@@ -210,7 +207,7 @@ def test_more_objects_than_anchors(small_blocks: None) -> None:
 @pytest.mark.parametrize(("num_anchors", "num_classes"), [(0, 2), (5, 0), (0, 0)])
 def test_empty_sizes(objects: list[int], num_anchors: int, num_classes: int) -> None:
     arguments = packed_batch(objects, num_anchors, max(num_classes, 1))
-    arguments["cls_scores"] = arguments["cls_scores"][..., :num_classes]
+    arguments["cls_logits"] = arguments["cls_logits"][..., :num_classes]
     assert_same(run_operator(arguments), run_reference(arguments), (objects, num_anchors, num_classes))
 
 
@@ -243,7 +240,7 @@ def test_an_image_far_into_a_batch() -> None:
 def test_numbers_that_31_bits_cannot_hold_are_refused() -> None:
     arguments = packed_batch([1])
     arguments["anchors"] = arguments["anchors"][:1].expand(2**31, 4)
-    arguments["cls_scores"] = arguments["cls_scores"][:, :1, :1].expand(1, 2**31, 1)
+    arguments["cls_logits"] = arguments["cls_logits"][:, :1, :1].expand(1, 2**31, 1)
     arguments["pred_boxes"] = arguments["pred_boxes"][:, :1].expand(1, 2**31, 4)
     with pytest.raises(ValueError, match="31 bits"):
         run_operator(arguments)
@@ -344,7 +341,7 @@ def test_a_captured_graph_replays_other_objects() -> None:
         for name, value in batch.items():
             buffers[name].copy_(value)
         graph.replay()
-        assert_same(tuple(match), tuple(mg_ops.mutual_match(**batch, backend="eager")), "replay")
+        assert_same(match, mg_ops.mutual_match(**batch, backend="eager"), "replay")
 
 
 @pytest.mark.gpu
@@ -359,7 +356,7 @@ def test_a_call_never_synchronises() -> None:
         match = mg_ops.mutual_match(**arguments, backend="triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_same(tuple(match), tuple(expected), "no synchronisation")
+    assert_same(match, expected, "no synchronisation")
 
 
 @pytest.mark.gpu
@@ -372,16 +369,15 @@ def test_a_call_runs_on_the_current_stream() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # only this stream waits for it, and for what follows
-        arguments["cls_scores"].mul_(-1).mul_(-1)
+        arguments["cls_logits"].mul_(-1).mul_(-1)
         match = mg_ops.mutual_match(**arguments, backend="triton")
     stream.synchronize()
-    assert_same(tuple(match), tuple(expected), "stream")
+    assert_same(match, expected, "stream")
 
 
 def test_the_operator_is_what_torch_expects() -> None:
     """Schema, fake and dispatch of torch.ops.mg_ops.mutual_match_triton agree."""
     arguments = to_device(packed_batch([2, 1]), DEVICE)
     operator = torch.ops.mg_ops.mutual_match_triton.default
-    options = (None, True, True, 2.0, 0.5, 0.4, 0.5)
     assert DEVICE in library.TRITON_DEVICES
-    torch.library.opcheck(operator, (*arguments.values(), None, *options))
+    torch.library.opcheck(operator, (), for_operator(arguments))

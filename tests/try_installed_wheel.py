@@ -28,7 +28,9 @@ def main() -> None:
     labels = [torch.arange(7), torch.arange(3)]
     coder = mg_ops.BoxCoder()
     cpp, eager = (
-        mg_ops.mutual_match(anchors, deltas, logits, boxes, labels, box_coder=coder, backend=backend)
+        mg_ops.mutual_match(
+            anchors, boxes, labels, cls_logits=logits, box_deltas=deltas, box_coder=coder, backend=backend
+        )
         for backend in ("cpp", "eager")
     )
     assert all(torch.equal(ours, expected) for ours, expected in zip(cpp, eager, strict=True))

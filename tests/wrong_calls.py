@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
+from object_forms import FORMS, in_form
 from random_batches import SPECIAL, boxes_around, odd_strides, sprinkle
 from torch import Tensor
 
@@ -47,6 +48,7 @@ from mg_ops.matching import STRATEGIES
 Arguments = dict[str, Any]
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int64, torch.int32)
+LABELS = (*INTEGER, *FLOATING)
 OTHER_DTYPES = (
     *(torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64),
     *(torch.complex128, torch.float8_e5m2, torch.float8_e4m3fn, torch.quint8, *FLOATING, *INTEGER),
@@ -68,24 +70,35 @@ class PlainSubclass(Tensor):
 # Right calls
 
 
-def right_objects(random: np.random.Generator, batch_size: int, num_classes: int) -> Arguments:
+PREDICTIONS = ("pred_boxes", "box_deltas", "cls_logits", "cls_probabilities")
+OBJECTS = ("gt_boxes", "gt_labels", "gt_offsets", "gt_crowd", "gt_mask", "gt_box_format")
+BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
+
+
+def right_objects(random: np.random.Generator, batch_size: int, num_classes: int, form: str | None = None) -> Arguments:
     counts = [int(random.choice([0, 1, 1, 2, 3, 6])) for _ in range(batch_size)]
     label_dtype = torch.int32 if random.random() < 0.2 else torch.int64
     boxes = [torch.from_numpy(boxes_around(random, count, a_kind(random)).astype(np.float32)) for count in counts]
     labels = [torch.from_numpy(random.integers(0, max(1, num_classes), count)).to(label_dtype) for count in counts]
-    crowd = [torch.from_numpy(random.random(count) < 0.3) for count in counts]
-    objects: Arguments = {"gt_boxes": boxes, "gt_labels": labels, "gt_offsets": None, "gt_crowd": crowd}
-    if random.random() < 0.5:
+    crowd = [torch.from_numpy(random.random(count) < 0.3) for count in counts] if random.random() < 0.5 else None
+    form = form or str(random.choice(["packed", *FORMS]))
+    objects, _ = in_form(form, boxes, labels, crowd, seed=int(random.integers(0, 1000)))
+    objects = dict.fromkeys(OBJECTS) | {"gt_box_format": "xyxy"} | objects
+    if form == "packed":
         slack = int(random.choice([0, 0, 2]))
-        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
-        objects = {
-            "gt_boxes": torch.cat([*boxes, torch.full((slack, 4), math.nan)]),
-            "gt_labels": torch.cat([*labels, torch.full((slack,), -77, dtype=label_dtype)]).to(label_dtype),
-            "gt_offsets": offsets.to(torch.int32) if random.random() < 0.2 else offsets,
-            "gt_crowd": torch.cat([*crowd, torch.ones(slack, dtype=torch.bool)]).bool(),
-        }
-    if random.random() < 0.5:
-        objects["gt_crowd"] = None
+        objects["gt_boxes"] = torch.cat([objects["gt_boxes"], torch.full((slack, 4), math.nan)])
+        objects["gt_labels"] = torch.cat(
+            [objects["gt_labels"].to(label_dtype), torch.full((slack,), -77).to(label_dtype)]
+        )
+        if crowd is not None:
+            objects["gt_crowd"] = torch.cat([objects["gt_crowd"], torch.ones(slack, dtype=torch.bool)])
+        if random.random() < 0.2:
+            objects["gt_offsets"] = objects["gt_offsets"].int()
+    if random.random() < 0.2:
+        objects["gt_box_format"] = str(random.choice(BOX_FORMATS))
+    if random.random() < 0.2 and form != "dictionaries":
+        labels = objects["gt_labels"]
+        objects["gt_labels"] = [c.float() for c in labels] if isinstance(labels, list) else labels.float()
     return objects
 
 
@@ -93,20 +106,23 @@ def a_kind(random: np.random.Generator) -> str:
     return str(random.choice(["smooth", "integer", "integer", "few", "grid"]))
 
 
-def right_match_call(random: np.random.Generator) -> Arguments:
+def right_match_call(random: np.random.Generator, form: str | None = None) -> Arguments:
+    """One whose objects are in this form, or any."""
     batch_size = int(random.choice([0, 1, 1, 2, 3, 5]))
     num_anchors = int(random.choice([0, 1, 3, 8, 17, 63, 64, 65, 130]))
     num_classes = int(random.choice([0, 1, 2, 5]))
     anchors = torch.from_numpy(boxes_around(random, num_anchors, a_kind(random)).astype(np.float32))
-    near = anchors + torch.from_numpy(0.1 * random.standard_normal((batch_size, num_anchors, 4)).astype(np.float32))
+    noise = torch.from_numpy(0.1 * random.standard_normal((batch_size, num_anchors, 4)).astype(np.float32))
     scores = torch.from_numpy(random.standard_normal((batch_size, num_anchors, num_classes)).astype(np.float32))
+    with_coder, probabilities = random.random() < 0.3, random.random() < 0.3
     iou_positive = float(random.choice([0.5, 0.5, 0.3, 1.0, 1e-6]))
-    return {
+    arguments = {
         "anchors": anchors,
-        "pred_boxes": near,
-        "cls_scores": scores,
-        **right_objects(random, batch_size, num_classes),
-        "box_coder": mg_ops.BoxCoder() if random.random() < 0.3 else None,
+        **dict.fromkeys(PREDICTIONS),
+        "box_deltas" if with_coder else "pred_boxes": noise if with_coder else anchors + noise,
+        "cls_probabilities" if probabilities else "cls_logits": scores.abs() % 1 if probabilities else scores,
+        **right_objects(random, batch_size, num_classes, form),
+        "box_coder": mg_ops.BoxCoder() if with_coder else None,
         "strategy": str(random.choice(list(STRATEGIES))),
         "sigma": float(random.choice([2.0, 1.01, 3.0])),
         "iou_positive": iou_positive,
@@ -114,6 +130,16 @@ def right_match_call(random: np.random.Generator) -> Arguments:
         "crowd_overlap": 0.5,
         "check": bool(random.random() < 0.2),
     }
+    if random.random() < 0.2 and form is None:  # what the strategy does not read is left out
+        by_regressed, by_amplified = STRATEGIES[arguments["strategy"]]
+        unread = [] if by_regressed else ["pred_boxes", "box_deltas", "box_coder"]
+        unread += [] if by_amplified else ["cls_logits", "cls_probabilities"]
+        arguments |= dict.fromkeys(unread)
+    if random.random() < 0.15 and form is None:
+        for name in ("anchors", *PREDICTIONS):
+            if arguments[name] is not None and random.random() < 0.7:
+                arguments[name] = list(arguments[name].tensor_split(3, dim=-2))
+    return arguments
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,10 +322,21 @@ def spoil_list(random: np.random.Generator, tensors: Any) -> Any:
     if kind == 4:
         return collections.deque(tensors)
     changed = list(tensors)
-    for image in range(len(changed)):
+    for image, value in enumerate(changed):
         if random.random() < 0.5:
-            changed[image] = spoil_tensor(random, changed[image])
+            changed[image] = spoil_target(random, value) if isinstance(value, dict) else spoil_tensor(random, value)
     return changed
+
+
+def spoil_target(random: np.random.Generator, target: dict[str, Any]) -> Any:
+    """A dictionary of boxes and labels, one of them spoiled, missing, or for another thing."""
+    name = str(random.choice(["boxes", "labels", "iscrowd"]))
+    kind = random.integers(0, 6)
+    if kind == 0:
+        return {key: value for key, value in target.items() if key != name}
+    if kind == 1:
+        return anything(random)
+    return target | {name: spoil_tensor(random, target.get(name, torch.zeros(len(target["labels"])).bool()))}
 
 
 def spoil(random: np.random.Generator, arguments: Arguments, name: str, choices: dict[str, list[Any]]) -> Any:
@@ -322,26 +359,31 @@ def spoil(random: np.random.Generator, arguments: Arguments, name: str, choices:
 def huge_together(random: np.random.Generator, arguments: Arguments) -> Arguments:
     """Sizes that belong together, beyond 32 bits or any memory; every tensor is one element, repeated."""
     kind = random.integers(0, 4)
-    anchors, boxes, scores = (arguments[name] for name in ("anchors", "pred_boxes", "cls_scores"))
-    if kind == 0 and isinstance(arguments["gt_boxes"], Tensor) and len(arguments["gt_boxes"]) > 0:
+    given = [name for name in (*PREDICTIONS, "cls_scores") if isinstance(arguments.get(name), Tensor)]
+    if len(given) < 2 or not isinstance(arguments["anchors"], Tensor):
+        return arguments
+    boxes_name, scores_name = given
+    anchors, boxes, scores = (arguments[name] for name in ("anchors", *given))
+    if kind == 0 and arguments["gt_offsets"] is not None and len(arguments["gt_boxes"]) > 0:
         count = int(random.choice([2**31, 2**32 + 1]))
         names = [name for name in ("gt_boxes", "gt_labels", "gt_crowd") if arguments[name] is not None]
         return arguments | {name: arguments[name][:1].expand(count, *arguments[name].shape[1:]) for name in names}
     if kind == 1 and scores.shape[2] > 0:  # allowed: the classes are read where they are
-        return arguments | {"cls_scores": scores[..., :1].expand(-1, -1, 2**40), "check": False}
+        return arguments | {scores_name: scores[..., :1].expand(-1, -1, 2**40), "check": False}
     if len(anchors) == 0 or len(boxes) == 0:
         return arguments
     count = int(random.choice([2**31, 2**31 + 5, 2**32 + 1]))
-    changed = {"anchors": anchors[:1], "pred_boxes": boxes[:, :1], "cls_scores": scores[:, :1]}
+    changed = {"anchors": anchors[:1], boxes_name: boxes[:, :1], scores_name: scores[:, :1]}
     if kind == 2:  # as many anchors as can be, in so many images that B * A bytes are beyond any memory
         count = MAX_COUNT
         batch_size = 2**16
         changed = {
             name: value[..., :1, :].expand(*value.shape[:-2], 1, value.shape[-1]) for name, value in changed.items()
         }
-        changed["pred_boxes"] = changed["pred_boxes"][:1].expand(batch_size, 1, 4)
-        changed["cls_scores"] = changed["cls_scores"][:1].expand(batch_size, 1, scores.shape[2])
+        changed[boxes_name] = changed[boxes_name][:1].expand(batch_size, 1, 4)
+        changed[scores_name] = changed[scores_name][:1].expand(batch_size, 1, scores.shape[2])
         objects = {"gt_boxes": torch.zeros(0, 4), "gt_labels": torch.zeros(0, dtype=torch.int64), "gt_crowd": None}
+        objects |= {"gt_mask": None} if "gt_mask" in arguments else {}
         arguments = arguments | objects | {"gt_offsets": torch.zeros(batch_size + 1, dtype=torch.int64), "check": False}
     return arguments | {
         name: value.expand(*value.shape[:-2], count, value.shape[-1]) for name, value in changed.items()
@@ -351,6 +393,8 @@ def huge_together(random: np.random.Generator, arguments: Arguments) -> Argument
 def all_to_meta(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to("meta")
+    if isinstance(value, dict):
+        return {name: all_to_meta(element) for name, element in value.items()}
     return [all_to_meta(element) for element in value] if isinstance(value, list) else value
 
 
@@ -364,6 +408,8 @@ def spoil_some(
     names = list(arguments)
     for _ in range(random.choice([0, 1, 1, 1, 1, 2, 3])):
         name = names[random.integers(0, len(names))]
+        if arguments[name] is None and random.random() < 0.7:  # of many arguments few are given
+            continue
         arguments[name] = spoil(random, arguments, name, choices or {})
     return arguments
 
@@ -425,113 +471,230 @@ def clean(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.tensor(tensor.detach().as_subclass(Tensor).to(dtype).tolist(), dtype=dtype).reshape(tensor.shape)
 
 
-def clean_scores(cls_scores: Tensor) -> Tensor:
+def clean_scores(scores: Tensor) -> Tensor:
     """Likewise, but for the classes that no memory holds, of which all are the same."""
-    if cls_scores.shape[2] <= 2**16:
-        return clean(cls_scores, torch.float32)
-    return clean(cls_scores[..., :1], torch.float32).expand(cls_scores.shape)
+    if scores.shape[2] <= 2**16:
+        return clean(scores, torch.float32)
+    return clean(scores[..., :1], torch.float32).expand(scores.shape)
+
+
+class Objects(NamedTuple):
+    """Clean and packed: what the operators take, and which are no padding."""
+
+    boxes: Tensor
+    labels: Tensor
+    offsets: Tensor
+    crowd: Tensor | None
+    is_object: Tensor
+    shape: tuple[int, ...]
+    """Of what is counted for each object."""
+
+
+class WithoutValues(NamedTuple):
+    """Objects on the meta device: how many, and in which shape."""
+
+    shape: tuple[int, ...]
+
+
+def whole(labels: Tensor) -> Tensor:
+    """Labels as integers; -1 for a floating number that is no class."""
+    if not labels.is_floating_point():
+        return clean(labels, torch.int64)
+    numbers = [value if math.isfinite(value) and value == int(value) else -1 for value in labels.flatten().tolist()]
+    return torch.tensor([int(value) if abs(value) < MAX_COUNT else -1 for value in numbers]).long().view(labels.shape)
+
+
+def are_dictionaries(boxes: Any, labels: Any) -> bool:
+    if not isinstance(boxes, (list, tuple)):
+        return False
+    return isinstance(boxes[0], dict) if len(boxes) > 0 else labels is None
 
 
 def accept_objects(
-    arguments: Arguments, batch_size: int, device: torch.device, with_crowd: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
-    """Clean packed objects, or None where they are on the meta device."""
+    arguments: Arguments, batch_size: int | None, device: torch.device, with_crowd: bool = True
+) -> Objects | WithoutValues:
     boxes, labels, offsets = (arguments[name] for name in ("gt_boxes", "gt_labels", "gt_offsets"))
+    mask, box_format = arguments.get("gt_mask"), arguments.get("gt_box_format", "xyxy")
     crowd = arguments.get("gt_crowd") if with_crowd else None
-    if isinstance(boxes, Tensor):
-        num_gt = accept(boxes, FLOATING, (None, 4), device)[0]
-        accept(labels, INTEGER, (num_gt,), device)
-        accept(offsets, INTEGER, (batch_size + 1,), device)
-        if crowd is not None:
-            accept(crowd, (torch.bool,), (num_gt,), device)
-        must(num_gt <= MAX_COUNT)
+    must(isinstance(box_format, str) and box_format in BOX_FORMATS)
+    padded = isinstance(boxes, Tensor) and not boxes.is_nested and boxes.dim() == 3 and offsets is None
+    must(padded or mask is None)
+    is_object = None
+    if padded:
+        images, capacity, _ = shape = accept(boxes, FLOATING, (batch_size, None, 4), device)
+        counted: tuple[int, ...] = shape[:2]
+        accept(labels, LABELS, counted, device)
+        must(images * capacity <= MAX_COUNT)
+        for flags in (mask, crowd):
+            if flags is not None:
+                accept(flags, (torch.bool,), counted, device)
         if device.type == "meta":
-            return None
+            return WithoutValues(counted)
+        is_object = clean(labels >= 0 if mask is None else mask, torch.bool)
+        boxes, labels = torch.where(is_object[..., None], clean(boxes, torch.float32), 0.0).flatten(0, 1), whole(labels)
+        crowd = None if crowd is None else clean(crowd, torch.bool).flatten()
+        is_object, labels = is_object.flatten(), labels.flatten()
+        ends = [image * capacity for image in range(images + 1)]
+    elif isinstance(boxes, Tensor):
+        counted = accept(boxes, FLOATING, (None, 4), device)[:1]
+        accept(labels, LABELS, counted, device)
+        accept(offsets, INTEGER, (None if batch_size is None else batch_size + 1,), device)
+        must(len(offsets) > 0)
+        if crowd is not None:
+            accept(crowd, (torch.bool,), counted, device)
+        must(counted[0] <= MAX_COUNT)
+        if device.type == "meta":
+            return WithoutValues(counted)
         ends = offsets.tolist()
-        must(ends[0] == 0 and ends == sorted(ends) and ends[-1] <= num_gt)
+        must(ends[0] == 0 and ends == sorted(ends) and ends[-1] <= counted[0])
+        boxes, labels = clean(boxes, torch.float32), whole(labels)
+        crowd = None if crowd is None else clean(crowd, torch.bool)
     else:
         must(offsets is None)
+        if are_dictionaries(boxes, labels):
+            must(labels is None and arguments.get("gt_crowd") is None)
+            must(all(isinstance(target, dict) and {"boxes", "labels"} <= target.keys() for target in boxes))
+            flags = [target.get("iscrowd") for target in boxes]
+            boxes, labels = [target["boxes"] for target in boxes], [target["labels"] for target in boxes]
+            for value in flags:
+                if value is not None:
+                    accept(value, (torch.bool, torch.uint8, *INTEGER), (None,), device)
+            if any(value is not None for value in flags):
+                for value in labels:
+                    accept(value, LABELS, (None,), device)
+                crowd = [
+                    torch.zeros(len(c), dtype=torch.bool, device=device) if value is None else value.bool()
+                    for value, c in zip(flags, labels, strict=True)
+                ]
         for value in (boxes, labels, *([] if crowd is None else [crowd])):
-            must(isinstance(value, Sequence) and not isinstance(value, Tensor) and len(value) == batch_size)
+            must(isinstance(value, Sequence) and not isinstance(value, Tensor))
+            must(len(value) == (len(boxes) if batch_size is None else batch_size))
         counts = [accept(box, FLOATING, (None, 4), device)[0] for box in boxes]
         for image, count in enumerate(counts):
-            accept(labels[image], INTEGER, (count,), device)
+            accept(labels[image], LABELS, (count,), device)
             if crowd is not None:
                 accept(crowd[image], (torch.bool,), (count,), device)
-        must(sum(counts) <= MAX_COUNT)
+        counted = (sum(counts),)
+        must(counted[0] <= MAX_COUNT)
         if device.type == "meta":
-            return None
-        boxes = torch.cat([clean(box, torch.float32) for box in boxes] or [torch.zeros(0, 4)])
-        labels = torch.cat([clean(label, torch.int64) for label in labels] or [torch.zeros(0, dtype=torch.int64)])
+            return WithoutValues(counted)
+        boxes = torch.cat([torch.zeros(0, 4), *(clean(box, torch.float32) for box in boxes)])
+        labels = torch.cat([torch.zeros(0, dtype=torch.int64), *map(whole, labels)])
         if crowd is not None:
-            crowd = torch.cat([clean(flags, torch.bool) for flags in crowd] or [torch.zeros(0, dtype=torch.bool)])
+            crowd = torch.cat([torch.zeros(0, dtype=torch.bool), *(clean(flags, torch.bool) for flags in crowd)])
         ends = [0, *np.cumsum(counts).tolist()]
-    boxes, labels = clean(boxes, torch.float32), clean(labels, torch.int64)
-    return boxes, labels, torch.tensor(ends), None if crowd is None else clean(crowd, torch.bool)
+    if is_object is None:
+        is_object = torch.arange(len(boxes)) < ends[-1]
+    if box_format != "xyxy":
+        place, size = boxes[:, :2], boxes[:, 2:]
+        corners = (place, place + size) if box_format == "xywh" else (place - 0.5 * size, place + 0.5 * size)
+        boxes = torch.cat(corners, dim=1)
+    return Objects(boxes, labels, torch.tensor(ends), crowd, is_object, counted)
 
 
-def accept_predictions(arguments: Arguments) -> tuple[int, torch.device]:
-    num_anchors, _ = accept(arguments["anchors"], FLOATING, (None, 4), None)
-    device = arguments["anchors"].device
-    batch_size, _, _ = accept(arguments["cls_scores"], FLOATING, (None, num_anchors, None), device)
-    accept(arguments["pred_boxes"], FLOATING, (batch_size, num_anchors, 4), device)
+def accept_levels(levels: Any, width: int | None, in_batch: bool) -> Any:
+    """One tensor of a list of levels; anything else as it is."""
+    if not isinstance(levels, (list, tuple)):
+        return levels
+    must(len(levels) > 0)
+    shapes = [accept(level, FLOATING, (*[None] * in_batch, None, width), None) for level in levels]
+    must(len({(*shape[:-2], shape[-1]) for shape in shapes}) == len({level.device for level in levels}) == 1)
+    must(sum(map(math.prod, shapes)) < 2**31)
+    return torch.cat([level.as_subclass(Tensor) for level in levels], -2)
+
+
+class Predictions(NamedTuple):
+    anchors: Tensor
+    boxes: Tensor | None
+    scores: Tensor | None
+    batch_size: int | None
+    device: torch.device
+
+
+def accept_predictions(anchors: Any, boxes: Any, scores: Any) -> Predictions:
+    anchors, boxes, scores = (accept_levels(*v) for v in ((anchors, 4, False), (boxes, 4, True), (scores, None, True)))
+    num_anchors, _ = accept(anchors, FLOATING, (None, 4), None)
+    device, batch_size = anchors.device, None
+    if scores is not None:
+        batch_size, _, _ = accept(scores, FLOATING, (None, num_anchors, None), device)
+    if boxes is not None:
+        batch_size, _, _ = accept(boxes, FLOATING, (batch_size, num_anchors, 4), device)
     must(num_anchors <= MAX_COUNT)
-    must(device.type == "meta" or batch_size * num_anchors < 2**40)  # more is more than any memory
-    return batch_size, device
+    must(device.type == "meta" or (batch_size or 0) * num_anchors < 2**40)  # more is more than any memory
+    return Predictions(anchors, boxes, scores, batch_size, device)
 
 
 def accept_coder(coder: Any) -> None:
     must(coder is None or isinstance(coder, mg_ops.BoxCoder))
 
 
-def accept_values(arguments: Arguments, objects: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+def accept_values(given: Predictions, objects: Objects, coder: mg_ops.BoxCoder | None, probabilities: bool) -> None:
     """What check=True refuses."""
-    boxes, labels, offsets, crowd = objects
-    must(arguments["cls_scores"].shape[2] <= 2**16)  # so many that looking at each takes more than any memory
-    anchors, predictions, scores = (
-        clean(arguments[name], torch.float32) for name in ("anchors", "pred_boxes", "cls_scores")
-    )
-    must(reference.is_object(anchors).all() and not scores.isnan().any())
-    if arguments["box_coder"] is None:
-        must(reference.is_object(predictions).all())
-    else:
-        must(predictions.isfinite().all() and arguments["box_coder"].decode(anchors, predictions).isfinite().all())
-    counted = int(offsets[-1])
-    ordinary = torch.ones(counted, dtype=torch.bool) if crowd is None else ~crowd[:counted]
-    must(reference.is_object(boxes[:counted]).all())
-    must(((labels[:counted] >= 0) & (labels[:counted] < scores.shape[2]))[ordinary].all())
-    must(
-        (reference.box_iou(anchors, boxes[:counted]) > 0).any(0)[ordinary].all() if len(anchors) else not ordinary.any()
-    )
+    anchors = clean(given.anchors, torch.float32)
+    must(reference.is_object(anchors).all())
+    counted = objects.is_object
+    ordinary = counted if objects.crowd is None else counted & ~objects.crowd
+    boxes, labels = objects.boxes, objects.labels
+    if given.scores is not None:
+        must(given.scores.shape[2] <= 2**16)  # so many that looking at each takes more than any memory
+        scores = clean(given.scores, torch.float32)
+        must(not scores.isnan().any())
+        must(not probabilities or ((scores >= 0) & (scores <= 1)).all())
+        must(((labels >= 0) & (labels < scores.shape[2]))[ordinary].all())
+    if given.boxes is not None:
+        predictions = clean(given.boxes, torch.float32)
+        if coder is None:
+            must(reference.is_object(predictions).all())
+        else:
+            must(predictions.isfinite().all() and coder.decode(anchors=anchors, deltas=predictions).isfinite().all())
+    must(reference.is_object(boxes[counted]).all())
+    if len(anchors) > 0 and counted.any():
+        must(boxes[counted].abs().max() > 1 or anchors.abs().max() < 16)
+    must((reference.box_iou(anchors, boxes[ordinary]) > 0).any(0).all() if len(anchors) else not ordinary.any())
 
 
-def by_definition(
-    arguments: Arguments, objects: tuple[Tensor, Tensor, Tensor, Tensor | None], options: tuple[Any, ...]
-) -> tuple[Tensor, ...]:
-    anchors, predictions = (clean(arguments[name], torch.float32) for name in ("anchors", "pred_boxes"))
-    return reference.mutual_match(anchors, predictions, clean_scores(arguments["cls_scores"]), *objects, *options)
+def by_definition(given: Predictions, objects: Objects, options: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The reference on clean arguments; what is not given is not read."""
+    batch_size = len(objects.offsets) - 1
+    num_anchors = len(given.anchors)
+    boxes = torch.zeros(batch_size, num_anchors, 4) if given.boxes is None else clean(given.boxes, torch.float32)
+    scores = torch.zeros(batch_size, num_anchors, 1) if given.scores is None else clean_scores(given.scores)
+    match = reference.mutual_match(clean(given.anchors, torch.float32), boxes, scores, *objects[:4], *options)
+    return (*match[:2], *(counts.view(objects.shape) for counts in match[2:]))
 
 
 def expected_match(arguments: Arguments) -> tuple[Tensor, ...] | None:
     """What mutual_match must return, None if tensors without values; raises Wrong if it must raise."""
-    batch_size, device = accept_predictions(arguments)
-    must(isinstance(arguments["strategy"], str) and arguments["strategy"] in STRATEGIES)
-    accept_coder(arguments["box_coder"])
+    strategy, coder, check = (arguments[name] for name in ("strategy", "box_coder", "check"))
+    must(isinstance(strategy, str) and strategy in STRATEGIES)
+    accept_coder(coder)
     accept_thresholds(arguments)
-    must(isinstance(arguments["check"], bool))
-    backend = arguments["backend"]
+    must(isinstance(check, bool))
+    pred_boxes, deltas, logits, probabilities = (arguments[name] for name in PREDICTIONS)
+    must(pred_boxes is None or deltas is None)
+    must(logits is None or probabilities is None)
+    must((deltas is None) == (coder is None))
+    boxes = pred_boxes if deltas is None else deltas
+    scores = logits if probabilities is None else probabilities
+    by_regressed, by_amplified = STRATEGIES[strategy]
+    must(not by_regressed or boxes is not None)
+    must(not by_amplified or scores is not None)
+    given = accept_predictions(arguments["anchors"], boxes, scores)
+    device, backend = given.device, arguments["backend"]
     must(backend is None or isinstance(backend, str))
     must(backend is None or (backend in mg_ops.backends() and mg_ops.backends()[backend].usable))
-    must(device.type == "cpu" or (device.type == "meta" and backend in (None, "eager") and not arguments["check"]))
-    objects = accept_objects(arguments, batch_size, device)
-    if objects is None:
+    must(device.type == "cpu" or (device.type == "meta" and backend in (None, "eager") and not check))
+    objects = accept_objects(arguments, given.batch_size, device)
+    if isinstance(objects, WithoutValues):
         return None
-    if arguments["check"]:
-        accept_values(arguments, objects)
-    coder = arguments["box_coder"]
-    options = (None if coder is None else [*coder.weights, coder.clip], *STRATEGIES[arguments["strategy"]])
+    must((len(objects.offsets) - 1) * len(given.anchors) < 2**40)
+    if check:
+        accept_values(given, objects, coder, probabilities is not None)
     numbers = (float(arguments[name]) for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap"))
-    return by_definition(arguments, objects, (*options, *numbers))
+    coder_numbers = None if coder is None else [*coder.weights, coder.clip]
+    return by_definition(
+        given, objects, (coder_numbers, probabilities is not None, by_regressed, by_amplified, *numbers)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -548,6 +711,19 @@ class Case(NamedTuple):
     """What it must return: raises Wrong if it must raise; None if no values are expected, only tensors on "meta"."""
 
 
+FORMAT_CHOICES: dict[str, list[Any]] = {"gt_box_format": [*BOX_FORMATS, "xyxyxy"]}
+
+
+def without_huge_offsets(arguments: Arguments, right: Arguments) -> Arguments:
+    """Where offsets alone say how many images there are, no more than can be looked at."""
+    offsets = arguments["gt_offsets"]
+    return (
+        arguments | {"gt_offsets": right["gt_offsets"]}
+        if isinstance(offsets, Tensor) and is_huge(offsets)
+        else arguments
+    )
+
+
 def mutual_match_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
     backend_choices: list[Any] = [None, "cuda", "tpu", *mg_ops.backends()]
     right = {**right_match_call(random), "backend": str(random.choice(backends))}
@@ -555,8 +731,11 @@ def mutual_match_case(random: np.random.Generator, backends: Sequence[str]) -> C
         "strategy": [*STRATEGIES, "Mutual"],
         "check": [True, False],
         "backend": backend_choices,
+        **FORMAT_CHOICES,
     }
     arguments = huge_together(random, right) if random.random() < 0.03 else spoil_some(random, right, choices)
+    if all(arguments[name] is None for name in PREDICTIONS):
+        arguments = without_huge_offsets(arguments, right)
     backend = arguments["backend"]
     what = f"mutual_match {backend if isinstance(backend, str) else 'of any backend'}"
     return Case(what, arguments, lambda: mg_ops.mutual_match(**arguments), lambda: expected_match(arguments))
@@ -565,16 +744,18 @@ def mutual_match_case(random: np.random.Generator, backends: Sequence[str]) -> C
 def operator_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
     backend = str(random.choice(backends))
     name = {"eager": "mutual_match_eager", "triton": "mutual_match_triton"}.get(backend, "mutual_match")
-    right = right_match_call(random)
-    while right["gt_offsets"] is None:
-        right = right_match_call(random)
+    right = right_match_call(random, "packed")
+    boxes, deltas, logits, probabilities = (right.pop(name) for name in PREDICTIONS)
+    right |= {"pred_boxes": boxes if deltas is None else deltas}
+    right |= {"cls_scores": logits if probabilities is None else probabilities, "gt_labels": right["gt_labels"].long()}
+    del right["gt_mask"], right["gt_box_format"]
     coder = right.pop("box_coder")
     strategy = right.pop("strategy")
     del right["check"]
     numbers = {name: right.pop(name) for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap")}
     right |= {"box_coder": None if coder is None else [10.0, 9.0, 5.0, 4.0, 4.0]}
-    bools = ("classification_by_regressed", "localization_by_amplified")
-    right |= dict(zip(bools, STRATEGIES[strategy], strict=True)) | numbers
+    bools = ("scores_are_probabilities", "classification_by_regressed", "localization_by_amplified")
+    right |= dict(zip(bools, (probabilities is not None, *STRATEGIES[strategy]), strict=True)) | numbers
     if random.random() < 0.03:
         right = huge_together(random, right)
         right.pop("check", None)
@@ -584,10 +765,13 @@ def operator_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
     arguments = spoil_some(random, right, choices)
 
     def expected() -> tuple[Tensor, ...] | None:
-        batch_size, device = accept_predictions(arguments)
-        must(device.type in ("cpu", "meta"))
+        for tensor in (arguments[tensor_name] for tensor_name in ("anchors", "pred_boxes", "cls_scores", "gt_offsets")):
+            must(isinstance(tensor, Tensor))
+        given_predictions = accept_predictions(*(arguments[name] for name in ("anchors", "pred_boxes", "cls_scores")))
+        must(given_predictions.device.type in ("cpu", "meta"))
         must(isinstance(arguments["gt_boxes"], Tensor))
-        objects = accept_objects(arguments, batch_size, device)
+        must(isinstance(arguments["gt_labels"], Tensor) and arguments["gt_labels"].dtype in INTEGER)
+        objects = accept_objects(arguments, given_predictions.batch_size, given_predictions.device)
         coder = arguments["box_coder"]
         given = [arguments[option] for option in numbers] + (coder if isinstance(coder, list) else [])
         # What torch makes a bool, a float or a list of them of is its own affair.
@@ -602,9 +786,10 @@ def operator_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
             for weight in coder[:4]:
                 accept_number(abs(weight), 0.0, float(torch.finfo(torch.float32).max))
         accept_thresholds(arguments)
-        if objects is None:
+        if isinstance(objects, WithoutValues):
             return None
-        return by_definition(arguments, objects, tuple(arguments[option] for option in ("box_coder", *bools, *numbers)))
+        options = tuple(arguments[option] for option in ("box_coder", *bools, *numbers))
+        return by_definition(given_predictions, objects, options)
 
     operator = getattr(torch.ops.mg_ops, name)
     call = operator if random.random() < 0.5 else operator.default
@@ -633,6 +818,12 @@ def accept_match(match: Any, device: torch.device | None, num_anchors: int | Non
     return batch_size, match.cls_match.device
 
 
+def accept_counts(match: mg_ops.MutualMatch, objects: Objects | WithoutValues, device: torch.device) -> None:
+    must(isinstance(match.num_pos, Tensor) and not match.num_pos.is_nested)
+    shape = accept(match.num_pos, INTEGER, tuple(None for _ in match.num_pos.shape), device)
+    must(math.prod(shape) == math.prod(objects.shape))
+
+
 def are_of_these_objects(match: mg_ops.MutualMatch, offsets: Tensor) -> bool:
     """Whether the match could be one for these objects: others' answers mean nothing, but must not crash."""
     counts = offsets.diff().unsqueeze(1)
@@ -649,35 +840,28 @@ ANY_ANSWER = object()
 
 def targets_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
     right, match = a_match(random)
-    arguments = {name: right[name] for name in ("anchors", "gt_boxes", "gt_labels", "gt_offsets", "box_coder")}
+    arguments = {name: right[name] for name in ("anchors", *OBJECTS, "box_coder") if name != "gt_crowd"}
     arguments["num_classes"] = int(random.choice([0, 1, 2, 5])) if random.random() < 0.5 else None
-    arguments = spoil_some(random, arguments, {"num_classes": [-1, 2**62, 2**63, 10**30, 3, True, 2.0]})
+    choices = {"num_classes": [-1, 2**62, 2**63, 10**30, 3, True, 2.0]} | FORMAT_CHOICES
+    arguments = spoil_some(random, arguments, choices)
     arguments["match"] = spoil_match(random, match)
 
     def expected() -> Any:
-        num_anchors, _ = accept(arguments["anchors"], FLOATING, (None, 4), None)
-        device = arguments["anchors"].device
+        anchors = accept_levels(arguments["anchors"], 4, False)
+        num_anchors, _ = accept(anchors, FLOATING, (None, 4), None)
+        device = anchors.device
         match = arguments["match"]
         batch_size, _ = accept_match(match, device, num_anchors)
         accept_classes(arguments["num_classes"])
         accept_coder(arguments["box_coder"])
         objects = accept_objects(arguments, batch_size, device, with_crowd=False)
-        accept(
-            match.num_pos,
-            INTEGER,
-            (len(arguments["gt_boxes"]) if objects is None and isinstance(arguments["gt_boxes"], Tensor) else None,),
-            device,
-        )
-        if objects is None:
-            must(
-                isinstance(arguments["gt_boxes"], Tensor) or len(match.num_pos) == sum(map(len, arguments["gt_boxes"]))
-            )
+        accept_counts(match, objects, device)
+        if isinstance(objects, WithoutValues):
             return None
-        boxes, labels, offsets, _ = objects
-        must(len(match.num_pos) == len(boxes))
+        boxes, labels, offsets = objects[:3]
         if not are_of_these_objects(match, offsets):
             return ANY_ANSWER
-        anchors = clean(arguments["anchors"], torch.float32)
+        anchors = clean(anchors, torch.float32)
         cls_match, loc_match = clean(match.cls_match, torch.int64), clean(match.loc_match, torch.int64)
         class_targets, loc_labels = cls_match.clone(), torch.full_like(loc_match, -1)
         box_targets = torch.zeros(batch_size, num_anchors, 4)
@@ -694,7 +878,9 @@ def targets_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
                     loc_labels[image, anchor] = labels[offsets[image] + found]
                     box = boxes[offsets[image] + found]
                     coder = arguments["box_coder"]
-                    box_targets[image, anchor] = box if coder is None else coder.encode(anchors[anchor], box)
+                    box_targets[image, anchor] = (
+                        box if coder is None else coder.encode(anchors=anchors[anchor], boxes=box)
+                    )
         return class_targets, loc_labels, box_targets
 
     return Case("encode_targets", arguments, lambda: mg_ops.encode_targets(**arguments), expected)
@@ -702,10 +888,11 @@ def targets_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
 
 def summary_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
     right, match = a_match(random)
-    arguments = {name: right[name] for name in ("gt_boxes", "gt_labels", "gt_offsets", "gt_crowd")}
+    arguments = {name: right[name] for name in OBJECTS}
     arguments |= {"num_classes": int(random.choice([0, 1, 2, 5])), "size_limits": (0.2, 0.5)}
     if random.random() < 0.3:
-        arguments["gt_labels"] = arguments["num_classes"] = None
+        arguments["num_classes"] = None
+        arguments["gt_labels"] = None
     limits: list[Any] = [
         (0.2, 0.5),
         [0.3, 0.3],
@@ -718,7 +905,7 @@ def summary_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
         ("a", "b"),
     ]
     limits += [(1e200, 1e300), (-1.0, 2.0), None]
-    choices = {"num_classes": [-1, 0, 3, None, 2.0, True, 2**62, 10**30], "size_limits": limits}
+    choices = {"num_classes": [-1, 0, 3, None, 2.0, True, 2**62, 10**30], "size_limits": limits} | FORMAT_CHOICES
     arguments = spoil_some(random, arguments, choices)
     arguments["match"] = spoil_match(random, match)
 
@@ -727,39 +914,37 @@ def summary_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
         batch_size, device = accept_match(match, None, None)
         num_classes, limits = arguments["num_classes"], arguments["size_limits"]
         accept_classes(num_classes)
-        must((num_classes is None) == (arguments["gt_labels"] is None))
+        dictionaries = are_dictionaries(arguments["gt_boxes"], arguments["gt_labels"])
+        must(dictionaries or (num_classes is None) == (arguments["gt_labels"] is None))
         must(isinstance(limits, (tuple, list)) and len(limits) == 2)
         must(all(isinstance(limit, (int, float)) and not isinstance(limit, bool) for limit in limits))
         must(0 <= limits[0] <= limits[1])
-        without_labels = arguments["gt_labels"] is None
-        boxes_given = arguments["gt_boxes"]
         given = dict(arguments)
-        if without_labels:
+        if arguments["gt_labels"] is None and not dictionaries:
+            boxes_given = arguments["gt_boxes"]
             if isinstance(boxes_given, Tensor):
-                must(accept(boxes_given, FLOATING, (None, 4), device)[0] <= MAX_COUNT)
-                given["gt_labels"] = torch.zeros(len(boxes_given), dtype=torch.int64, device=device)
+                must(not boxes_given.is_nested and boxes_given.dim() > 1)
+                must(boxes_given.dim() != 3 or arguments["gt_mask"] is not None)
+                must(math.prod(boxes_given.shape[:-1]) <= MAX_COUNT)
+                given["gt_labels"] = torch.zeros(boxes_given.shape[:-1], dtype=torch.int64, device=device)
             else:
                 must(isinstance(boxes_given, Sequence))
                 for box in boxes_given:
                     must(accept(box, FLOATING, (None, 4), device)[0] <= MAX_COUNT)
                 given["gt_labels"] = [torch.zeros(len(box), dtype=torch.int64, device=device) for box in boxes_given]
         objects = accept_objects(given, batch_size, device)
-        must(isinstance(match.num_pos, Tensor))
-        accept(match.num_pos, INTEGER, (None,), device)
-        if objects is None:
-            num_gt = len(boxes_given) if isinstance(boxes_given, Tensor) else sum(map(len, boxes_given))
-            must(len(match.num_pos) == num_gt)
+        accept_counts(match, objects, device)
+        if isinstance(objects, WithoutValues):
             return None
-        boxes, labels, offsets, crowd = objects
-        must(len(match.num_pos) == len(boxes))
+        boxes, labels, offsets, crowd = objects[:4]
         if not are_of_these_objects(match, offsets):
             return ANY_ANSWER
         counts = np.zeros((6, 4), np.int64)
         classes = np.zeros((num_classes or 0, 3), np.int64)
-        num_pos = clean(match.num_pos, torch.int64)
+        num_pos = clean(match.num_pos, torch.int64).flatten()
         for image in range(batch_size):
             for index in range(int(offsets[image]), int(offsets[image + 1])):
-                if crowd is not None and crowd[index]:
+                if (crowd is not None and crowd[index]) or not objects.is_object[index]:
                     continue
                 positives = [int((value[image] == index - offsets[image]).sum()) for value in match[:2]]
                 groups = [0]
@@ -827,7 +1012,11 @@ def coder_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
         if first.is_meta:
             return None
         first, second = clean(first, torch.float32), clean(second, torch.float32)
-        return (coder.encode(first, second) if encode else reference.decode(first, second, coder.weights, coder.clip),)
+        return (
+            coder.encode(anchors=first, boxes=second)
+            if encode
+            else reference.decode(first, second, coder.weights, coder.clip),
+        )
 
     call = coder.encode if encode else coder.decode
     what = f"BoxCoder.{'encode' if encode else 'decode'}"
@@ -877,7 +1066,8 @@ CASES: list[tuple[Callable[[np.random.Generator, Sequence[str]], Case], float]] 
 ]
 
 NAMES = (
-    r"anchors|pred_boxes|cls_scores|gt_boxes|gt_labels|gt_offsets|gt_crowd|box_coder|strategy|sigma|iou_positive"
+    r"anchors|pred_boxes|box_deltas|cls_logits|cls_probabilities|cls_scores|gt_boxes|gt_labels|gt_offsets|gt_crowd"
+    r"|gt_mask|gt_box_format|box_coder|strategy|sigma|iou_positive"
     r"|iou_ignored|crowd_overlap|check|backend|match|num_classes|size_limits|boxes_1|boxes_2|boxes|deltas|BoxCoder"
     r"|mutual_match|backend '\w+' cannot be used"
 )

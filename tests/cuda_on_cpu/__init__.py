@@ -1,7 +1,7 @@
 """The CUDA kernels of csrc/cuda run on the CPU: the same source, compiled by g++ against `cuda_on_cpu.h`.
 
     emulator = cuda_on_cpu.build(threads=64)
-    match = emulator.mutual_match(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, seed=7)
+    match = emulator.mutual_match(anchors, gt_boxes, gt_labels, cls_logits=..., pred_boxes=..., seed=7)
 
 The seed decides the order in which the threads run. By itself,
 
@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from comparison import assert_same
+from operators import backend_is, operator_arguments
 from torch import Tensor
 
 import mg_ops
-from mg_ops.matching import STRATEGIES
-from mg_ops.objects import pack_objects
+from mg_ops import library
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -133,37 +134,35 @@ class Emulator:
         self.last_call = EmulatedCall()
         """Of the last call: its `scores_read` (loads of cls_scores), `scratch_bytes` and `launches`."""
 
-    def mutual_match(
+    def mutual_match(self, *arguments: Any, seed: int = 0, **options: Any) -> mg_ops.MutualMatch:
+        """`mg_ops.mutual_match` by these kernels, on CPU tensors; RuntimeError says what the emulator caught.
+
+        Args:
+            seed: of the order in which threads run.
+        """
+
+        def operator(*arguments: Any) -> mg_ops.MutualMatch:
+            library._check(*arguments)
+            return self.operator(*arguments, seed=seed)
+
+        with backend_is(operator):
+            return mg_ops.mutual_match(*arguments, **options)
+
+    def operator(
         self,
         anchors: Tensor,
         pred_boxes: Tensor,
         cls_scores: Tensor,
-        gt_boxes: Any,
-        gt_labels: Any,
-        gt_offsets: Tensor | None = None,
-        *,
-        gt_crowd: Any = None,
-        box_coder: mg_ops.BoxCoder | None = None,
-        strategy: str = "mutual",
-        sigma: float = 2.0,
-        iou_positive: float = 0.5,
-        iou_ignored: float = 0.4,
-        crowd_overlap: float = 0.5,
+        gt_boxes: Tensor,
+        gt_labels: Tensor,
+        gt_offsets: Tensor,
+        gt_crowd: Tensor | None,
+        box_coder: list[float] | None,
+        *options: float,
         seed: int = 0,
-        clamp_offsets: bool = False,
     ) -> mg_ops.MutualMatch:
-        """As `mg_ops.mutual_match`, on CPU tensors; RuntimeError says what the emulator caught.
-
-        Args:
-            seed: of the order in which threads run.
-            clamp_offsets: takes packed objects as they are, without the checks of CPU tensors: a GPU clamps offsets.
-        """
+        """As the operators, but that nothing is checked: a GPU clamps offsets."""
         batch_size, num_anchors, num_classes = cls_scores.shape
-        if not clamp_offsets:
-            gt_boxes, gt_labels, gt_offsets, gt_crowd = pack_objects(
-                gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, anchors.device
-            )
-        assert gt_offsets is not None
         num_gt = len(gt_boxes)
         # Whatever memory held before must not show.
         result = mg_ops.MutualMatch(
@@ -172,8 +171,6 @@ class Emulator:
             torch.full((num_gt,), 0x5A5A5A5A, dtype=torch.int32),
             torch.full((num_gt,), 0x5A5A5A5A, dtype=torch.int32),
         )
-        coder = box_coder or mg_ops.BoxCoder()
-        by_regressed, by_amplified = STRATEGIES[strategy]
         call = EmulatedCall(
             rows(anchors.detach()),
             rows(pred_boxes.detach()),
@@ -187,14 +184,8 @@ class Emulator:
             num_classes,
             num_gt,
             box_coder is not None,
-            *coder.weights,
-            coder.clip,
-            by_regressed,
-            by_amplified,
-            sigma,
-            iou_positive,
-            iou_ignored,
-            crowd_overlap,
+            *(box_coder or [1.0] * 5),
+            *options,
             *(tensor.data_ptr() for tensor in result),
             seed,
         )
@@ -230,16 +221,12 @@ def check_against_reference(emulator: Emulator, batches: range, case_seed: int) 
     from random_batches import random_batch
 
     for case in CASES:
-        options = dict(case.options)
-        if "box_coder" in options:
-            weights, clip = options["box_coder"]
-            options["box_coder"] = mg_ops.BoxCoder(weights=weights, clip=clip)
-        match = emulator.mutual_match(**case.predictions(), **case.packed_objects(slack=2), **options, seed=case_seed)
-        assert_same(match, mg_ops.MutualMatch(*case.expected(slack=2)), f"{case.name}: {case.clause}")
+        match = emulator.mutual_match(**case.arguments(packed=True, slack=2), seed=case_seed)
+        assert_same(match, case.expected(slack=2), f"{case.name}: {case.clause}")
     for seed in batches:
         batch = random_batch(seed)
         match = emulator.mutual_match(**batch.arguments, seed=seed)
-        assert_same(match, mg_ops.mutual_match(**batch.arguments, backend="eager"), str(batch))
+        assert_same(match, mg_ops.mutual_match(**batch.arguments, backend="eager"), batch)
     return len(CASES) + len(batches)
 
 
@@ -271,37 +258,13 @@ def check_wrong_offsets(emulator: Emulator, batches: range) -> int:
 
     for seed in batches:
         batch = random_batch(seed)
-        arguments = dict(batch.arguments)
-        objects = [arguments.pop(name, None) for name in ("gt_boxes", "gt_labels", "gt_offsets", "gt_crowd")]
-        batch_size, _, _ = arguments["cls_scores"].shape
-        boxes, labels, _, crowd = pack_objects(*objects, batch_size, torch.device("cpu"))
-        offsets = wrong_offsets(seed, batch_size, len(boxes))
-        match = emulator.mutual_match(
-            **arguments,
-            gt_boxes=boxes,
-            gt_labels=labels,
-            gt_offsets=offsets,
-            gt_crowd=crowd,
-            seed=seed,
-            clamp_offsets=True,
-        )
-        coder = arguments["box_coder"] if arguments.get("box_coder") else None
-        expected = mg_ops.reference.mutual_match(
-            *(arguments[name] for name in ("anchors", "pred_boxes", "cls_scores")),
-            *(boxes, labels, offsets, crowd),
-            [*coder.weights, coder.clip] if coder else None,
-            *STRATEGIES[arguments["strategy"]],
-            *(arguments[name] for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap")),
-        )
-        assert_same(match, mg_ops.MutualMatch(*expected), f"{batch} with offsets {offsets.tolist()}")
+        arguments = list(operator_arguments(**batch.arguments))
+        batch_size, num_gt = arguments[2].shape[0], len(arguments[3])
+        arguments[5] = wrong_offsets(seed, batch_size, num_gt)
+        match = emulator.operator(*arguments, seed=seed)
+        expected = mg_ops.reference.mutual_match(*arguments)
+        assert_same(match, expected, f"{batch} with offsets {arguments[5].tolist()}")
     return len(batches)
-
-
-def assert_same(match: mg_ops.MutualMatch, expected: mg_ops.MutualMatch, what: str) -> None:
-    for name, value, wanted in zip(mg_ops.MutualMatch._fields, match, expected, strict=True):
-        if not torch.equal(value, wanted):
-            first = tuple((value != wanted).nonzero()[0].tolist())
-            raise AssertionError(f"{name}{list(first)} is {value[first]}, expected {wanted[first]}; {what}")
 
 
 def rows(tensor: Tensor) -> StridedArray:

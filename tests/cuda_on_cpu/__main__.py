@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
+from comparison import assert_same  # noqa: E402
 
 import cuda_on_cpu  # noqa: E402
 
@@ -26,7 +27,7 @@ def count(emulator: cuda_on_cpu.Emulator, name: str, images: int) -> None:
     arguments = batch.arguments()
     match = emulator.mutual_match(**arguments)
     backend = "cpp" if mg_ops.backends()["cpp"].usable else "eager"
-    cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend=backend), name)
+    assert_same(match, mg_ops.mutual_match(**arguments, backend=backend), name)
     call = emulator.last_call
     num_anchors = len(batch.anchors)
     pairs = images * num_anchors
