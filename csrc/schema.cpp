@@ -37,8 +37,4 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
   // Why the CUDA kernels of this library do not run on a device: "" where they do. Without a CUDA backend in the
   // library the operator has no kernel.
   m.def("cuda_device_error(int device_index) -> str");
-
-  // For measuring: sets how many blocks match an image in one launch, on GPUs that have clusters and where the anchors
-  // are few; 0, as at first, is never: three launches then. Returns the number before. The results are the same.
-  m.def("cuda_set_cluster_size(int num_blocks) -> int");
 }

@@ -95,14 +95,6 @@ def test_under_sanitizers() -> None:
     assert "equal to the reference" in result.stdout
 
 
-@pytest.mark.parametrize("cluster_size", [1, 3, 8])
-def test_one_launch_by_clusters(small_blocks: cuda_on_cpu.Emulator, cluster_size: int) -> None:
-    """The variant of one launch an image, with barriers of clusters in it."""
-    first = 5000 + 100 * cluster_size
-    cuda_on_cpu.check_against_reference(small_blocks, range(first, first + fuzz_cases(15)), first, cluster_size)
-    assert small_blocks.last_call.launches == 1
-
-
 @settings(max_examples=fuzz_cases(150))
 @given(arguments=small_batches(), seed=st.integers(0, 2**32))
 def test_small_batches(small_blocks: cuda_on_cpu.Emulator, arguments: dict[str, Any], seed: int) -> None:
@@ -198,7 +190,6 @@ def test_every_float16_is_converted_exactly(small_blocks: cuda_on_cpu.Emulator) 
 # What a GPU must never do
 
 
-@pytest.mark.parametrize("cluster_size", [0, 2], ids=["three launches", "one launch"])
 @pytest.mark.parametrize(
     "offsets",
     [
@@ -207,16 +198,14 @@ def test_every_float16_is_converted_exactly(small_blocks: cuda_on_cpu.Emulator) 
     ],
     ids=str,
 )
-def test_wrong_offsets_are_read_as_the_reference_does(
-    small_blocks: cuda_on_cpu.Emulator, offsets: list[int], cluster_size: int
-) -> None:
+def test_wrong_offsets_are_read_as_the_reference_does(small_blocks: cuda_on_cpu.Emulator, offsets: list[int]) -> None:
     """CPU tensors with such offsets raise; on a GPU nothing may be read or written out of bounds."""
     arguments = detector_batch(3, 70, 2)
     coder = arguments["box_coder"]
     arguments["gt_boxes"] = torch.cat(arguments["gt_boxes"])
     arguments["gt_labels"] = torch.cat(arguments["gt_labels"])
     arguments["gt_offsets"] = torch.tensor(offsets)
-    match = small_blocks.mutual_match(**arguments, clamp_offsets=True, cluster_size=cluster_size)
+    match = small_blocks.mutual_match(**arguments, clamp_offsets=True)
     names = ("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets")
     expected = mg_ops.reference.mutual_match(
         *(arguments[name] for name in names), None, coder.weights, coder.clip, True, True, 2.0, 0.5, 0.4, 0.5
@@ -224,10 +213,8 @@ def test_wrong_offsets_are_read_as_the_reference_does(
     cuda_on_cpu.assert_same(match, mg_ops.MutualMatch(*expected), str(offsets))
 
 
-@pytest.mark.parametrize("cluster_size", [0, 3], ids=["three launches", "one launch"])
-def test_random_wrong_offsets(small_blocks: cuda_on_cpu.Emulator, cluster_size: int) -> None:
-    first = 7000 + 100 * cluster_size
-    cuda_on_cpu.check_wrong_offsets(small_blocks, range(first, first + fuzz_cases(20)), cluster_size)
+def test_random_wrong_offsets(small_blocks: cuda_on_cpu.Emulator) -> None:
+    cuda_on_cpu.check_wrong_offsets(small_blocks, range(7000, 7000 + fuzz_cases(20)))
 
 
 def test_launches_and_memory(small_blocks: cuda_on_cpu.Emulator) -> None:

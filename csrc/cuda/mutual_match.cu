@@ -7,7 +7,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -52,49 +51,6 @@ FloatInput float_input(const Tensor& tensor) {
 
 IntegerInput integer_input(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.scalar_type() == ScalarType::Long};
-}
-
-// Blocks that match an image in one launch; 0: three launches, until the other is measured to be faster.
-std::atomic<int> cluster_size{0};
-
-int64_t set_cluster_size(int64_t num_blocks) {
-  if (num_blocks < 0 || num_blocks > 16) {
-    fail("cuda_set_cluster_size: expected 0 to 16 blocks, got ", num_blocks);
-  }
-  return cluster_size.exchange(static_cast<int>(num_blocks));
-}
-
-// Whether an image's anchors are few enough for the blocks of a cluster, and this GPU has clusters.
-bool fits_one_launch(const MatchProblem& problem, int num_blocks, int device_index) {
-  constexpr int64_t kMostTurns = 16;  // of kThreads anchors that each block takes
-  if (num_blocks == 0 || problem.num_gt == 0 || problem.num_anchors == 0 || problem.batch_size == 0 ||
-      problem.num_anchors > kMostTurns * kThreads * num_blocks ||
-      problem.batch_size > std::numeric_limits<int32_t>::max() / num_blocks) {
-    return false;
-  }
-  int major = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index), "compute capability");
-  return major >= 9;
-}
-
-void launch_one(const MatchProblem& problem, int num_blocks, cudaStream_t stream) {
-  if (num_blocks > 8) {  // more than every GPU with clusters promises
-    check_cuda(cudaFuncSetAttribute(one_launch_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-               "mutual_match: clusters of more than 8 blocks");
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(num_blocks);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(problem.batch_size * num_blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, one_launch_kernel, problem, static_cast<uint32_t>(num_blocks)),
-             "mutual_match");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cuda(
@@ -153,11 +109,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cuda(
   place_scratch(problem, static_cast<char*>(scratch.mutable_data_ptr()));
 
   const cudaStream_t stream = current_stream(anchors);
-  const int num_blocks = cluster_size.load();
-  if (fits_one_launch(problem, num_blocks, anchors.get_device_index())) {
-    launch_one(problem, num_blocks, stream);
-    return {cls_match, loc_match, num_pos, num_total};
-  }
   launch_mutual_match(problem, [&](int64_t grid, auto kernel) {
     kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(problem);
     check_launch("mutual_match");
@@ -169,7 +120,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match_cuda(
 }  // namespace mg_ops::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(mg_ops, CUDA, m) { m.impl("mutual_match", TORCH_BOX(&mg_ops::cuda::mutual_match_cuda)); }
-
-STABLE_TORCH_LIBRARY_IMPL(mg_ops, CompositeExplicitAutograd, m) {
-  m.impl("cuda_set_cluster_size", TORCH_BOX(&mg_ops::cuda::set_cluster_size));
-}

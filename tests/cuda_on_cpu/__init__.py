@@ -62,7 +62,7 @@ class EmulatedCall(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("sigma", "iou_positive", "iou_ignored", "crowd_overlap")),
         *((name, ctypes.c_void_p) for name in ("cls_match", "loc_match", "num_pos", "num_total")),
         ("seed", ctypes.c_uint64),
-        *((name, ctypes.c_int64) for name in ("cluster_size", "scores_read", "scratch_bytes", "launches")),
+        *((name, ctypes.c_int64) for name in ("scores_read", "scratch_bytes", "launches")),
     )
 
 
@@ -149,14 +149,12 @@ class Emulator:
         iou_ignored: float = 0.4,
         crowd_overlap: float = 0.5,
         seed: int = 0,
-        cluster_size: int = 0,
         clamp_offsets: bool = False,
     ) -> mg_ops.MutualMatch:
         """As `mg_ops.mutual_match`, on CPU tensors; RuntimeError says what the emulator caught.
 
         Args:
             seed: of the order in which threads run.
-            cluster_size: how many blocks match an image in one launch; 0: three launches.
             clamp_offsets: takes packed objects as they are, without the checks of CPU tensors: a GPU clamps offsets.
         """
         batch_size, num_anchors, num_classes = cls_scores.shape
@@ -198,7 +196,6 @@ class Emulator:
             crowd_overlap,
             *(tensor.data_ptr() for tensor in result),
             seed,
-            cluster_size if batch_size > 0 and num_anchors > 0 else 0,
         )
         message = ctypes.create_string_buffer(500)
         if self.library.mutual_match_on_cpu(ctypes.byref(call), message, len(message)) != 0:
@@ -215,13 +212,12 @@ class Emulator:
         return list(output)
 
 
-def check_against_reference(emulator: Emulator, batches: range, case_seed: int, cluster_size: int = 0) -> int:
+def check_against_reference(emulator: Emulator, batches: range, case_seed: int) -> int:
     """Compares the kernels with the expected result of every named case and with the reference on random batches.
 
     Args:
         batches: the seeds of the random batches; each is also the seed of the threads' order.
         case_seed: the seed of the threads' order in the named cases.
-        cluster_size: as in `Emulator.mutual_match`.
 
     Returns:
         How many batches were compared.
@@ -237,13 +233,11 @@ def check_against_reference(emulator: Emulator, batches: range, case_seed: int, 
         if "box_coder" in options:
             weights, clip = options["box_coder"]
             options["box_coder"] = mg_ops.BoxCoder(weights=weights, clip=clip)
-        match = emulator.mutual_match(
-            **case.predictions(), **case.packed_objects(slack=2), **options, seed=case_seed, cluster_size=cluster_size
-        )
+        match = emulator.mutual_match(**case.predictions(), **case.packed_objects(slack=2), **options, seed=case_seed)
         assert_same(match, mg_ops.MutualMatch(*case.expected(slack=2)), f"{case.name}: {case.clause}")
     for seed in batches:
         batch = random_batch(seed)
-        match = emulator.mutual_match(**batch.arguments, seed=seed, cluster_size=cluster_size)
+        match = emulator.mutual_match(**batch.arguments, seed=seed)
         assert_same(match, mg_ops.mutual_match(**batch.arguments, backend="eager"), str(batch))
     return len(CASES) + len(batches)
 
@@ -267,7 +261,7 @@ def wrong_offsets(seed: int, batch_size: int, num_gt: int) -> Tensor:
     return torch.from_numpy(offsets).to(dtype)
 
 
-def check_wrong_offsets(emulator: Emulator, batches: range, cluster_size: int = 0) -> int:
+def check_wrong_offsets(emulator: Emulator, batches: range) -> int:
     """Compares the kernels with the reference on random batches with offsets that no CPU backend would take.
 
     Arguments, result and errors as of `check_against_reference`.
@@ -288,7 +282,6 @@ def check_wrong_offsets(emulator: Emulator, batches: range, cluster_size: int = 
             gt_offsets=offsets,
             gt_crowd=crowd,
             seed=seed,
-            cluster_size=cluster_size,
             clamp_offsets=True,
         )
         coder = arguments["box_coder"] if arguments.get("box_coder") else None

@@ -60,8 +60,6 @@ struct Fiber {
 
 struct Block {
   Index3 index;
-  unsigned cluster_rank = 0;
-  struct Cluster* cluster = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
   int finished = 0;
   // The block barrier that its threads gather at.
@@ -77,28 +75,16 @@ struct Block {
   }
 };
 
-// Blocks that run together and reach each other's shared memory; a block of its own without clusters.
-struct Cluster {
-  std::vector<std::unique_ptr<Block>> blocks;
-  int barrier_arrived = 0;
-  int finished = 0;
-};
-
 struct LaunchOptions {
   uint64_t seed = 0;
-  int resident_clusters = 3;       // how many clusters (or blocks) run side by side
+  int resident_blocks = 3;         // how many blocks run side by side
   double yield_probability = 0.2;  // how often an atomic or a fence lets another thread run
 };
 
 class Launch {
  public:
-  Launch(unsigned grid, unsigned threads, unsigned cluster_size, std::function<void()> kernel, LaunchOptions options)
-      : grid_(grid),
-        threads_(threads),
-        cluster_size_(cluster_size),
-        kernel_(std::move(kernel)),
-        options_(options),
-        random_(options.seed) {}
+  Launch(unsigned grid, unsigned threads, std::function<void()> kernel, LaunchOptions options)
+      : grid_(grid), threads_(threads), kernel_(std::move(kernel)), options_(options), random_(options.seed) {}
 
   ~Launch() {
     for (char* stack : stacks_) {
@@ -109,15 +95,15 @@ class Launch {
   // Runs all blocks; throws what went wrong.
   void run() {
     current_launch() = this;
-    std::vector<unsigned> order(grid_ / cluster_size_);
+    std::vector<unsigned> order(grid_);
     for (unsigned i = 0; i < order.size(); ++i) {
       order[i] = i;
     }
     std::shuffle(order.begin(), order.end(), random_);
     size_t next = 0;
-    while (next < order.size() || !clusters_.empty()) {
-      while (next < order.size() && static_cast<int>(clusters_.size()) < options_.resident_clusters) {
-        start_cluster(order[next++]);
+    while (next < order.size() || !blocks_.empty()) {
+      while (next < order.size() && static_cast<int>(blocks_.size()) < options_.resident_blocks) {
+        start_block(order[next++]);
       }
       if (runnable_.empty()) {
         fail(describe_deadlock());
@@ -145,7 +131,6 @@ class Launch {
   Fiber* fiber() const { return fiber_; }
   unsigned grid() const { return grid_; }
   unsigned threads() const { return threads_; }
-  unsigned cluster_size() const { return cluster_size_; }
 
   // Lets others run, then goes on.
   void maybe_yield() {
@@ -182,24 +167,6 @@ class Launch {
       leave();
     }
     return self->barrier_result;
-  }
-
-  void cluster_barrier() {
-    Fiber* self = fiber_;
-    Cluster* cluster = self->block->cluster;
-    if (++cluster->barrier_arrived == static_cast<int>(threads_ * cluster_size_)) {
-      cluster->barrier_arrived = 0;
-      for (auto& block : cluster->blocks) {
-        for (auto& other : block->fibers) {
-          other->at_barrier = false;
-          runnable_.push_back(other.get());
-        }
-      }
-      leave();
-    } else {
-      self->at_barrier = true;
-      leave();
-    }
   }
 
   // Waits until all `lanes` of the warp are here with their values; the values by lane.
@@ -265,8 +232,6 @@ class Launch {
     return block->shared[declaration];
   }
 
-  Block* cluster_block(unsigned rank) { return fiber_->block->cluster->blocks.at(rank).get(); }
-
  private:
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr size_t kStackBytes = 256 * 1024;
@@ -287,63 +252,53 @@ class Launch {
   }
 
   std::string describe_deadlock() const {
-    for (const auto& cluster : clusters_) {
-      for (const auto& block : cluster->blocks) {
-        int at_barrier = 0, in_warp_operation = 0;
-        for (const auto& fiber : block->fibers) {
-          at_barrier += fiber->at_barrier ? 1 : 0;
-          in_warp_operation += fiber->operation != WarpOperation::kNone ? 1 : 0;
-        }
-        if (at_barrier + in_warp_operation > 0) {
-          return "deadlock in block " + std::to_string(block->index.x) + ": of " + std::to_string(threads_) +
-                 " threads " + std::to_string(at_barrier) + " wait at a barrier, " + std::to_string(in_warp_operation) +
-                 " in a warp operation, " + std::to_string(block->finished) + " have left the kernel";
-        }
+    for (const auto& block : blocks_) {
+      int at_barrier = 0, in_warp_operation = 0;
+      for (const auto& fiber : block->fibers) {
+        at_barrier += fiber->at_barrier ? 1 : 0;
+        in_warp_operation += fiber->operation != WarpOperation::kNone ? 1 : 0;
+      }
+      if (at_barrier + in_warp_operation > 0) {
+        return "deadlock in block " + std::to_string(block->index.x) + ": of " + std::to_string(threads_) +
+               " threads " + std::to_string(at_barrier) + " wait at a barrier, " + std::to_string(in_warp_operation) +
+               " in a warp operation, " + std::to_string(block->finished) + " have left the kernel";
       }
     }
     return "deadlock";
   }
 
-  void start_cluster(unsigned number) {
-    auto cluster = std::make_unique<Cluster>();
-    for (unsigned rank = 0; rank < cluster_size_; ++rank) {
-      auto block = std::make_unique<Block>();
-      block->index.x = number * cluster_size_ + rank;
-      block->cluster_rank = rank;
-      block->cluster = cluster.get();
-      for (unsigned thread = 0; thread < threads_; ++thread) {
-        auto fiber = std::make_unique<Fiber>();
-        fiber->block = block.get();
-        fiber->thread = static_cast<int>(thread);
-        if (free_stacks_.empty()) {
-          stacks_.push_back(static_cast<char*>(std::malloc(kStackBytes)));
-          free_stacks_.push_back(stacks_.back());
-        }
-        fiber->stack = free_stacks_.back();
-        free_stacks_.pop_back();
-        getcontext(&fiber->context);
-        fiber->context.uc_stack.ss_sp = fiber->stack;
-        fiber->context.uc_stack.ss_size = kStackBytes;
-        fiber->context.uc_link = nullptr;
-        makecontext(&fiber->context, &Launch::enter_fiber, 0);
-        runnable_.push_back(fiber.get());
-        block->fibers.push_back(std::move(fiber));
+  void start_block(unsigned number) {
+    auto block = std::make_unique<Block>();
+    block->index.x = number;
+    for (unsigned thread = 0; thread < threads_; ++thread) {
+      auto fiber = std::make_unique<Fiber>();
+      fiber->block = block.get();
+      fiber->thread = static_cast<int>(thread);
+      if (free_stacks_.empty()) {
+        stacks_.push_back(static_cast<char*>(std::malloc(kStackBytes)));
+        free_stacks_.push_back(stacks_.back());
       }
-      cluster->blocks.push_back(std::move(block));
+      fiber->stack = free_stacks_.back();
+      free_stacks_.pop_back();
+      getcontext(&fiber->context);
+      fiber->context.uc_stack.ss_sp = fiber->stack;
+      fiber->context.uc_stack.ss_size = kStackBytes;
+      fiber->context.uc_link = nullptr;
+      makecontext(&fiber->context, &Launch::enter_fiber, 0);
+      runnable_.push_back(fiber.get());
+      block->fibers.push_back(std::move(fiber));
     }
-    clusters_.push_back(std::move(cluster));
+    blocks_.push_back(std::move(block));
   }
 
   void retire(Fiber* fiber) {
     free_stacks_.push_back(fiber->stack);
     Block* block = fiber->block;
-    Cluster* cluster = block->cluster;
-    ++block->finished;
-    if (++cluster->finished < static_cast<int>(threads_ * cluster_size_)) {
+    if (++block->finished < static_cast<int>(threads_)) {
       return;
     }
-    clusters_.erase(std::find_if(clusters_.begin(), clusters_.end(),
-                                 [&](const std::unique_ptr<Cluster>& other) { return other.get() == cluster; }));
+    blocks_.erase(std::find_if(blocks_.begin(), blocks_.end(),
+                               [&](const std::unique_ptr<Block>& other) { return other.get() == block; }));
   }
 
   static void enter_fiber() {
@@ -396,11 +351,11 @@ class Launch {
 #endif
   }
 
-  unsigned grid_, threads_, cluster_size_;
+  unsigned grid_, threads_;
   std::function<void()> kernel_;
   LaunchOptions options_;
   std::mt19937_64 random_;
-  std::vector<std::unique_ptr<Cluster>> clusters_;
+  std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<Fiber*> runnable_;
   std::vector<char*> stacks_, free_stacks_;
   Fiber* fiber_ = nullptr;
@@ -484,8 +439,6 @@ uint32_t reduce(uint32_t lanes, uint32_t value, Combine combine) {
 #define MG_OPS_SHARED(Type, name) \
   Type& name =                    \
       *static_cast<Type*>(cuda_on_cpu::launch().shared_memory(0, sizeof(Type), cuda_on_cpu::launch().fiber()->block))
-
-#define MG_OPS_EMULATED_CLUSTER_BARRIER() cuda_on_cpu::launch().cluster_barrier()
 
 static const cuda_on_cpu::BuiltIn threadIdx{cuda_on_cpu::BuiltIn::kThread, {cuda_on_cpu::BuiltIn::kThread}};
 static const cuda_on_cpu::BuiltIn blockIdx{cuda_on_cpu::BuiltIn::kBlock, {cuda_on_cpu::BuiltIn::kBlock}};

@@ -26,7 +26,6 @@ struct EmulatedCall {
   int64_t *cls_match, *loc_match;
   int32_t *num_pos, *num_total;
   uint64_t seed;
-  int64_t cluster_size;                          // 0: three launches
   int64_t scores_read, scratch_bytes, launches;  // results
 };
 
@@ -43,14 +42,12 @@ mg_ops::cuda::IntegerInput integer_input(const StridedArray& array) {
   return {array.data, array.strides[0], array.type != 0};
 }
 
-void launch(int64_t grid, int64_t cluster_size, uint64_t seed, std::function<void()> kernel) {
+void launch(int64_t grid, uint64_t seed, std::function<void()> kernel) {
   cuda_on_cpu::LaunchOptions options;
   options.seed = seed;
-  options.resident_clusters = 1 + static_cast<int>(seed % 4);
+  options.resident_blocks = 1 + static_cast<int>(seed % 4);
   options.yield_probability = seed % 3 == 0 ? 0.0 : 0.2;
-  cuda_on_cpu::Launch(static_cast<unsigned>(grid), mg_ops::cuda::kThreads, static_cast<unsigned>(cluster_size),
-                      std::move(kernel), options)
-      .run();
+  cuda_on_cpu::Launch(static_cast<unsigned>(grid), mg_ops::cuda::kThreads, std::move(kernel), options).run();
 }
 
 void match(EmulatedCall& call) {
@@ -97,16 +94,9 @@ void match(EmulatedCall& call) {
   cuda_on_cpu::watched_loads() = {
       scores, scores + static_cast<uintptr_t>((last_score + 1) * number_bytes[call.cls_scores.type]), 0};
   call.launches = 0;
-  if (call.cluster_size > 0) {
-    const uint32_t cluster_size = static_cast<uint32_t>(call.cluster_size);
-    launch(call.batch_size * call.cluster_size, call.cluster_size, call.seed,
-           [&] { mg_ops::cuda::one_launch_kernel(problem, cluster_size); });
-    call.launches = 1;
-  } else {
-    mg_ops::cuda::launch_mutual_match(problem, [&](int64_t grid, auto kernel) {
-      launch(grid, 1, call.seed + static_cast<uint64_t>(call.launches++), [&] { kernel(problem); });
-    });
-  }
+  mg_ops::cuda::launch_mutual_match(problem, [&](int64_t grid, auto kernel) {
+    launch(grid, call.seed + static_cast<uint64_t>(call.launches++), [&] { kernel(problem); });
+  });
   call.scores_read = cuda_on_cpu::watched_loads().count;
   call.scratch_bytes = static_cast<int64_t>(bytes);
 }
@@ -161,7 +151,7 @@ extern "C" int run_mistake(int mistake, uint64_t seed, uint32_t* output, char* m
   try {
     cuda_on_cpu::LaunchOptions options;
     options.seed = seed;
-    cuda_on_cpu::Launch(1, mg_ops::cuda::kThreads, 1, [&] { mistaken_kernel(mistake, output); }, options).run();
+    cuda_on_cpu::Launch(1, mg_ops::cuda::kThreads, [&] { mistaken_kernel(mistake, output); }, options).run();
     return 0;
   } catch (const std::exception& error) {
     std::snprintf(message, static_cast<size_t>(message_bytes), "%s", error.what());
