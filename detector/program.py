@@ -53,7 +53,8 @@ def run_program(main: Callable[[], object]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any file name can be printed
-    signal.signal(signal.SIGTERM, exit_by_signal)
+    if "RANK" not in os.environ:  # under torchrun a process that waits for another would not come to the handler
+        signal.signal(signal.SIGTERM, exit_by_signal)
     try:
         result = main()
     except (ValueError, OSError, ImportError) as error:
