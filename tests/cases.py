@@ -260,13 +260,7 @@ add(
     "owner[a] = the object with the largest quality for a; lowest object index on ties",
     # Two objects on one place: both bests are anchor 0, and .8 against .8 for anchor 1. Object 1 owns nothing.
     [strip(0, 10), strip(0, 8)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(0, 10)],
-        cls_match=[0, 0],
-        loc_match=[0, 0],
-        num_pos=[2, 1],
-        num_total=[2, 1],
-    ),
+    Image(gt_boxes=[strip(0, 10), strip(0, 10)], cls_match=[0, 0], loc_match=[0, 0], num_pos=[2, 1], num_total=[2, 1]),
 )
 add(
     "an anchor half way between two objects",
@@ -386,11 +380,7 @@ add(
     [strip(0, 10), strip(0, 1), strip(9.5, 20), strip(10, 20)],
     # 1, .1, .5/20 = .025, and a shared edge: 0
     Image(
-        gt_boxes=[strip(0, 10)],
-        cls_match=[0, 0, 0, BACKGROUND],
-        loc_match=[0, 0, 0, NONE],
-        num_pos=[3],
-        num_total=[3],
+        gt_boxes=[strip(0, 10)], cls_match=[0, 0, 0, BACKGROUND], loc_match=[0, 0, 0, NONE], num_pos=[3], num_total=[3]
     ),
     options={"iou_positive": 1e-6, "iou_ignored": 1e-6},
 )
@@ -400,13 +390,7 @@ add(
     # Object 1 loses its best, anchor 0 (9/11 for both, object 0 wins), and keeps anchor 1: [8, 12] in [2, 12] is .4,
     # below .5. Counts 1 and 1. Its one positive is the best anchor it still owns. (2/12 of anchor 1 with object 0.)
     [strip(1, 11), strip(8, 12)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(2, 12)],
-        cls_match=[0, 1],
-        loc_match=[0, 1],
-        num_pos=[1, 1],
-        num_total=[1, 1],
-    ),
+    Image(gt_boxes=[strip(0, 10), strip(2, 12)], cls_match=[0, 1], loc_match=[0, 1], num_pos=[1, 1], num_total=[1, 1]),
 )
 add(
     "one positive, and the rest of what is left ignored",
@@ -716,15 +700,7 @@ add(
     # counts. The object [100, 110] has index 1: the crowds keep their places in the list.
     # Anchor 4 is the object's positive and anchor 5 (.45) ignored for it; the second crowd covers both and changes
     # nothing; anchor 6 ([108, 118]: 2/18 of the object, 7/10 of the crowd [95, 115]) becomes ignored.
-    [
-        strip(0, 4),
-        strip(5, 15),
-        strip(6, 16),
-        strip(40, 50),
-        strip(100, 110),
-        strip(100, 104.5),
-        strip(108, 118),
-    ],
+    [strip(0, 4), strip(5, 15), strip(6, 16), strip(40, 50), strip(100, 110), strip(100, 104.5), strip(108, 118)],
     Image(
         gt_boxes=[strip(0, 10), strip(100, 110), strip(95, 115)],
         gt_crowd=[True, False, True],
@@ -860,13 +836,7 @@ for bad_name, bad in BAD_OBJECTS.items():
         f"bad object, {bad_name}, alone",
         "takes no part, counts 0",
         [strip(0, 10), strip(23, 30)],
-        Image(
-            gt_boxes=[bad],
-            cls_match=[BACKGROUND, BACKGROUND],
-            loc_match=[NONE, NONE],
-            num_pos=[0],
-            num_total=[0],
-        ),
+        Image(gt_boxes=[bad], cls_match=[BACKGROUND, BACKGROUND], loc_match=[NONE, NONE], num_pos=[0], num_total=[0]),
     )
 add(
     "an object out of the anchors' reach stays out, whatever the regressed boxes",

@@ -849,11 +849,7 @@ def test_box_coder_takes_any_numbers() -> None:
             TypeError,
             r"^boxes_2: expected a floating point tensor, got NoneType",
         ),
-        (
-            lambda boxes: mg_ops.box_iou(boxes.long(), boxes),
-            TypeError,
-            r"^boxes_1: expected dtype .*got a torch.int64",
-        ),
+        (lambda boxes: mg_ops.box_iou(boxes.long(), boxes), TypeError, r"^boxes_1: expected dtype .*got a torch.int64"),
         (
             lambda boxes: mg_ops.box_iou(boxes[:, :3], boxes),
             ValueError,
