@@ -678,7 +678,9 @@ def test_check_takes_every_ordinary_emptiness() -> None:
     mg_ops.mutual_match(**no_object, check=True)
     no_anchor = {"anchors": torch.zeros(0, 4), "pred_boxes": torch.zeros(B, 0, 4), "cls_logits": torch.zeros(B, 0, C)}
     mg_ops.mutual_match(**{**no_object, **no_anchor}, check=True)
-    assert_raises(ValueError, "^gt_boxes: image 0, object 0: no anchor overlaps", {**listed(), **no_anchor, "check": True})
+    assert_raises(
+        ValueError, "^gt_boxes: image 0, object 0: no anchor overlaps", {**listed(), **no_anchor, "check": True}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
