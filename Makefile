@@ -72,7 +72,7 @@ bench: build  ## the matching against what people use today, into runs/benchmark
 bench-step: build  ## where the time of a training step goes, for each detector and each matching; options in BENCH_ARGS
 	$(PY) benchmarks/training_step.py $(BENCH_ARGS)
 
-gpu-check:  ## check and measure on this machine's GPU: its own Python with torch and nvcc, no network, no .venv
+gpu-check:  ## check and measure on this machine's GPU, with PYTHON and no .venv; options in GPU_CHECK_ARGS, "--help" among them
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 test: test-wheel test-asan test-python  ## everything a change must pass
@@ -112,7 +112,7 @@ test-asan: asan-checkout  ## the C++ backend's tests under AddressSanitizer and 
 fuzz: asan-checkout  ## FUZZ_CALLS right and wrong calls of everything public under the sanitizers
 	$(SANITIZED) $(PY) tests/wrong_calls.py --calls $(FUZZ_CALLS) --first $(FUZZ_FIRST) --backends cpp cpp cpp eager
 
-# Needs g++'s libtsan, and leave to switch off the randomisation of addresses, which it does not always cope with.
+# Needs g++'s libtsan, and leave to switch off the randomization of addresses, which it cannot always handle.
 races: $(VENV)/.installed  ## calls on several threads under ThreadSanitizer; options in RACES_ARGS
 	$(CMAKE) -S . -B build/tsan -G Ninja -DPython_EXECUTABLE=$(PY) -DMG_OPS_SANITIZE_THREADS=ON
 	$(CMAKE) --build build/tsan --target mg_ops
@@ -155,23 +155,30 @@ test-wheel: wheel build/wheel-venv/.installed  ## the wheel in a clean environme
 	build/wheel-venv/bin/python -m pip --disable-pip-version-check install --quiet --force-reinstall --no-deps dist/*.whl
 	build/wheel-venv/bin/python -I tests/try_installed_wheel.py
 
-docs: $(VENV)/.docs  ## the documentation site in build/site, without a warning and with every link checked
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
-	$(PY) docs/check_site.py build/site
-$(VENV)/.docs: $(VENV)/.installed
-	$(PIP) install --group docs
+# In an environment of its own, without torch: the API pages are made from the source, which is not imported.
+DOCS_VENV := build/docs-venv
+docs: $(DOCS_VENV)/.installed  ## the documentation site in build/site, without a warning and with every link checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	$(DOCS_VENV)/bin/lychee --offline --include-fragments --no-progress --root-dir $(CURDIR)/build/site 'build/site/**/*.html'
+$(DOCS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --group docs
 	@touch $@
 
-# Needs a few GB of disk at a time, and an interpreter for each Python version (on PATH or pyenv's).
+# Needs 6 GB of disk at a time. uv takes the Python versions from PATH (with pyenv: `PYENV_VERSION=3.10.13:3.11.7:...`) or
+# downloads them.
 test-wheels: wheel  ## the test suite with the wheel under every supported torch and Python; options in WHEEL_TEST_ARGS
-	OMP_NUM_THREADS=1 $(PY) tests/wheel_matrix.py dist/*.whl $(WHEEL_TEST_ARGS)
+	PATH="$(VENV)/bin:$$PATH" nox $(WHEEL_TEST_ARGS)
 
-lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format and the workflows' linters, without changing anything
+lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format, and linters of the workflows and the citation file, without changing anything
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy mg_ops
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(VENV)/bin/zizmor --offline --quiet .github
 
 format: $(VENV)/.installed  ## rewrites what ruff and clang-format can

@@ -23,7 +23,10 @@ MEASUREMENTS = ROOT / "runs/benchmarks"
 
 
 def describe_commit() -> str:
-    """The checkout's commit, with "-dirty" if a tracked file other than documentation and results differs from it."""
+    """The checkout's commit, with "-dirty" if a tracked file other than documentation and results differs from it.
+
+    Where there is no git, or no repository, the environment variable MG_OPS_COMMIT can name it; else "unknown".
+    """
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(ROOT), *words]
@@ -34,7 +37,7 @@ def describe_commit() -> str:
         code = [".", ":(exclude)docs", ":(exclude)*.md", ":(exclude,glob)benchmarks/**/results/**"]
         changed = git("status", "--porcelain", "-uno", "--", *code)
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-    return "unknown"
+    return os.environ.get("MG_OPS_COMMIT", "unknown")
 
 
 def describe_machine(device: str) -> dict[str, object]:

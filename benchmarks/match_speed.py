@@ -44,7 +44,9 @@ sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
 from benchmarks import baselines  # noqa: E402
-from benchmarks.cases import CASES, CODER, SWEEP, Batch, Case, make_batches  # noqa: E402
+from benchmarks.card_limits import copy_bandwidth, launch_seconds  # noqa: E402
+from benchmarks.cases import CASES, CODER, SWEEP, Batch, Case, batches_beyond_cache, make_batches  # noqa: E402
+from benchmarks.graph_replay import REPLAYS, GraphOfCalls  # noqa: E402
 from benchmarks.machine import add_output_options, describe_machine, prepare_output  # noqa: E402
 from benchmarks.objects import ImageObjects, read_objects  # noqa: E402
 
@@ -115,7 +117,7 @@ class Result:
     output_bytes: int | None = None
     memory_resolution: int = 0
     memory_note: str = ""
-    cuda: dict[str, float | int | str | None] = field(default_factory=dict)
+    cuda: dict[str, float | int | str | list[float] | None] = field(default_factory=dict)
 
     @property
     def median(self) -> float | None:
@@ -549,7 +551,7 @@ def measure_memory(
 
 
 def measure_cuda(
-    method: Method, batches: list[Batch], result: Result, floor: dict[str, float], min_bytes: int, repeats: int
+    method: Method, batches: list[Batch], result: Result, floor: dict[str, float], min_bytes: int, replays: int
 ) -> None:
     """Device time under graph replay, launches, host synchronisations, peak memory; fills result."""
     torch.cuda.synchronize()
@@ -580,19 +582,21 @@ def measure_cuda(
     launches = len(on_device)
     busy = sum(event.device_time for event in on_device) / 1e6
 
-    replay: float | None = None
+    times: list[float] = []
     reason = f"not captured: {syncs} host synchronisations" if syncs else ""
     if not method.captured:
         reason = "not captured: a call copies from host memory that it frees"
     if not reason:
         try:
-            replay = time_graph([partial(method.call, batch) for batch in batches], repeats)
+            times = GraphOfCalls([partial(method.call, batch) for batch in batches]).time(replays)
         except RuntimeError as error:
             reason = f"not captured: {str(error).splitlines()[0]}"
             torch.cuda.synchronize()
     lowest = min_bytes / floor["bytes_per_second"] + launches * floor["seconds_per_launch"]
+    replay = statistics.median(times) if times else None
     result.cuda = {
         "graph_replay_seconds": replay,
+        "graph_replay_quartiles": statistics.quantiles(times, n=4, method="inclusive") if times else None,
         "graph_replay_note": reason,
         "device_busy_seconds": busy,
         "launches": launches,
@@ -602,40 +606,9 @@ def measure_cuda(
     }
 
 
-def time_graph(calls: list[Callable[[], object]], repeats: int) -> float:
-    """Median device seconds of one call, all batches captured one after the other in a CUDA graph and replayed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    kept = []
-    with torch.cuda.graph(graph):
-        for call in calls:
-            kept.append(call())
-    graph.replay()
-    seconds = []
-    for _ in range(max(10, 4 * repeats)):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / len(calls))
-    del kept
-    return statistics.median(seconds)
-
-
 def measure_floor() -> dict[str, float]:
     """What the device does at best: bytes a second of a large copy, and seconds a dependent launch in a graph."""
-    large = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(large)
-    copy = time_graph([lambda: target.copy_(large)], 5)
-    small = torch.zeros(32, device="cuda")
-    launch = time_graph([lambda: small.add_(1.0)] * 200, 5)
-    return {"bytes_per_second": 2 * large.numel() / copy, "seconds_per_launch": launch}
+    return {"bytes_per_second": copy_bandwidth(), "seconds_per_launch": launch_seconds()}
 
 
 def least_bytes(batch: Batch, expected: mg_ops.MutualMatch) -> int:
@@ -673,10 +646,8 @@ def run_case(
         if device == "cpu":
             num_batches = min(4, math.ceil(BATCH_BYTES / predictions)) if case.objects_per_image is None else 1
         else:
-            touched = case.batch_size * len(case.make_anchors()) * 32
-            cache = torch.cuda.get_device_properties(0).L2_cache_size  # what is read again must not lie in it
-            fitting = int(0.15 * available_bytes(device) / predictions)
-            num_batches = max(1, min(16, math.ceil(4 * cache / touched), fitting))
+            cache = torch.cuda.get_device_properties(0).L2_cache_size
+            num_batches = batches_beyond_cache(case, cache, available_bytes(device))
         with thread_count(1):
             batches = make_batches(case, source, num_batches, options.seed, device)
         batch = batches[0]
@@ -754,16 +725,10 @@ def run_case(
                     results[name].memory_resolution = memory_resolution(results[name].threads)
         else:
             assert floor is not None
+            least, replays = least_bytes(batch, expected["mutual"]), 2 if options.quick else REPLAYS
             for method in runnable:
                 say(f"{method.label}: device time, launches, memory", 1)
-                measure_cuda(
-                    method,
-                    batches,
-                    results[method.name],
-                    floor,
-                    least_bytes(batch, expected["mutual"]),
-                    options.repeats,
-                )
+                measure_cuda(method, batches, results[method.name], floor, least, replays)
 
     sizes = {"B": case.batch_size, "A": len(batch.anchors), "C": case.num_classes}
     counts = [count for b in batches for count in b.counts]
@@ -1153,6 +1118,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = [name for group in options.cases for name in CASE_GROUPS[group]]
     if options.quick:
         names = [name for name in names if name in ("voc320", "coco320", "dense")] or names[:1]
+    shown = {name: value for name, value in vars(options).items() if name not in ("output", "record")}
+    content = {"machine": machine, "options": shown, "floor": floor, "cases": cases}
     for name in names:
         case = make_quick(CASES[name]) if options.quick else CASES[name]
         if source is not None and case.takes_file:
@@ -1163,13 +1130,12 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(f"[bold red]{name} failed:[/] {error}")
             return 1
         gc.collect()
+        content["verdict"] = verdict_lines(cases)
+        output.write_text(json.dumps(content, indent=1, default=str) + "\n")  # so that a later case cannot lose it
         if not name.startswith("sweep"):
             print_case(name, cases[name], console, options.device == "cuda")
     print_sweep(swept_cases(cases), console)
 
-    shown = {name: value for name, value in vars(options).items() if name not in ("output", "record")}
-    content = {"machine": machine, "options": shown, "floor": floor, "cases": cases, "verdict": verdict_lines(cases)}
-    output.write_text(json.dumps(content, indent=1, default=str) + "\n")
     console.print(f"\nwrote {output}")
     if not options.no_plot and plot_sweep(cases, machine, output.with_suffix(".png")):
         console.print(f"wrote {output.with_suffix('.png')}")

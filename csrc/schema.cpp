@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
   //   gt_offsets  (B + 1,) int64/int32 image b has the objects gt_offsets[b] to gt_offsets[b + 1]; those past the last
   //                                    offset do not count. Wrong offsets raise on the CPU and are clamped on a GPU
   //   gt_crowd    (N,) bool or None    regions to ignore
-  //   box_coder   five numbers or None what decodes pred_boxes: the weights of x, y, w and h, and the clip
+  //   box_coder   float[5] or None     what decodes pred_boxes: the weights of x, y, w and h, and the clip
   //   classification_by_regressed, localization_by_amplified   the quality that ranks each task, else the anchors' IoU
   //
   // Floating is float16, bfloat16, float32 or float64, each argument its own, any strides; arithmetic is in float32.

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import atexit
 import math
+import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from detector.augment import TrainingTransform
 from detector.data import AnnotatedImages, LoadedImage, load_image
 from detector.images import CANNOT_BE_DECODED, OTHER_PROPORTIONS, DecodedImage, Placement, decode, place_annotation
+
+MAX_SEED = 2**32 - 1
+"""torch's generator on the CPU takes 32 bits of a seed: beyond, other seeds would give the same numbers again."""
+
+
+def combine_seed(*parts: int) -> int:
+    """One seed from several numbers."""
+    seed = 0
+    for part in parts:
+        seed = seed * 1_000_003 + part
+    return seed % 2**64  # what torch takes
 
 
 def decode_all(data: AnnotatedImages) -> dict[int, DecodedImage]:
@@ -106,7 +122,7 @@ class TrainingImages(Dataset[TrainingSample]):
             reasons = "; ".join(sorted({kind for kind, _ in defects}))
             raise OSError(f"{self.data.name}: not one of {len(self.data.images)} images can be used: {reasons}")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
+            torch.manual_seed(combine_seed(self.seed, epoch, index))
             image, boxes, labels, crowd = self.transform(loaded.pixels, loaded.boxes, loaded.labels, loaded.crowd)
         return TrainingSample(image, boxes, labels, crowd, self.data.images[index].name, defects)
 
@@ -171,9 +187,14 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
             return before + math.ceil((self.total - before) / 2)
         return step * self.batch_size
 
+    def smallest_share(self) -> int:
+        """The fewest images a process gets in a step that is still to come."""
+        sizes = [self.start_of(step + 1) - self.start_of(step) for step in range(self.start_step, self.num_steps)[-2:]]
+        return min(sizes, default=self.batch_size) // self.num_processes
+
     def permutation(self, epoch: int) -> list[int]:
         """The order of an epoch."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(combine_seed(self.seed, epoch))
         return torch.randperm(self.num_images, generator=generator).tolist()
 
     def __len__(self) -> int:
@@ -239,7 +260,119 @@ class EvaluationImages(Dataset[EvaluationSample]):
 def collate_evaluation(samples: list[EvaluationSample]) -> tuple[Tensor | None, list[EvaluationSample]]:
     """-> the usable images (B, 3, S, S) uint8, if any, and every sample, now without its pixels."""
     images = [sample.image for sample in samples if sample.image is not None]
-    return (
-        torch.stack(images) if images else None,
-        [sample._replace(image=sample.image[:, :0, :0] if sample.image is not None else None) for sample in samples],
+    return torch.stack(images) if images else None, [sample._replace(image=None) for sample in samples]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers: processes that prepare batches. Whatever happens in them, the process they work for goes on or ends with it.
+
+
+class WorkerError(NamedTuple):
+    """An exception on its way from a worker."""
+
+    error: Exception
+    trace: str
+
+
+class WholeBatches(Dataset[Any]):
+    """A dataset read batch by batch; what goes wrong in a worker comes back as a WorkerError.
+
+    torch's loader would make a text of several lines of it, of a type that it cannot always make.
+    """
+
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __getitem__(self, keys: list[Any]) -> Any:
+        if get_worker_info() is None:
+            return self.collate([self.dataset[key] for key in keys])
+        try:
+            batch = self.collate([self.dataset[key] for key in keys])
+            # Here, where running out of shared memory is an error. The thread that sends the batch would do the same,
+            # but there it would be lost, and waited for without end.
+            for part in batch:
+                if isinstance(part, Tensor):
+                    part.share_memory_()
+        except Exception as error:
+            trace = traceback.format_exc()
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            return WorkerError(error, trace)
+        return batch
+
+
+def as_it_is(batch: Any) -> Any:
+    """No collating: batches come whole."""
+    return batch
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """A worker that dies of a signal meant for the whole job would keep the trainer from finishing its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+workers_of_this_process: set[multiprocessing.process.BaseProcess] = set()
+
+
+@atexit.register
+def end_workers() -> None:
+    """Ends the workers that are left when the process ends.
+
+    They are left after an error, whose traceback holds on to their loader. multiprocessing would send them SIGTERM,
+    which they ignore, and then wait for them without end.
+    """
+    alive = [worker for worker in workers_of_this_process if worker.is_alive()]
+    if alive:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the death of a worker for an error
+    for worker in alive:
+        worker.kill()
+
+
+def load_batches(
+    dataset: Dataset[Any],
+    keys: Iterable[list[Any]],
+    collate: Callable[[list[Any]], Any],
+    num_workers: int,
+    pin_memory: bool = False,
+) -> Generator[Any, None, None]:
+    """Batches of a dataset, prepared by workers. Closing the iterator ends the workers.
+
+    Args:
+        dataset: gives samples by their keys.
+        keys: the keys of each batch.
+        collate: makes a batch of samples.
+        num_workers: how many processes; 0 prepares the batches here.
+        pin_memory: whether the batches come in page-locked memory.
+
+    Raises:
+        Exception: what a worker raised, as it was raised there.
+        RuntimeError: a worker was killed.
+    """
+    before = set(multiprocessing.active_children())
+    batches = iter(
+        DataLoader(
+            WholeBatches(dataset, collate),
+            batch_size=None,
+            sampler=keys,
+            collate_fn=as_it_is,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=leave_signals_to_the_trainer,
+        )
     )
+    workers_of_this_process.update(set(multiprocessing.active_children()) - before)
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if isinstance(batch, WorkerError):
+                raise batch.error from RuntimeError(f"in a worker:\n{batch.trace}")
+            yield batch
+    finally:
+        del batches  # ends the workers
+        workers_of_this_process.difference_update(w for w in list(workers_of_this_process) if not w.is_alive())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from detector.checkpoint import load_detector
 from detector.data import AnnotatedImages, default_splits, read_data
 from detector.images import CANNOT_BE_DECODED, OTHER_PROPORTIONS
 from detector.inference import MAX_DETECTIONS, detect
+from detector.outputs import prepare_folder, write_json
+from detector.program import default_device, device_name, run_program, whole_number
 from detector.scores import format_metrics, score, to_coco_detections, to_coco_ground_truth
 
 
@@ -97,43 +98,37 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--detections", type=Path, help="COCO result file to score instead of a checkpoint")
     parser.add_argument(
         "--max-detections",
-        type=int,
+        type=whole_number(1),
         help="per image and class that count; by default 100, as COCO has it, or 300 where an image has more objects",
     )
-    parser.add_argument("--batch", type=int, default=32, help="images at once")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
+    parser.add_argument("--batch", type=whole_number(1), default=32, help="images at once")
+    parser.add_argument("--workers", type=whole_number(0), default=2, help="processes that decode images")
+    parser.add_argument("--device", type=device_name, default=default_device(), help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", type=Path, help="folder for metrics.json and detections.json")
     args = parser.parse_args(argv)
 
+    if args.out is not None:
+        prepare_folder(args.out, ("metrics.json", "detections.json"))
     if args.detections is not None:
         if args.annotations is None:
             parser.error("--detections needs --annotations")
         defects, detections = Defects(), None
-        try:
-            metrics = score(
-                read_json(args.annotations, "COCO's images, annotations and categories"),
-                read_json(args.detections, "COCO's list of results"),
-                defects,
-                max_detections=args.max_detections,
-                sources=(str(args.annotations), str(args.detections)),
-            )
-        except ValueError as error:
-            parser.error(str(error))
+        metrics = score(
+            read_json(args.annotations, "COCO's images, annotations and categories"),
+            read_json(args.detections, "COCO's list of results"),
+            defects,
+            max_detections=args.max_detections,
+            sources=(str(args.annotations), str(args.detections)),
+        )
         metrics["defects"] = defects.counts()
         if defects.found:
             print(defects.report())
     else:
         if args.checkpoint is None or args.data is None:
             parser.error("pass --checkpoint and --data, or --detections and --annotations")
-        try:
-            model, content = load_detector(args.checkpoint, args.device)
-            split = args.split or default_splits(args.data, args.format)[1]
-            data = read_data(args.data, args.format, split, content["class_names"])
-        except ValueError as error:
-            parser.error(str(error))
+        model, content = load_detector(args.checkpoint, args.device)
+        split = args.split or default_splits(args.data, args.format)[1]
+        data = read_data(args.data, args.format, split, content["class_names"])
         print(data.summary())
         known = set(data.defects.found)
         start = time.perf_counter()
@@ -149,17 +144,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if data.defects.found.keys() - known:
             print(f"met while evaluating:\n{data.defects.report(but=known)}")
         metrics["seconds"] = time.perf_counter() - start
-        metrics["checkpoint"], metrics["step"], metrics["split"] = str(args.checkpoint), content["step"], split
+        metrics["checkpoint"], metrics["step"], metrics["split"] = str(args.checkpoint), content.get("step"), split
         metrics["defects"] = data.defects.counts()
+    if args.out is not None:
+        write_json(args.out / "metrics.json", metrics, indent=1)
+        if detections is not None:
+            write_json(args.out / "detections.json", detections)
     print(format_metrics(metrics))
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        if detections is not None:
-            (args.out / "detections.json").write_text(json.dumps(detections))
         print(f"written to {args.out}")
     return metrics
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 from torchvision.ops import batched_nms
 from tqdm import tqdm
 
-from detector.batches import EvaluationImages, collate_evaluation
+from detector.batches import EvaluationImages, collate_evaluation, load_batches
 from mg_ops import BoxCoder
 
 SCORE_THRESHOLD = 0.005
@@ -69,8 +69,21 @@ def select_detections(
     return found
 
 
-@torch.no_grad()
 def detect(
+    model: nn.Module, paths: list[Path], image_size: int, device: torch.device | str, **options: Any
+) -> tuple[dict[int, Detections], dict[int, str]]:
+    """What `detect_each` gives with these arguments: the detections by index, and by index why others were left out."""
+    found: dict[int, Detections] = {}
+    left_out: dict[int, str] = {}
+    for index, result in detect_each(model, paths, image_size, device, **options):
+        if isinstance(result, Detections):
+            found[index] = result
+        else:
+            left_out[index] = result
+    return found, left_out
+
+
+def detect_each(
     model: nn.Module,
     paths: list[Path],
     image_size: int,
@@ -84,8 +97,8 @@ def detect(
     max_detections: int = MAX_DETECTIONS,
     amp: torch.dtype | None = None,
     show_progress: bool = True,
-) -> tuple[dict[int, Detections], dict[int, str]]:
-    """Runs a detector over images.
+) -> Iterator[tuple[int, Detections | str]]:
+    """Runs a detector over images, and gives the results of each batch as soon as they are there.
 
     Args:
         model: FSSD, RetinaNet or RFBNet; its mode is left as it is found.
@@ -100,39 +113,40 @@ def detect(
         amp: autocast to this type.
         show_progress: a progress bar.
 
-    Returns:
-        The detections by index of the path, on the CPU, in pixels of the image as annotated, or else of the image the
-        right way up; and by index why the other images were left out.
+    Yields:
+        The index of a path with its detections, on the CPU, in pixels of the image as annotated, or else of the image
+        the right way up; or with the reason why the image was left out.
     """
     device = torch.device(device)
     was_training = model.training
     model.eval()
-    images_to_load = EvaluationImages(paths, image_size, annotated_sizes)
-    loader = DataLoader(
-        images_to_load if indices is None else Subset(images_to_load, indices),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate_evaluation,
+    indices = list(range(len(paths))) if indices is None else indices
+    keys = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    batches = load_batches(
+        EvaluationImages(paths, image_size, annotated_sizes),
+        keys,
+        collate_evaluation,
+        num_workers,
         pin_memory=device.type == "cuda",
     )
-    found: dict[int, Detections] = {}
-    left_out: dict[int, str] = {}
-    for images, samples in tqdm(loader, "detecting", leave=False, disable=not show_progress):
-        left_out.update((sample.index, sample.notes[0]) for sample in samples if sample.image is None)
-        if images is None:
-            continue
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            cls_logits, box_deltas = model(images.to(device, non_blocking=True))
-        finite = (cls_logits.isfinite().flatten(1).all(1) & box_deltas.isfinite().flatten(1).all(1)).tolist()
-        detections = select_detections(
-            cls_logits, box_deltas, model.anchors, image_size, score_threshold, max_detections
-        )
-        usable = [sample for sample in samples if sample.image is not None]
-        for sample, of_image, is_finite in zip(usable, detections, finite, strict=True):
-            width, height = sample.placement.image
-            boxes = of_image.boxes.cpu() * torch.tensor([width / image_size, height / image_size]).repeat(2)
-            notes = sample.notes + (() if is_finite else (NOT_FINITE,))
-            boxes = sample.placement.to_annotation(boxes)
-            found[sample.index] = Detections(boxes, of_image.scores.cpu(), of_image.labels.cpu(), notes)
-    model.train(was_training)
-    return found, left_out
+    try:
+        for images, samples in tqdm(batches, "detecting", len(keys), leave=False, disable=not show_progress):
+            yield from ((sample.index, sample.notes[0]) for sample in samples if sample.placement is None)
+            if images is None:
+                continue
+            with torch.no_grad(), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                cls_logits, box_deltas = model(images.to(device, non_blocking=True))
+            finite = (cls_logits.isfinite().flatten(1).all(1) & box_deltas.isfinite().flatten(1).all(1)).tolist()
+            detections = select_detections(
+                cls_logits, box_deltas, model.anchors, image_size, score_threshold, max_detections
+            )
+            usable = [sample for sample in samples if sample.placement is not None]
+            for sample, of_image, is_finite in zip(usable, detections, finite, strict=True):
+                width, height = sample.placement.image
+                boxes = of_image.boxes.cpu() * torch.tensor([width / image_size, height / image_size]).repeat(2)
+                notes = sample.notes + (() if is_finite else (NOT_FINITE,))
+                boxes = sample.placement.to_annotation(boxes)
+                yield sample.index, Detections(boxes, of_image.scores.cpu(), of_image.labels.cpu(), notes)
+    finally:
+        batches.close()
+        model.train(was_training)

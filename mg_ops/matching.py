@@ -286,14 +286,17 @@ def mutual_match(
         if objects.padded_shape is not None:
             result = (*result[:2], *(counts.view(objects.padded_shape) for counts in result[2:]))
         return MutualMatch(*result)
-    except Exception as error:
-        failure = error
-    batch_size, device = check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
-    pack_objects(
-        gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
-    )
-    check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
-    raise failure
+    except Exception:
+        # No error is kept in a variable: its frames would hold the call's tensors in a cycle.
+        try:
+            batch_size, device = check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
+            pack_objects(
+                gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
+            )
+            check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
+        except (TypeError, ValueError) as fault:
+            raise fault from None
+        raise
 
 
 def _one_of(name: str, value: Any, other_name: str, other_value: Any) -> tuple[str, Any]:

@@ -224,6 +224,7 @@ def _are_alike(tensors: Any, kind: str, device: torch.device) -> bool:
         type(tensors) in (list, tuple)
         and {type(tensor) for tensor in tensors} <= {Tensor}
         and {tensor.dtype for tensor in tensors} <= DTYPES[kind][0]
+        and {tensor.layout for tensor in tensors} <= {torch.strided}
         and {tensor.device for tensor in tensors} <= {device}
         and all(map(is_readable, tensors))
     )

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -811,6 +813,11 @@ def test_wrong_boxes(call: Any, error: type[Exception], message: str) -> None:
             TypeError,
             rf"^gt_labels\[0\]: expected dtype {LABEL}",
         ),
+        (
+            {"gt_boxes": [torch.zeros(2, 4).to_sparse(), torch.zeros(1, 4)]},
+            TypeError,
+            r"^gt_boxes\[0\]: expected a dense tensor",
+        ),
         ({"box_coder": "ssd"}, TypeError, r"^box_coder: expected mg_ops.BoxCoder or None, got str"),
         ({"match": (1, 2)}, TypeError, r"^match: expected what mg_ops.mutual_match returned, got tuple"),
         ({"num_classes": 2.5}, TypeError, r"^num_classes: expected an integer or None, got float"),
@@ -977,3 +984,19 @@ def test_wrong_call_of_the_function(kind: str) -> None:
             mg_ops.mutual_match(arguments["anchors"])  # type: ignore[call-arg]
         else:
             mg_ops.mutual_match(**arguments, sigmas=2.0)  # type: ignore[call-arg]
+
+
+def test_an_explained_error_keeps_nothing_alive() -> None:
+    """Neither a second traceback to read, nor a cycle of frames that holds the tensors of a call that failed."""
+    arguments = {**packed(), "gt_labels": torch.zeros(2, dtype=torch.int64)}
+    alive = weakref.ref(arguments["cls_scores"])
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match=r"^gt_labels") as caught:
+            mg_ops.mutual_match(**arguments)
+        assert caught.value.__suppress_context__
+        del caught, arguments
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -168,6 +168,23 @@ def test_the_performance_page_shows_every_method_measured(path: Path) -> None:
             assert all(method["label"] in rows for method in case["methods"].values())
 
 
+def test_the_installation_page_shows_every_environment_the_wheel_is_tested_in() -> None:
+    pytest.importorskip("nox")
+    environments = runpy.run_path(str(ROOT / "noxfile.py"))["ENVIRONMENTS"]
+    hook = runpy.run_path(str(ROOT / "docs/measured_tables.py"))
+    page = hook["on_page_markdown"]((ROOT / "docs/installation.md").read_text(), None, None, None)
+    rows = re.findall(r"^\| (2\.\d+)\.\S+ \| (3\.\d+)\.\d+ \|", page, re.MULTILINE)
+    tested = [(torch, python) for torch, python in environments if torch != "newest"]
+    assert [(".".join(torch.split(".")[:2]), python) for torch, python in tested] == rows[: len(tested)]
+    assert rows[-1][1] == environments[-1][1]
+    assert len(rows) == len(environments)
+
+
+def test_the_citation_file_names_this_version() -> None:
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == mg_ops.__version__
+
+
 @pytest.mark.parametrize(
     "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/results/NOTES.md"], ids=name_of
 )
