@@ -46,7 +46,7 @@ class Image:
     cls_match: list[int]
     loc_match: list[int]
     num_pos: list[int]
-    num_total: list[int]
+    num_total: list[int] | None = None  # None: num_pos, nothing is ignored
     pred_boxes: list[Box] | None = None  # None: the anchors
     box_deltas: list[Box] | None = None  # None: zeros; in place of boxes where the case has a box coder
     cls_logits: list[list[float]] | None = None  # None: zeros
@@ -133,7 +133,7 @@ class Case:
         """cls_match (B, A), loc_match (B, A), num_pos (N,), num_total (N,) on the CPU; `slack` objects count 0."""
         shape = (len(self.images), len(self.anchors))
         num_pos = [count for image in self.images for count in image.num_pos] + [0] * slack
-        num_total = [count for image in self.images for count in image.num_total] + [0] * slack
+        num_total = [count for image in self.images for count in image.num_total or image.num_pos] + [0] * slack
         return (
             torch.tensor([image.cls_match for image in self.images], dtype=torch.int64).reshape(shape),
             torch.tensor([image.loc_match for image in self.images], dtype=torch.int64).reshape(shape),
@@ -174,7 +174,6 @@ add(
         # Amplified (p = .5 everywhere) ranks 1, 0.
         loc_match=[0, 0, NONE],
         num_pos=[2],
-        num_total=[2],
     ),
 )
 add(
@@ -182,14 +181,14 @@ add(
     'The pair (best[g], g) gets quality 1. ("At least one anchor should be assigned as positive.")',
     # q .1, below every threshold; forced to 1
     [strip(50, 60), strip(0, 1)],
-    Image(gt_boxes=[strip(0, 10)], cls_match=[BACKGROUND, 0], loc_match=[NONE, 0], num_pos=[1], num_total=[1]),
+    Image(gt_boxes=[strip(0, 10)], cls_match=[BACKGROUND, 0], loc_match=[NONE, 0], num_pos=[1]),
 )
 add(
     "forced quality beats a larger real one",
     "The pair (best[g], g) gets quality 1; owner[a] = the object with the largest quality for a",
     # object 0: .8 and 1; object 1: 4/8 = .5 and 4/10 = .4. best = [anchor 1, anchor 0]; (0, 1) becomes 1 > .8.
     [strip(0, 8), strip(0, 10)],
-    Image(gt_boxes=[strip(0, 10), strip(0, 4)], cls_match=[1, 0], loc_match=[1, 0], num_pos=[1, 1], num_total=[1, 1]),
+    Image(gt_boxes=[strip(0, 10), strip(0, 4)], cls_match=[1, 0], loc_match=[1, 0], num_pos=[1, 1]),
 )
 add(
     "both forced bests on one anchor",
@@ -197,13 +196,7 @@ add(
     # Anchor 0 is the best of both: object 0 with 8/12, object 1 with 1. Both become 1: a tie, object 0 wins.
     # Object 1 is stolen empty: it owns no anchor, its counts are still at least 1.
     [strip(2, 12), strip(100, 110)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(2, 12)],
-        cls_match=[0, BACKGROUND],
-        loc_match=[0, NONE],
-        num_pos=[1, 1],
-        num_total=[1, 1],
-    ),
+    Image(gt_boxes=[strip(0, 10), strip(2, 12)], cls_match=[0, BACKGROUND], loc_match=[0, NONE], num_pos=[1, 1]),
 )
 add(
     "a perfect overlap ties with a forced one",
@@ -211,8 +204,8 @@ add(
     # First image: the anchor is object 1 exactly (IoU 1); object 0 (.5) has no other anchor: forced to 1, tie, object
     # 0. Second image: the same two objects in the other order.
     [strip(0, 10)],
-    Image(gt_boxes=[strip(0, 5), strip(0, 10)], cls_match=[0], loc_match=[0], num_pos=[1, 1], num_total=[1, 1]),
-    Image(gt_boxes=[strip(0, 10), strip(0, 5)], cls_match=[0], loc_match=[0], num_pos=[1, 1], num_total=[1, 1]),
+    Image(gt_boxes=[strip(0, 5), strip(0, 10)], cls_match=[0], loc_match=[0], num_pos=[1, 1]),
+    Image(gt_boxes=[strip(0, 10), strip(0, 5)], cls_match=[0], loc_match=[0], num_pos=[1, 1]),
 )
 add(
     "equal anchors: the lowest is best",
@@ -238,7 +231,6 @@ add(
         cls_match=[BACKGROUND, 0, BACKGROUND],
         loc_match=[0, NONE, NONE],
         num_pos=[1],
-        num_total=[1],
     ),
 )
 add(
@@ -252,7 +244,6 @@ add(
         cls_match=[BACKGROUND, 0, BACKGROUND],
         loc_match=[NONE, 0, NONE],
         num_pos=[1],
-        num_total=[1],
     ),
 )
 add(
@@ -260,13 +251,7 @@ add(
     "owner[a] = the object with the largest quality for a; lowest object index on ties",
     # Two objects on one place: both bests are anchor 0, and .8 against .8 for anchor 1. Object 1 owns nothing.
     [strip(0, 10), strip(0, 8)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(0, 10)],
-        cls_match=[0, 0],
-        loc_match=[0, 0],
-        num_pos=[2, 1],
-        num_total=[2, 1],
-    ),
+    Image(gt_boxes=[strip(0, 10), strip(0, 10)], cls_match=[0, 0], loc_match=[0, 0], num_pos=[2, 1]),
 )
 add(
     "an anchor half way between two objects",
@@ -274,13 +259,7 @@ add(
     # Anchors 0 and 1 are the objects themselves. Anchor 2 = [3, 13] against [0, 10] and [6, 16]: 7/13 both. Object 0
     # owns it: n_pos 2 and 1.
     [strip(0, 10), strip(6, 16), strip(3, 13)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(6, 16)],
-        cls_match=[0, 1, 0],
-        loc_match=[0, 1, 0],
-        num_pos=[2, 1],
-        num_total=[2, 1],
-    ),
+    Image(gt_boxes=[strip(0, 10), strip(6, 16)], cls_match=[0, 1, 0], loc_match=[0, 1, 0], num_pos=[2, 1]),
 )
 add(
     "an anchor competes for its owner only",
@@ -288,13 +267,7 @@ add(
     # Anchor 2 = [1, 11]: 9/11 with object 0, 7/13 with object 1. Object 0 owns it, and it does not count for object 1,
     # though 7/13 >= .5: n_pos 2 and 1.
     [strip(0, 10), strip(4, 14), strip(1, 11)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(4, 14)],
-        cls_match=[0, 1, 0],
-        loc_match=[0, 1, 0],
-        num_pos=[2, 1],
-        num_total=[2, 1],
-    ),
+    Image(gt_boxes=[strip(0, 10), strip(4, 14)], cls_match=[0, 1, 0], loc_match=[0, 1, 0], num_pos=[2, 1]),
 )
 add(
     "no regressed box touches the object",
@@ -308,7 +281,6 @@ add(
         cls_match=[BACKGROUND, 0, BACKGROUND],
         loc_match=[0, 0, 0],
         num_pos=[3],
-        num_total=[3],
     ),
 )
 add(
@@ -323,7 +295,6 @@ add(
         cls_match=[0, 1],
         loc_match=[0, 1],
         num_pos=[1, 1],
-        num_total=[1, 1],
     ),
     # The objects swapped: now object 0 is the one at [20, 30] and takes anchor 0 (1 against 1); the other is left
     # empty. Anchor 1 (.8) is object 0's second, past n_total = 1.
@@ -333,7 +304,6 @@ add(
         cls_match=[0, BACKGROUND],
         loc_match=[1, 0],
         num_pos=[1, 1],
-        num_total=[1, 1],
     ),
 )
 
@@ -371,13 +341,7 @@ add(
     "equal thresholds ignore nothing",
     "the next n_total - n_pos are ignored",
     [strip(0, 10), strip(0, 5), strip(0, 4.9), strip(0, 4)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        cls_match=[0, 0, BACKGROUND, BACKGROUND],
-        loc_match=[0, 0, NONE, NONE],
-        num_pos=[2],
-        num_total=[2],
-    ),
+    Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0, BACKGROUND, BACKGROUND], loc_match=[0, 0, NONE, NONE], num_pos=[2]),
     options={"iou_positive": 0.5, "iou_ignored": 0.5},
 )
 add(
@@ -385,13 +349,7 @@ add(
     "thresholds in (0, 1]",
     [strip(0, 10), strip(0, 1), strip(9.5, 20), strip(10, 20)],
     # 1, .1, .5/20 = .025, and a shared edge: 0
-    Image(
-        gt_boxes=[strip(0, 10)],
-        cls_match=[0, 0, 0, BACKGROUND],
-        loc_match=[0, 0, 0, NONE],
-        num_pos=[3],
-        num_total=[3],
-    ),
+    Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0, 0, BACKGROUND], loc_match=[0, 0, 0, NONE], num_pos=[3]),
     options={"iou_positive": 1e-6, "iou_ignored": 1e-6},
 )
 add(
@@ -400,13 +358,7 @@ add(
     # Object 1 loses its best, anchor 0 (9/11 for both, object 0 wins), and keeps anchor 1: [8, 12] in [2, 12] is .4,
     # below .5. Counts 1 and 1. Its one positive is the best anchor it still owns. (2/12 of anchor 1 with object 0.)
     [strip(1, 11), strip(8, 12)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(2, 12)],
-        cls_match=[0, 1],
-        loc_match=[0, 1],
-        num_pos=[1, 1],
-        num_total=[1, 1],
-    ),
+    Image(gt_boxes=[strip(0, 10), strip(2, 12)], cls_match=[0, 1], loc_match=[0, 1], num_pos=[1, 1]),
 )
 add(
     "one positive, and the rest of what is left ignored",
@@ -466,7 +418,6 @@ add(
         cls_match=[BACKGROUND, 0, BACKGROUND],
         loc_match=[0, 0, 0],
         num_pos=[3],
-        num_total=[3],
     ),
 )
 add(
@@ -541,7 +492,6 @@ add(
         cls_match=[0, 1, 0],
         loc_match=[0, 1, NONE],
         num_pos=[2, 1],
-        num_total=[2, 1],
     ),
     num_classes=2,
 )
@@ -557,7 +507,6 @@ add(
         cls_match=[BACKGROUND, 0],
         loc_match=[NONE, 0],
         num_pos=[1, 1],
-        num_total=[1, 1],
     ),
 )
 for sigma, loc_match in (
@@ -636,7 +585,6 @@ add(
         cls_match=[0, 0, BACKGROUND],
         loc_match=[NONE, 0, 0],
         num_pos=[2],
-        num_total=[2],
     ),
     options={"box_coder": DEFAULT_CODER},
 )
@@ -653,7 +601,6 @@ add(
         cls_match=[BACKGROUND, BACKGROUND, 0],
         loc_match=[0, NONE, NONE],
         num_pos=[1],
-        num_total=[1],
     ),
     Image(
         gt_boxes=[strip(0, 10)],
@@ -661,7 +608,6 @@ add(
         cls_match=[BACKGROUND, 0, BACKGROUND],
         loc_match=[0, NONE, NONE],
         num_pos=[1],
-        num_total=[1],
     ),
     options={"box_coder": DEFAULT_CODER},
 )
@@ -678,7 +624,6 @@ add(
         cls_match=[0, BACKGROUND, BACKGROUND],
         loc_match=[NONE, NONE, 0],
         num_pos=[1],
-        num_total=[1],
     ),
     options={"box_coder": mg_ops.BoxCoder(weights=(1.0, 1.0, 1.0, 1.0), clip=0.0)},
 )
@@ -694,7 +639,6 @@ add(
         cls_match=[BACKGROUND, BACKGROUND, BACKGROUND, 0],
         loc_match=[0, 0, 0, 0],
         num_pos=[4],
-        num_total=[4],
     ),
     options={"box_coder": mg_ops.BoxCoder(weights=(10.0, 10.0, 5.0, 5.0), clip=INF)},
 )
@@ -702,7 +646,7 @@ add(
     "deltas of an invalid anchor",
     "A non-finite anchor: quality 0 with everything (decoded from it, so is the box)",
     [(0, 0, NAN, 1), strip(0, 6)],
-    Image(gt_boxes=[strip(0, 10)], cls_match=[BACKGROUND, 0], loc_match=[NONE, 0], num_pos=[1], num_total=[1]),
+    Image(gt_boxes=[strip(0, 10)], cls_match=[BACKGROUND, 0], loc_match=[NONE, 0], num_pos=[1]),
     options={"box_coder": DEFAULT_CODER},
 )
 
@@ -716,15 +660,7 @@ add(
     # counts. The object [100, 110] has index 1: the crowds keep their places in the list.
     # Anchor 4 is the object's positive and anchor 5 (.45) ignored for it; the second crowd covers both and changes
     # nothing; anchor 6 ([108, 118]: 2/18 of the object, 7/10 of the crowd [95, 115]) becomes ignored.
-    [
-        strip(0, 4),
-        strip(5, 15),
-        strip(6, 16),
-        strip(40, 50),
-        strip(100, 110),
-        strip(100, 104.5),
-        strip(108, 118),
-    ],
+    [strip(0, 4), strip(5, 15), strip(6, 16), strip(40, 50), strip(100, 110), strip(100, 104.5), strip(108, 118)],
     Image(
         gt_boxes=[strip(0, 10), strip(100, 110), strip(95, 115)],
         gt_crowd=[True, False, True],
@@ -746,7 +682,6 @@ add(
         cls_match=[1, BACKGROUND],
         loc_match=[1, NONE],
         num_pos=[0, 1],
-        num_total=[0, 1],
     ),
 )
 add(
@@ -754,12 +689,7 @@ add(
     "A crowd region takes no part above.",
     [strip(0, 10), strip(20, 30)],
     Image(
-        gt_boxes=[strip(0, 10)],
-        gt_crowd=[True],
-        cls_match=[IGNORED, BACKGROUND],
-        loc_match=[NONE, NONE],
-        num_pos=[0],
-        num_total=[0],
+        gt_boxes=[strip(0, 10)], gt_crowd=[True], cls_match=[IGNORED, BACKGROUND], loc_match=[NONE, NONE], num_pos=[0]
     ),
 )
 add(
@@ -776,7 +706,6 @@ add(
         cls_match=[IGNORED, IGNORED, BACKGROUND, IGNORED, BACKGROUND],
         loc_match=[NONE] * 5,
         num_pos=[0, 0],
-        num_total=[0, 0],
     ),
     options={"crowd_overlap": 0.25},
 )
@@ -785,12 +714,7 @@ add(
     "crowd_overlap in (0, 1]",
     [strip(0, 10), strip(0, 10.5)],
     Image(
-        gt_boxes=[strip(0, 10)],
-        gt_crowd=[True],
-        cls_match=[IGNORED, BACKGROUND],
-        loc_match=[NONE, NONE],
-        num_pos=[0],
-        num_total=[0],
+        gt_boxes=[strip(0, 10)], gt_crowd=[True], cls_match=[IGNORED, BACKGROUND], loc_match=[NONE, NONE], num_pos=[0]
     ),
     options={"crowd_overlap": 1.0},
 )
@@ -804,7 +728,6 @@ add(
         cls_match=[4, 4],
         loc_match=[4, 4],
         num_pos=[0, 0, 0, 0, 2],
-        num_total=[0, 0, 0, 0, 2],
     ),
     Image(
         gt_boxes=[(NAN, 0, 10, 1), (-INF, 0, INF, 1), (10, 0, 0, 1), (0, 0, 10, 0)],
@@ -812,7 +735,6 @@ add(
         cls_match=[BACKGROUND, BACKGROUND],
         loc_match=[NONE, NONE],
         num_pos=[0] * 4,
-        num_total=[0] * 4,
     ),
 )
 
@@ -853,20 +775,13 @@ for bad_name, bad in BAD_OBJECTS.items():
                 cls_match=[first, first, second, second, BACKGROUND],
                 loc_match=[first, first, second, second, NONE],
                 num_pos=counts,
-                num_total=counts,
             ),
         )
     add(
         f"bad object, {bad_name}, alone",
         "takes no part, counts 0",
         [strip(0, 10), strip(23, 30)],
-        Image(
-            gt_boxes=[bad],
-            cls_match=[BACKGROUND, BACKGROUND],
-            loc_match=[NONE, NONE],
-            num_pos=[0],
-            num_total=[0],
-        ),
+        Image(gt_boxes=[bad], cls_match=[BACKGROUND, BACKGROUND], loc_match=[NONE, NONE], num_pos=[0]),
     )
 add(
     "an object out of the anchors' reach stays out, whatever the regressed boxes",
@@ -879,7 +794,6 @@ add(
         cls_match=[BACKGROUND],
         loc_match=[NONE],
         num_pos=[0],
-        num_total=[0],
     ),
 )
 add(
@@ -901,7 +815,6 @@ add(
         cls_match=[BACKGROUND] * 6 + [0],
         loc_match=[0] * 7,
         num_pos=[7],
-        num_total=[7],
     ),
     # All invalid: the best of q_anchor, anchor 0.
     Image(
@@ -910,7 +823,6 @@ add(
         cls_match=[0] + [BACKGROUND] * 6,
         loc_match=[0] * 7,
         num_pos=[7],
-        num_total=[7],
     ),
 )
 for bad_name, bad in (
@@ -931,7 +843,6 @@ for bad_name, bad in (
             cls_match=[0, BACKGROUND],
             loc_match=[NONE, 0],
             num_pos=[1],
-            num_total=[1],
         ),
     )
     add(
@@ -944,7 +855,6 @@ for bad_name, bad in (
             cls_match=[BACKGROUND, IGNORED],
             loc_match=[NONE, NONE],
             num_pos=[0],
-            num_total=[0],
         ),
     )
 add(
@@ -1026,39 +936,39 @@ add(
     "no class at all",
     "A label outside [0, C): p = 0 (C = 0)",
     [strip(0, 7), strip(0, 6)],
-    Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0], loc_match=[0, 0], num_pos=[2], num_total=[2]),
+    Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0], loc_match=[0, 0], num_pos=[2]),
     num_classes=0,
 )
 add(
     "no object",
     "An image without objects: all background, no positive.",
     [strip(0, 10), strip(0, 6)],
-    Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[], num_total=[]),
+    Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[]),
 )
 add(
     "an image without objects between others",
     "An image without objects: all background, no positive.",
     [strip(0, 10), strip(0, 6)],
-    Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0], loc_match=[0, 0], num_pos=[2], num_total=[2]),
-    Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[], num_total=[]),
+    Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0], loc_match=[0, 0], num_pos=[2]),
+    Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[]),
     # [0, 6] is object 1; object 0 = [8, 10] overlaps anchor 0 only (.2), its best: anchor 0 is forced on it.
-    Image(gt_boxes=[strip(8, 10), strip(0, 6)], cls_match=[0, 1], loc_match=[0, 1], num_pos=[1, 1], num_total=[1, 1]),
-    Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[], num_total=[]),
+    Image(gt_boxes=[strip(8, 10), strip(0, 6)], cls_match=[0, 1], loc_match=[0, 1], num_pos=[1, 1]),
+    Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[]),
 )
 add("no image", "B = 0 is ordinary", [strip(0, 10)])
 add(
     "no anchor",
     "A = 0 is ordinary: no anchor overlaps the objects",
     [],
-    Image(gt_boxes=[strip(0, 10), strip(0, 5)], cls_match=[], loc_match=[], num_pos=[0, 0], num_total=[0, 0]),
-    Image(gt_boxes=[], cls_match=[], loc_match=[], num_pos=[], num_total=[]),
+    Image(gt_boxes=[strip(0, 10), strip(0, 5)], cls_match=[], loc_match=[], num_pos=[0, 0]),
+    Image(gt_boxes=[], cls_match=[], loc_match=[], num_pos=[]),
 )
 add("no anchor and no image", "A = 0, B = 0 are ordinary", [])
 add(
     "no anchor, no object, no class",
     "A = 0, N = 0 are ordinary",
     [],
-    Image(gt_boxes=[], cls_match=[], loc_match=[], num_pos=[], num_total=[]),
+    Image(gt_boxes=[], cls_match=[], loc_match=[], num_pos=[]),
     num_classes=0,
 )
 
@@ -1085,7 +995,6 @@ add(
         cls_match=[0, BACKGROUND],
         loc_match=[0, NONE],
         num_pos=[1],
-        num_total=[1],
     ),
 )
 add(
@@ -1100,7 +1009,6 @@ add(
         cls_match=[BACKGROUND] * 3,
         loc_match=[NONE] * 3,
         num_pos=[0],
-        num_total=[0],
     ),
     Image(
         gt_boxes=[(0, 0, 1e-22, 1e-22)],
@@ -1109,7 +1017,6 @@ add(
         cls_match=[0, BACKGROUND, BACKGROUND],
         loc_match=[NONE, NONE, 0],
         num_pos=[1],
-        num_total=[1],
     ),
 )
 add(
@@ -1117,24 +1024,12 @@ add(
     "any one unit (pixels, or fractions of the image)",
     # .25/.5 = .5, .5/.5 = 1 of the object; powers of two, so that the fractions are exact
     [(0.25, 0.25, 0.5, 0.75), (0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.25, 0.25)],
-    Image(
-        gt_boxes=[(0.25, 0.25, 0.75, 0.75)],
-        cls_match=[0, 0, BACKGROUND],
-        loc_match=[0, 0, NONE],
-        num_pos=[2],
-        num_total=[2],
-    ),
+    Image(gt_boxes=[(0.25, 0.25, 0.75, 0.75)], cls_match=[0, 0, BACKGROUND], loc_match=[0, 0, NONE], num_pos=[2]),
 )
 add(
     "negative coordinates",
     "boxes lie anywhere",
     [strip(-10, 0), strip(-5, 5), strip(0, 10)],
     # [-10, 0] is the object; [-5, 5]: 5/15; [0, 10] touches it
-    Image(
-        gt_boxes=[strip(-10, 0)],
-        cls_match=[0, BACKGROUND, BACKGROUND],
-        loc_match=[0, NONE, NONE],
-        num_pos=[1],
-        num_total=[1],
-    ),
+    Image(gt_boxes=[strip(-10, 0)], cls_match=[0, BACKGROUND, BACKGROUND], loc_match=[0, NONE, NONE], num_pos=[1]),
 )

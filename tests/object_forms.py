@@ -68,6 +68,11 @@ def in_form(
     return padded, is_object
 
 
+def known_or_beyond(labels: Sequence[Tensor]) -> list[Tensor]:
+    """Negative labels, which mean padding in some forms, as another unknown one."""
+    return [torch.where(of_image < 0, 2**31 - 1, of_image) for of_image in labels]
+
+
 def of_padded(match: mg_ops.MutualMatch, is_object: Tensor) -> mg_ops.MutualMatch:
     """A match of objects in lists, as it must be where they are padded: indices are positions in the padded row."""
 

@@ -10,11 +10,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from comparison import assert_same
 from conftest import Target, fuzz_cases, usable_targets
+from detector_batches import WORST, detector_batch, worst_batch
 from hypothesis import given, settings
 from random_batches import random_batch, to_device
 from small_batches import small_batches
@@ -88,30 +88,6 @@ def test_small_batches(compiled_target: Target, arguments: dict[str, Any]) -> No
 # Threads
 
 
-def detector_batch(batch_size: int, num_anchors: int, num_objects: int, seed: int = 0) -> dict[str, Any]:
-    """A batch of the usual kind, large enough to be shared among threads."""
-    random = np.random.default_rng(seed)
-    center = random.random((num_anchors, 2)) * 300
-    size = np.exp(random.normal(3.5, 0.7, (num_anchors, 2)))
-    anchors = np.concatenate([center - size / 2, center + size / 2], axis=1).astype(np.float32)
-    gt_boxes, gt_labels = [], []
-    for _ in range(batch_size):
-        center = random.random((num_objects, 2)) * 300
-        size = np.exp(random.normal(3.5, 0.7, (num_objects, 2)))
-        gt_boxes.append(
-            torch.from_numpy(np.concatenate([center - size / 2, center + size / 2], axis=1).astype(np.float32))
-        )
-        gt_labels.append(torch.from_numpy(random.integers(0, 5, num_objects)))
-    return {
-        "anchors": torch.from_numpy(anchors),
-        "box_deltas": torch.from_numpy((0.3 * random.standard_normal((batch_size, num_anchors, 4))).astype(np.float32)),
-        "cls_logits": torch.from_numpy(random.normal(-2, 2, (batch_size, num_anchors, 5)).astype(np.float32)),
-        "gt_boxes": gt_boxes,
-        "gt_labels": gt_labels,
-        "box_coder": mg_ops.BoxCoder(),
-    }
-
-
 @pytest.fixture
 def thread_count() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -140,7 +116,7 @@ def test_calls_from_several_threads_at_once(compiled_target: Target) -> None:
     """Nothing is shared between calls: data loaders and servers may match in parallel."""
     from concurrent.futures import ThreadPoolExecutor
 
-    batches = [detector_batch(2, 1000 + 7 * seed, 5, seed) for seed in range(8)]
+    batches = [detector_batch(2, 1000 + 7 * seed, 5, seed=seed) for seed in range(8)]
     references = [mg_ops.mutual_match(**batch, backend="eager") for batch in batches]
 
     def match(batch: dict[str, Any]) -> mg_ops.MutualMatch:
@@ -156,24 +132,11 @@ def test_many_objects(compiled_target: Target, num_objects: int) -> None:
     assert_equals_reference(detector_batch(1, 2000, num_objects), compiled_target, f"{num_objects} objects")
 
 
-@pytest.mark.parametrize("kind", ["all one box", "all scores equal", "one object over all", "every object over all"])
+@pytest.mark.parametrize("kind", WORST)
 def test_worst_cases_of_ranking(compiled_target: Target, kind: str) -> None:
     """When thousands of anchors compete for one object, and when all of them tie."""
-    arguments = detector_batch(2, 5000, 6)
-    del arguments["box_coder"], arguments["box_deltas"]
-    arguments["pred_boxes"] = arguments["anchors"].expand(2, -1, -1)
-    if kind == "all one box":
-        arguments["anchors"] = arguments["anchors"][:1].expand(5000, 4)
-        arguments["gt_boxes"] = [arguments["anchors"][:1].expand(6, 4)] * 2
-    elif kind == "all scores equal":
-        arguments["cls_logits"] = torch.zeros(1, 1, 1).expand(2, 5000, 5)
-    else:
-        whole = torch.tensor([[-500.0, -500.0, 900.0, 900.0]])
-        covered = slice(0, 1) if kind == "one object over all" else slice(0, 6)
-        for boxes in arguments["gt_boxes"]:
-            boxes[covered] = whole
     for iou_positive in (0.5, 1e-6):  # few positives, and nearly all of them
-        arguments |= {"iou_positive": iou_positive, "iou_ignored": iou_positive / 2}
+        arguments = worst_batch(kind, 5000) | {"iou_positive": iou_positive, "iou_ignored": iou_positive / 2}
         assert_equals_reference(arguments, compiled_target, kind)
 
 

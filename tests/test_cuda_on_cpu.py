@@ -17,6 +17,7 @@ import pytest
 import torch
 from comparison import assert_same
 from conftest import fuzz_cases
+from detector_batches import WORST, detector_batch, worst_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import operator_arguments
@@ -104,25 +105,6 @@ def test_small_batches(small_blocks: cuda_on_cpu.Emulator, arguments: dict[str, 
     assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), str(arguments))
 
 
-def detector_batch(batch_size: int, num_anchors: int, num_objects: int, seed: int = 0) -> dict[str, Any]:
-    """A batch of the usual kind: boxes of a few sizes all over an image, predictions around them."""
-    random = torch.Generator().manual_seed(seed)
-
-    def boxes(count: int) -> torch.Tensor:
-        center = 300 * torch.rand(count, 2, generator=random)
-        size = torch.exp(3.5 + 0.7 * torch.randn(count, 2, generator=random))
-        return torch.cat([center - size / 2, center + size / 2], dim=1)
-
-    return {
-        "anchors": boxes(num_anchors),
-        "box_deltas": 0.3 * torch.randn(batch_size, num_anchors, 4, generator=random),
-        "cls_logits": 2 * torch.randn(batch_size, num_anchors, 5, generator=random) - 2,
-        "gt_boxes": [boxes(num_objects) for _ in range(batch_size)],
-        "gt_labels": [torch.randint(0, 5, (num_objects,), generator=random) for _ in range(batch_size)],
-        "box_coder": mg_ops.BoxCoder(),
-    }
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_the_order_of_threads_does_not_matter(small_blocks: cuda_on_cpu.Emulator, seed: int) -> None:
     """Many objects compete for few anchors, so that every block adds to every list."""
@@ -132,22 +114,10 @@ def test_the_order_of_threads_does_not_matter(small_blocks: cuda_on_cpu.Emulator
 
 
 @pytest.mark.parametrize("iou_positive", [0.5, 1e-6], ids=["few positives", "nearly all positive"])
-@pytest.mark.parametrize("kind", ["all one box", "all scores equal", "one object over all", "every object over all"])
+@pytest.mark.parametrize("kind", WORST)
 def test_worst_cases_of_ranking(emulator: cuda_on_cpu.Emulator, kind: str, iou_positive: float) -> None:
     """When hundreds of anchors compete for one object, and when all of them tie."""
-    arguments = detector_batch(2, 500, 6)
-    del arguments["box_coder"], arguments["box_deltas"]
-    arguments["pred_boxes"] = arguments["anchors"].expand(2, -1, -1)
-    if kind == "all one box":
-        arguments["anchors"] = arguments["anchors"][:1].expand(500, 4)
-        arguments["gt_boxes"] = [arguments["anchors"][:1].expand(6, 4)] * 2
-    elif kind == "all scores equal":
-        arguments["cls_logits"] = torch.zeros(1, 1, 1).expand(2, 500, 5)
-    else:
-        whole = torch.tensor([[-500.0, -500.0, 900.0, 900.0]])
-        for boxes in arguments["gt_boxes"]:
-            boxes[: 1 if kind == "one object over all" else 6] = whole
-    arguments |= {"iou_positive": iou_positive, "iou_ignored": iou_positive / 2}
+    arguments = worst_batch(kind, 500) | {"iou_positive": iou_positive, "iou_ignored": iou_positive / 2}
     match = emulator.mutual_match(**arguments, seed=3)
     assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), kind)
 

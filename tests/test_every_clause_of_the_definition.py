@@ -6,21 +6,26 @@ import pytest
 from cases import CASES, Case
 from comparison import assert_same
 from conftest import Target
+from object_forms import FORMS, in_form, known_or_beyond, of_padded
 
 import mg_ops
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 class TestCase:
-    def test_listed(self, case: Case, target: Target) -> None:
-        match = mg_ops.mutual_match(**case.arguments(target.device), backend=target.backend)
-        assert_same(match, case.expected(), case.clause)
+    @pytest.mark.parametrize("form", FORMS)
+    def test_in_every_form(self, case: Case, target: Target, form: str) -> None:
+        arguments = case.arguments(target.device)
+        boxes, labels, crowd = (arguments.pop(name, None) for name in ("gt_boxes", "gt_labels", "gt_crowd"))
+        objects, is_object = in_form(form, boxes, known_or_beyond(labels), crowd)
+        found = mg_ops.mutual_match(**arguments, **objects, backend=target.backend)
+        expected = mg_ops.MutualMatch(*(value.to(target.device) for value in case.expected()))
+        assert_same(found, expected if is_object is None else of_padded(expected, is_object), case.clause)
 
-    @pytest.mark.parametrize("slack", [0, 3])
-    def test_packed(self, case: Case, target: Target, slack: int) -> None:
-        """Objects past gt_offsets[B] do not count."""
-        match = mg_ops.mutual_match(**case.arguments(target.device, packed=True, slack=slack), backend=target.backend)
-        assert_same(match, case.expected(slack), case.clause)
+    def test_packed_with_slack(self, case: Case, target: Target) -> None:
+        """Objects past gt_offsets[B] do not count, and labels are as the case has them."""
+        match = mg_ops.mutual_match(**case.arguments(target.device, packed=True, slack=3), backend=target.backend)
+        assert_same(match, case.expected(slack=3), case.clause)
 
     def test_in_float64(self, case: Case, target: Target) -> None:
         """Every number of the cases comes from float32, so a wider dtype changes nothing."""

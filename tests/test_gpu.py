@@ -12,6 +12,7 @@ import torch
 from cases import CASES, Case
 from comparison import assert_same
 from conftest import fuzz_cases
+from detector_batches import WORST, detector_batch, worst_batch
 from operators import operator_arguments
 from random_batches import random_batch
 from torch import Tensor
@@ -45,28 +46,9 @@ def to_gpu(value: Any) -> Any:
     return torch.as_strided(memory, value.shape, value.stride(), value.storage_offset())
 
 
-def detector_batch(
-    batch_size: int, num_anchors: int, num_objects: int, num_classes: int = 20, seed: int = 0
-) -> dict[str, Any]:
-    """A batch of the usual kind on the CPU, packed: neighbouring anchors are neighbours, objects of all sizes."""
-    random = torch.Generator().manual_seed(seed)
-
-    def boxes(center: Tensor) -> Tensor:
-        size = torch.exp(3.5 + 0.7 * torch.randn(len(center), 2, generator=random))
-        return torch.cat([center - size / 2, center + size / 2], dim=1)
-
-    place = torch.arange(num_anchors) * (600.0 / max(1, num_anchors))
-    anchor_center = torch.stack([(place * 20) % 600, place], dim=1)
-    counts = [num_objects] * batch_size
-    return {
-        "anchors": boxes(anchor_center),
-        "box_deltas": 0.5 * torch.randn(batch_size, num_anchors, 4, generator=random),
-        "cls_logits": 2 * torch.randn(batch_size, num_anchors, num_classes, generator=random) - 2,
-        "gt_boxes": boxes(600 * torch.rand(sum(counts), 2, generator=random)),
-        "gt_labels": torch.randint(0, num_classes, (sum(counts),), generator=random),
-        "gt_offsets": torch.tensor([0, *counts]).cumsum(0),
-        "box_coder": mg_ops.BoxCoder(),
-    }
+def packed_batch(*sizes: int, **options: int) -> dict[str, Any]:
+    """A detector's batch on the CPU, packed."""
+    return detector_batch(*sizes, **{"num_classes": 20, **options}, packed=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +57,7 @@ def detector_batch(
 
 def test_the_cuda_backend_is_usable_and_the_default() -> None:
     assert mg_ops.backends()["cuda"].usable, mg_ops.backends()["cuda"].detail
-    arguments = to_gpu(detector_batch(1, 50, 2))
+    arguments = to_gpu(packed_batch(1, 50, 2))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         mg_ops.mutual_match(**arguments)
     assert "mg_ops::mutual_match" in {event.name for event in profile.events()}
@@ -105,7 +87,7 @@ def test_random_batches(part: int, backend: str) -> None:
     [(32, 12750, 7), (2, 201600, 30), (1, 120000, 500), (1, 30000, 5000), (100, 300, 20), (3, 70000, 1)],
 )
 def test_realistic_sizes(backend: str, batch_size: int, num_anchors: int, num_objects: int) -> None:
-    arguments = detector_batch(batch_size, num_anchors, num_objects, num_classes=4)
+    arguments = packed_batch(batch_size, num_anchors, num_objects, num_classes=4)
     expected = mg_ops.mutual_match(**arguments, backend="cpp")
     assert_same(
         mg_ops.mutual_match(**to_gpu(arguments), backend=backend), expected, (batch_size, num_anchors, num_objects)
@@ -113,28 +95,17 @@ def test_realistic_sizes(backend: str, batch_size: int, num_anchors: int, num_ob
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("kind", ["all one box", "all scores equal", "one object over all", "garbage predictions"])
+@pytest.mark.parametrize("kind", WORST)
 def test_worst_cases_of_ranking(backend: str, kind: str) -> None:
-    arguments = detector_batch(2, 40000, 6)
-    if kind == "all one box":
-        arguments["anchors"] = arguments["anchors"][:1].expand(40000, 4)
-        arguments["gt_boxes"] = arguments["anchors"][:1].expand(12, 4)
-    elif kind == "all scores equal":
-        arguments["cls_logits"] = torch.zeros(1, 1, 1).expand(2, 40000, 20)
-    elif kind == "one object over all":
-        arguments["gt_boxes"][0] = arguments["gt_boxes"][6] = torch.tensor([-500.0, -500.0, 1200.0, 1200.0])
-    else:
-        bits = torch.randint(-(2**31), 2**31, (2, 40000, 4), generator=torch.Generator().manual_seed(1))
-        arguments["box_deltas"] = bits.to(torch.int32).view(torch.float32)
     for iou_positive in (0.5, 1e-6):
-        options = {"iou_positive": iou_positive, "iou_ignored": iou_positive / 2, "backend": backend}
-        expected = mg_ops.mutual_match(**arguments, **{**options, "backend": "cpp"})
-        assert_same(mg_ops.mutual_match(**to_gpu(arguments), **options), expected, kind)
+        arguments = worst_batch(kind, 40000) | {"iou_positive": iou_positive, "iou_ignored": iou_positive / 2}
+        expected = mg_ops.mutual_match(**arguments, backend="cpp")
+        assert_same(mg_ops.mutual_match(**to_gpu(arguments), backend=backend), expected, kind)
 
 
 @pytest.mark.parametrize("backend", COMPILED)
 def test_every_run_gives_the_same(backend: str) -> None:
-    arguments = to_gpu(detector_batch(8, 12750, 20))
+    arguments = to_gpu(packed_batch(8, 12750, 20))
     first = mg_ops.mutual_match(**arguments, backend=backend)
     for _ in range(30):
         assert_same(mg_ops.mutual_match(**arguments, backend=backend), first, "another run")
@@ -142,7 +113,7 @@ def test_every_run_gives_the_same(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", COMPILED)
 def test_deterministic_mode_and_autocast_change_nothing(backend: str) -> None:
-    arguments = detector_batch(2, 3000, 6)
+    arguments = packed_batch(2, 3000, 6)
     expected = mg_ops.mutual_match(**arguments, backend="eager")
     torch.use_deterministic_algorithms(True)
     try:
@@ -161,7 +132,7 @@ def test_short_selection() -> None:
         batch = random_batch(seed)
         expected = mg_ops.mutual_match(**batch.arguments, backend="eager")
         assert_same(mg_ops.mutual_match(**to_gpu(batch.arguments), backend="cuda"), expected, batch)
-    arguments = detector_batch(2, 5000, 9)
+    arguments = packed_batch(2, 5000, 9)
     expected = mg_ops.mutual_match(**arguments, backend="eager")
     assert_same(mg_ops.mutual_match(**to_gpu(arguments), backend="cuda"), expected, "a detector's batch")
 
@@ -173,7 +144,7 @@ def test_short_selection() -> None:
 @pytest.mark.parametrize("backend", COMPILED)
 def test_it_runs_on_the_current_stream(backend: str) -> None:
     """The inputs are filled late on a side stream: a launch on any other stream would read zeros."""
-    arguments = to_gpu(detector_batch(4, 5000, 8))
+    arguments = to_gpu(packed_batch(4, 5000, 8))
     expected = mg_ops.mutual_match(**arguments, backend=backend)
     late = {name: torch.zeros_like(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
     torch.cuda.synchronize()
@@ -190,7 +161,7 @@ def test_it_runs_on_the_current_stream(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", COMPILED)
 def test_two_streams_at_once(backend: str) -> None:
-    batches = [to_gpu(detector_batch(16, 12750, 7 + seed, seed=seed)) for seed in range(2)]
+    batches = [to_gpu(packed_batch(16, 12750, 7 + seed, seed=seed)) for seed in range(2)]
     expected = [mg_ops.mutual_match(**batch, backend=backend) for batch in batches]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -206,7 +177,7 @@ def test_two_streams_at_once(backend: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_tensors_device_is_used_not_the_current_one() -> None:
-    arguments = detector_batch(2, 3000, 5)
+    arguments = packed_batch(2, 3000, 5)
     expected = mg_ops.mutual_match(**arguments, backend="eager")
     second = {name: value.to("cuda:1") if isinstance(value, Tensor) else value for name, value in arguments.items()}
     with torch.cuda.device(0):
@@ -220,7 +191,7 @@ def test_the_tensors_device_is_used_not_the_current_one() -> None:
 def test_a_graph_is_replayed_with_other_objects(backend: str) -> None:
     """Buffers for 40 objects; each replay has other predictions and other numbers of objects, none at all too."""
     capacity, batch_size = 40, 4
-    buffers = detector_batch(batch_size, 5000, capacity // batch_size)
+    buffers = packed_batch(batch_size, 5000, capacity // batch_size)
     static = to_gpu(buffers)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -233,7 +204,7 @@ def test_a_graph_is_replayed_with_other_objects(backend: str) -> None:
     for seed, offsets in enumerate(
         [[0, 10, 20, 30, 40], [0, 0, 0, 0, 0], [0, 1, 1, 2, 40], [0, 40, 40, 40, 40], [0, 3, 5, 6, 9]]
     ):
-        fresh = detector_batch(batch_size, 5000, capacity // batch_size, seed=seed)
+        fresh = packed_batch(batch_size, 5000, capacity // batch_size, seed=seed)
         fresh["gt_offsets"] = torch.tensor(offsets)
         for name, value in fresh.items():
             if isinstance(value, Tensor):
@@ -245,7 +216,7 @@ def test_a_graph_is_replayed_with_other_objects(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", COMPILED)
 def test_nothing_synchronises(backend: str) -> None:
-    packed = to_gpu(detector_batch(2, 3000, 5))
+    packed = to_gpu(packed_batch(2, 3000, 5))
     listed = {**packed, "gt_boxes": list(packed["gt_boxes"].split(5)), "gt_labels": list(packed["gt_labels"].split(5))}
     del listed["gt_offsets"]
     for arguments in (packed, listed):
@@ -263,7 +234,7 @@ def test_nothing_synchronises(backend: str) -> None:
 def test_memory_stays_within_the_bound(num_anchors: int, num_objects: int) -> None:
     """40 bytes an image and anchor beyond the outputs, whatever the number of objects."""
     batch_size = 2
-    arguments = to_gpu(detector_batch(batch_size, num_anchors, num_objects, num_classes=2))
+    arguments = to_gpu(packed_batch(batch_size, num_anchors, num_objects, num_classes=2))
     mg_ops.mutual_match(**arguments, backend="cuda")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -277,7 +248,7 @@ def test_memory_stays_within_the_bound(num_anchors: int, num_objects: int) -> No
 @pytest.mark.parametrize("num_objects", [0, 7, 700])
 def test_at_most_three_launches(num_objects: int) -> None:
     """Kernels, copies and fills together."""
-    arguments = to_gpu(detector_batch(2, 5000, num_objects))
+    arguments = to_gpu(packed_batch(2, 5000, num_objects))
     mg_ops.mutual_match(**arguments, backend="cuda")
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -289,7 +260,7 @@ def test_at_most_three_launches(num_objects: int) -> None:
 
 @pytest.mark.parametrize("offsets", [[-5, 2, 10], [0, 4, 1000], [3, 8, 10], [10, 12, 14], [6, 2, 9]], ids=str)
 def test_wrong_offsets_are_clamped_and_check_reports_them(offsets: list[int]) -> None:
-    arguments = to_gpu({**detector_batch(2, 3000, 5), "gt_offsets": torch.tensor(offsets)})
+    arguments = to_gpu({**packed_batch(2, 3000, 5), "gt_offsets": torch.tensor(offsets)})
     match = mg_ops.mutual_match(**arguments, backend="cuda")
     assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), offsets)
     with pytest.raises(ValueError, match="gt_offsets"):
@@ -302,12 +273,12 @@ def test_wrong_offsets_are_clamped_and_check_reports_them(offsets: list[int]) ->
 
 @pytest.mark.parametrize("backend", COMPILED)
 def test_torch_compile_takes_the_whole_call(backend: str) -> None:
-    arguments = to_gpu(detector_batch(2, 3000, 5))
+    arguments = to_gpu(packed_batch(2, 3000, 5))
     compiled = torch.compile(mg_ops.mutual_match, fullgraph=True)
     match = compiled(**arguments, backend=backend)
     assert_same(match, mg_ops.mutual_match(**arguments, backend=backend), "torch.compile")
 
 
 def test_opcheck() -> None:
-    arguments = to_gpu(detector_batch(2, 500, 5))
+    arguments = to_gpu(packed_batch(2, 500, 5))
     torch.library.opcheck(torch.ops.mg_ops.mutual_match.default, operator_arguments(**arguments))

@@ -1,6 +1,7 @@
 """Objects and predictions in every form give the same integers: by hand, and against the packed form on random batches.
 
-What each form is, and what a match of padded objects must be, is in tests/object_forms.py.
+What each form is, and what a match of padded objects must be, is in tests/object_forms.py. The cases on paper hold in
+every form too (test_every_clause_of_the_definition.py).
 """
 
 from __future__ import annotations
@@ -9,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
 from comparison import assert_same
 from conftest import Target, fuzz_cases
-from object_forms import FORMS, in_form, of_padded
+from object_forms import FORMS, in_form, known_or_beyond, of_padded
 from random_batches import random_batch, to_device
-from torch import Tensor
 
 import mg_ops
 
@@ -151,22 +150,6 @@ def test_formats_are_converted_to_the_bits_of_torchvision(box_format: str) -> No
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Against the packed form
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_clause_holds_in_every_form(case: Case, target: Target, form: str) -> None:
-    arguments = case.arguments(target.device)
-    boxes, labels = arguments.pop("gt_boxes"), known_or_beyond(arguments.pop("gt_labels"))
-    objects, is_object = in_form(form, boxes, labels, arguments.pop("gt_crowd", None))
-    found = mg_ops.mutual_match(**arguments, **objects, backend=target.backend)
-    expected = mg_ops.MutualMatch(*(value.to(target.device) for value in case.expected()))
-    assert_same(found, expected if is_object is None else of_padded(expected, is_object), case.clause)
-
-
-def known_or_beyond(labels: list[Tensor]) -> list[Tensor]:
-    """Negative labels, which mean padding in some forms, as another unknown one."""
-    return [torch.where(of_image < 0, 2**31 - 1, of_image) for of_image in labels]
 
 
 def listed_batches(first_seed: int, count: int) -> list[Any]:

@@ -977,9 +977,9 @@ def iou_case(random: np.random.Generator, backends: Sequence[str]) -> Case:
     def expected() -> Any:
         (count_1, _), (count_2, _) = (accept(arguments[name], FLOATING, (None, 4), None) for name in arguments)
         must(arguments["boxes_1"].device == arguments["boxes_2"].device)
-        must(max(count_1, 1) * max(count_2, 1) < 2**31)
         if arguments["boxes_1"].is_meta:
-            return None
+            return ANY_ANSWER if count_1 * count_2 >= 2**31 else None
+        must(max(count_1, 1) * max(count_2, 1) < 2**31)
         return (reference.box_iou(*(clean(value, torch.float32) for value in arguments.values())),)
 
     return Case("box_iou", arguments, lambda: (mg_ops.box_iou(**arguments),), expected)
