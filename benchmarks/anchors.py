@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def make_grid(height: int, width: int, stride: int, sizes: Sequence[tuple[float, float]]) -> Tensor:
-    """One pyramid level: anchors of each size (w, h) centred in every cell of stride x stride pixels."""
+    """One pyramid level: anchors of each size (w, h) centerd in every cell of stride x stride pixels."""
     center_y = (torch.arange(math.ceil(height / stride)) + 0.5) * stride
     center_x = (torch.arange(math.ceil(width / stride)) + 0.5) * stride
     centers = torch.stack(torch.meshgrid(center_x, center_y, indexing="xy"), dim=-1)  # (rows, columns, 2)

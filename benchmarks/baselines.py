@@ -28,7 +28,7 @@ SIGMA, IOU_POSITIVE, IOU_IGNORED, CROWD_OVERLAP = 2.0, 0.5, 0.4, 0.5
 
 
 class Match(NamedTuple):
-    """Classification and localisation matches (B, A) int64, in mg_ops' meaning; None where a baseline has none."""
+    """Classification and localization matches (B, A) int64, in mg_ops' meaning; None where a baseline has none."""
 
     cls_match: Tensor
     loc_match: Tensor | None

@@ -109,7 +109,7 @@ class Result:
     """Wall time of each timed call."""
     first_call_seconds: float | None = None
     agreement: float | None = None
-    """Share of labels equal to mg_ops' own (classification, and localisation where the method has it)."""
+    """Share of labels equal to mg_ops' own (classification, and localization where the method has it)."""
     agreement_labelled: float | None = None
     """The same among anchors that either of the two gives an object or ignores."""
     extra_bytes: int | None = None
@@ -553,7 +553,7 @@ def measure_memory(
 def measure_cuda(
     method: Method, batches: list[Batch], result: Result, floor: dict[str, float], min_bytes: int, replays: int
 ) -> None:
-    """Device time under graph replay, launches, host synchronisations, peak memory; fills result."""
+    """Device time under graph replay, launches, host synchronizations, peak memory; fills result."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -583,7 +583,7 @@ def measure_cuda(
     busy = sum(event.device_time for event in on_device) / 1e6
 
     times: list[float] = []
-    reason = f"not captured: {syncs} host synchronisations" if syncs else ""
+    reason = f"not captured: {syncs} host synchronizations" if syncs else ""
     if not method.captured:
         reason = "not captured: a call copies from host memory that it frees"
     if not reason:
@@ -600,7 +600,7 @@ def measure_cuda(
         "graph_replay_note": reason,
         "device_busy_seconds": busy,
         "launches": launches,
-        "host_synchronisations": syncs,
+        "host_synchronizations": syncs,
         "floor_seconds": lowest,
         "ratio_to_floor": None if replay is None else replay / lowest,
     }
@@ -841,7 +841,7 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
         if on_cuda:
             replay, over = cuda["graph_replay_seconds"], cuda["ratio_to_floor"]
             row += [format_seconds(replay) if replay else "-", f"{over:.2f}" if over else "-"]
-            row += [str(cuda["launches"]), str(cuda["host_synchronisations"])]
+            row += [str(cuda["launches"]), str(cuda["host_synchronizations"])]
         else:
             row.append(str(method["threads"]))
         equal = method["share_of_labels_equal"]

@@ -67,7 +67,7 @@ def load_released_matching(folder: Path) -> Callable[..., None]:
 
 
 def center_size(boxes: Tensor) -> Tensor:
-    """(x1, y1, x2, y2) as (centre, size), which the released code takes for anchors."""
+    """(x1, y1, x2, y2) as (center, size), which the released code takes for anchors."""
     return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
 
 

@@ -4,7 +4,7 @@
     python benchmarks/training_step.py --image-size 320 --batch 32 --device cuda --amp bf16
     python benchmarks/training_step.py --data VOCdevkit --format voc       # your images in place of generated ones
 
-A step is what `detector.train` does: images to the device, forward, matching, losses, backward, optimiser. The same
+A step is what `detector.train` does: images to the device, forward, matching, losses, backward, optimizer. The same
 batches are stepped on by each matching in turn, so that noise hits all alike: the loops over images and the padded
 batch of benchmarks/baselines.py, and every fused backend of mg_ops that runs here. Each matching's labels are compared
 with mg_ops' on the first batch. On a GPU the phases are measured by its events, without a wait inside a step. What one
@@ -52,7 +52,7 @@ from detector.detectors import make_detector  # noqa: E402
 from detector.loss import detection_loss  # noqa: E402
 
 DETECTORS = ("fssd-resnet18", "fssd-vgg16", "retinanet-resnet18", "retinanet-vgg16", "rfbnet-vgg16")
-PHASES = ("to device", "forward", "matching", "losses", "backward", "optimiser")
+PHASES = ("to device", "forward", "matching", "losses", "backward", "optimizer")
 LEAST_AGREEMENT = 0.999
 CODER = mg_ops.BoxCoder()
 
@@ -226,13 +226,13 @@ class Marks:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Of each phase; on a GPU to be called after a synchronisation."""
+        """Of each phase; on a GPU to be called after a synchronization."""
         pairs = list(zip(self.marks, self.marks[1:], strict=False))
         return [a.elapsed_time(b) / 1000 for a, b in pairs] if self.on_gpu else [b - a for a, b in pairs]
 
 
 class Trainer:
-    """A detector and its optimiser, stepped as detector.train steps them."""
+    """A detector and its optimizer, stepped as detector.train steps them."""
 
     def __init__(self, detector: str, num_classes: int, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)

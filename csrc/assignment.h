@@ -5,13 +5,13 @@
 
 namespace mg_ops {
 
-// Values of the class and localisation matches below 0; the same numbers as torchvision's Matcher.
+// Values of the class and localization matches below 0; the same numbers as torchvision's Matcher.
 constexpr int64_t kBackground = -1;
 constexpr int64_t kIgnored = -2;
 
 struct MatchParams {
   bool classification_by_regressed;  // rank classification under q_regressed, else q_anchor
-  bool localization_by_amplified;    // rank localisation under q_amplified, else q_anchor
+  bool localization_by_amplified;    // rank localization under q_amplified, else q_anchor
   float sigma;
   float iou_positive;
   float iou_ignored;

@@ -62,8 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor p
                                                         Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
                                                         const std::optional<Tensor>& gt_crowd,
                                                         const std::optional<std::vector<double>>& box_coder,
-                                                        bool scores_are_probabilities,
-                                                        bool classification_by_regressed,
+                                                        bool scores_are_probabilities, bool classification_by_regressed,
                                                         bool localization_by_amplified, double sigma,
                                                         double iou_positive, double iou_ignored, double crowd_overlap) {
   check_match_tensors(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd);

@@ -14,7 +14,7 @@ struct FloatInput {
   const void* data;
   int64_t image_stride, row_stride, column_stride;
   FloatType type;
-  bool whole_rows;  // the four numbers of a row are neighbours and aligned: one or two wide loads bring them
+  bool whole_rows;  // the four numbers of a row are neighbors and aligned: one or two wide loads bring them
 };
 
 // An int64 or int32 vector.

@@ -38,7 +38,7 @@ def zoom_out(width: int, height: int) -> Tensor:
 
 
 def crop_by_iou(region: Tensor, boxes: Tensor, num_trials: int = 40) -> Tensor:
-    """A part of the region that holds the centre of an object and overlaps one by the IoU drawn.
+    """A part of the region that holds the center of an object and overlaps one by the IoU drawn.
 
     Args:
         region: (4,) what may be cropped.
@@ -89,7 +89,7 @@ class TrainingTransform:
         region = torch.cat([region[:2].floor(), region[2:].ceil()])
         flip = torch.rand(()).item() < 0.5
 
-        # Objects whose centre was cropped away leave; a crowd region stays as far as it is seen.
+        # Objects whose center was cropped away leave; a crowd region stays as far as it is seen.
         center = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = ((center > region[:2]) & (center < region[2:])).all(1)
         scale = self.image_size / (region[2:] - region[:2])  # (2,)

@@ -64,7 +64,7 @@ def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
 
 
 def draw_detections(image: Tensor, detections: Detections, class_names: list[str]) -> Tensor:
-    """The image (3, H, W) uint8 with a box and a label for each detection, a colour for each class."""
+    """The image (3, H, W) uint8 with a box and a label for each detection, a color for each class."""
     if len(detections.labels) == 0:
         return image
     palette = mpl.colormaps["tab10" if len(class_names) <= 10 else "tab20"].colors

@@ -92,12 +92,12 @@ BOX_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class DetectionLoss(NamedTuple):
-    """The two parts of a batch's loss, and the positives that normalise them."""
+    """The two parts of a batch's loss, and the positives that normalize them."""
 
     cls_loss: Tensor
     """() float32: focal loss over the number of classification positives."""
     box_loss: Tensor
-    """() float32: the box loss, mean over localisation positives and the 4 coordinates."""
+    """() float32: the box loss, mean over localization positives and the 4 coordinates."""
     num_cls_positives: Tensor
     """() float32, in this process's images."""
     num_loc_positives: Tensor
@@ -118,7 +118,7 @@ def detection_loss(
     focal_gamma: float = 2.0,
     box_loss: str = "balanced_l1",
 ) -> DetectionLoss:
-    """The loss of a batch. With several processes the normalisers are means over them, so that
+    """The loss of a batch. With several processes the normalizers are means over them, so that
     DistributedDataParallel's mean of gradients is the gradient of the whole batch, however positives are spread.
 
     Args:

@@ -131,7 +131,7 @@ RFB_C = [([], 1), ([(3, 3)], 3), ([(1, 7), (7, 1)], 7)]
 
 
 class ReceptiveFieldPyramid(nn.Module):
-    """RFBNet (Liu et al., ECCV 2018): a receptive field block per level, whose branches see dilated neighbourhoods.
+    """RFBNet (Liu et al., ECCV 2018): a receptive field block per level, whose branches see dilated neighborhoods.
 
     Arguments and attributes as `FusionPyramid`; of the two maps of VGG-16, at strides 8 and 16.
     """

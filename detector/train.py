@@ -111,7 +111,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     matching.add_argument("--box-weight", type=real_number(0), default=1.0, help="weight of the box loss")
 
-    schedule = parser.add_argument_group("optimisation")
+    schedule = parser.add_argument_group("optimization")
     schedule.add_argument("--epochs", type=whole_number(1), help="by default 250 for voc and 140 for coco")
     schedule.add_argument("--batch", type=whole_number(1), default=32, help="images a step, over all processes")
     schedule.add_argument("--lr", type=real_number(0), default=0.01, help="learning rate after warm-up")
@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if start_step > num_steps:
         raise ValueError(f"--resume: {checkpoint_file} is of step {start_step}, and this run has {num_steps}")
 
-    # ---- Model, averaged weights, optimiser
+    # ---- Model, averaged weights, optimizer
     torch.manual_seed(args.seed)
     model = make_detector(args.model, args.backbone, args.image_size, len(train_data.class_names), args.anchor_size)
     if not (args.sync_batch_norm and num_processes > 1):

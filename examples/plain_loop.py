@@ -1,4 +1,4 @@
-"""Mutual guidance in a plain PyTorch training loop: a toy detector learns to find coloured rectangles.
+"""Mutual guidance in a plain PyTorch training loop: a toy detector learns to find colored rectangles.
 
     python examples/plain_loop.py --steps 200
 
@@ -46,7 +46,7 @@ class ToyDetector(nn.Module):
 
 
 def make_batch(batch_size: int, generator: torch.Generator) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Noisy images of none to three coloured rectangles, with their boxes (x1, y1, x2, y2) in pixels and labels."""
+    """Noisy images of none to three colored rectangles, with their boxes (x1, y1, x2, y2) in pixels and labels."""
     images = 0.2 * torch.rand(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     gt_boxes, gt_labels = [], []
     for image in images:
@@ -70,7 +70,7 @@ def training_loss(
     gt_labels: Tensor | list[Tensor],
     gt_offsets: Tensor | None = None,
 ) -> tuple[Tensor, mg_ops.MutualMatch]:
-    """The focal loss of classification plus the smooth L1 loss of localisation, each over its own match."""
+    """The focal loss of classification plus the smooth L1 loss of localization, each over its own match."""
     coder = mg_ops.BoxCoder()
     match = mg_ops.mutual_match(
         anchors, gt_boxes, gt_labels, gt_offsets, cls_logits=logits, box_deltas=deltas, box_coder=coder

@@ -3,7 +3,7 @@
     python examples/torchvision_retinanet.py --steps 20
     python examples/torchvision_retinanet.py --images data/train --annotations data/train.json --size 512 --steps 1000
 
-Without --images it makes a small data set of coloured rectangles first. What matters is `use_mutual_guidance`. Needs
+Without --images it makes a small data set of colored rectangles first. What matters is `use_mutual_guidance`. Needs
 torchvision and pycocotools: `pip install torchvision pycocotools`. A torchvision built for another torch ends in
 "operator torchvision::nms does not exist": install both at once, from one place.
 """
@@ -27,7 +27,7 @@ from mg_ops.adapters.torchvision import use_mutual_guidance
 
 
 def make_small_data(folder: Path, num_images: int, size: int = 128) -> Path:
-    """Writes images of one to three coloured rectangles into a folder, and their COCO annotations beside them."""
+    """Writes images of one to three colored rectangles into a folder, and their COCO annotations beside them."""
     generator = torch.Generator().manual_seed(0)
     images, annotations = [], []
     for image_id in range(num_images):

@@ -29,11 +29,11 @@ class MatchSummary(NamedTuple):
     without_cls_positive: Tensor
     """(4,) int64: objects without a positive for classification, the unmatchable ones among them."""
     without_loc_positive: Tensor
-    """(4,) int64: objects without a positive for localisation, the unmatchable ones among them."""
+    """(4,) int64: objects without a positive for localization, the unmatchable ones among them."""
     cls_positives: Tensor
     """(4,) int64: positives for classification."""
     loc_positives: Tensor
-    """(4,) int64: positives for localisation."""
+    """(4,) int64: positives for localization."""
     ignored_share: Tensor
     """() float32: the share of all anchors that classification ignores."""
     disagreement: Tensor
@@ -41,7 +41,7 @@ class MatchSummary(NamedTuple):
     both; 0 without positives. The misalignment of the two tasks that Mutual Guidance answers to: 0 with strategy
     "iou"."""
     class_counts: Tensor | None
-    """(C, 3) int64: objects, those without a positive for classification, and for localisation, of each class; None
+    """(C, 3) int64: objects, those without a positive for classification, and for localization, of each class; None
     unless labels and their number were given."""
 
     def as_dict(self) -> dict[str, float]:

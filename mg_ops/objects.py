@@ -130,7 +130,7 @@ def _pack_lists(
     offsets = [0]
     for boxes in gt_boxes:
         offsets.append(offsets[-1] + boxes.shape[0])
-    # The lengths are known here: a pinned, asynchronous copy brings them to a GPU without a synchronisation.
+    # The lengths are known here: a pinned, asynchronous copy brings them to a GPU without a synchronization.
     packed_offsets = torch.tensor(offsets, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     if device.type != "cpu":
         packed_offsets = packed_offsets.to(device, non_blocking=True)
@@ -182,7 +182,7 @@ def _to_corners(boxes: Tensor, box_format: str) -> Tensor:
 def _concatenate(tensors: Sequence[Tensor], common_dtype: torch.dtype) -> Tensor:
     """One tensor of all images, of their dtype; of the common one where they have several.
 
-    torch.cat would take the widest: a float64 image must not change how its neighbours are rounded.
+    torch.cat would take the widest: a float64 image must not change how its neighbors are rounded.
     """
     if len(tensors) == 1:
         return tensors[0]

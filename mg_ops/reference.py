@@ -3,7 +3,7 @@
 Read it beside the paper (Zhang et al., "Localize to Classify and Classify to Localize: Mutual Guidance in Object
 Detection", ACCV 2020, sections 3.1 and 3.2). It runs on any device, and it is the oracle that every other backend must
 equal bit for bit, so its arithmetic is spelled out: float32, one rounding an operation, and its own `exp`, `log2` and
-`sigmoid` made of multiplies, adds and bit operations (the same as in `csrc/det_math.h`). It favours clarity over
+`sigmoid` made of multiplies, adds and bit operations (the same as in `csrc/det_math.h`). It favors clarity over
 memory: each image makes tensors of size anchors x objects.
 
 Sizes: B images, A anchors, C classes, G objects of one image, N objects in all.

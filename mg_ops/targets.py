@@ -1,4 +1,4 @@
-"""From a match to what losses need: fixed shapes, no one-hot (B, A, C) tensor, no synchronisation with the device."""
+"""From a match to what losses need: fixed shapes, no one-hot (B, A, C) tensor, no synchronization with the device."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Targets(NamedTuple):
     class_targets: Tensor
     """(B, A) int64: the label of each classification positive, `BACKGROUND` (-1) or `IGNORED` (-2)."""
     loc_labels: Tensor
-    """(B, A) int64: the label of each localisation positive's object, as given (for class-specific heads), or -1."""
+    """(B, A) int64: the label of each localization positive's object, as given (for class-specific heads), or -1."""
     box_targets: Tensor
-    """(B, A, 4) float32: the box (x1, y1, x2, y2) of each localisation positive's object; with a box coder the deltas
+    """(B, A, 4) float32: the box (x1, y1, x2, y2) of each localization positive's object; with a box coder the deltas
     from its anchor. 0 where there is none."""
 
 

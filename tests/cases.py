@@ -388,7 +388,7 @@ add(
         # q_regressed .1 .2 .3 .35 .8: ranks 4, 3 | 2, 1 | 0
         pred_boxes=[strip(0, 1), strip(0, 2), strip(0, 3), strip(0, 3.5), strip(0, 8)],
         cls_match=[BACKGROUND, IGNORED, IGNORED, 0, 0],
-        loc_match=[0, 0, NONE, NONE, NONE],  # nothing is ignored for localisation
+        loc_match=[0, 0, NONE, NONE, NONE],  # nothing is ignored for localization
         num_pos=[2],
         num_total=[4],
     ),
@@ -424,7 +424,7 @@ add(
     "a sure anchor overtakes a better placed one",
     "the same ranking under q_amplified",
     # q_anchor .8 .6 .4: n_pos 2, n_total 3. p = 0, 0, 1: exponents log2 .8 = -.32, log2 .6 = -.74, log2 .4 / 2 = -.66.
-    # Localisation ranks 0, 2 | 1.
+    # Localization ranks 0, 2 | 1.
     [strip(0, 8), strip(0, 6), strip(0, 4)],
     Image(
         gt_boxes=[strip(0, 10)],
@@ -577,7 +577,7 @@ add(
     "box_deltas, with box_coder: the raw regression deltas instead, decoded inside",
     # dx = 10 moves by 10/10 of the width: anchor 0 -> [10, 20]; dx = -8 -> anchor 1 [10, 20] -> [2, 12]; dy = 10 moves
     # anchor 2 up by its height, off the object. q_anchor 0 .. : object [10, 20]: 0 1 1. q_regressed 1, 2/18, 0.
-    # n_pos 2 (anchor 1 forced to 1, anchor 2 is 1). Classification ranks 0, 1; localisation 1, 2.
+    # n_pos 2 (anchor 1 forced to 1, anchor 2 is 1). Classification ranks 0, 1; localization 1, 2.
     [strip(0, 10), strip(10, 20), strip(10, 20)],
     Image(
         gt_boxes=[strip(10, 20)],
@@ -902,7 +902,7 @@ add(
 add(
     "an unknown label is p = 0",
     "A label outside [0, C): p = 0, and never a read out of bounds.",
-    # As above; the logits would make anchor 1 win for any label in [0, 2). Neighbours in memory say the same.
+    # As above; the logits would make anchor 1 win for any label in [0, 2). Neighbors in memory say the same.
     [strip(0, 7), strip(0, 6)],
     *(
         Image(
@@ -1020,7 +1020,7 @@ add(
     ),
 )
 add(
-    "normalised coordinates",
+    "normalized coordinates",
     "any one unit (pixels, or fractions of the image)",
     # .25/.5 = .5, .5/.5 = 1 of the object; powers of two, so that the fractions are exact
     [(0.25, 0.25, 0.5, 0.75), (0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.25, 0.25)],

@@ -1,4 +1,4 @@
-"""Small data sets the detector's tests write: coloured rectangles and discs on noise, laid out as VOC and as COCO."""
+"""Small data sets the detector's tests write: colored rectangles and discs on noise, laid out as VOC and as COCO."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_without_objects_all_is_background() -> None:
 
 
 def test_logits_and_probabilities_give_the_same_match() -> None:
-    """Scores decide who is positive for localisation: with one positive an object, the anchor that classifies it."""
+    """Scores decide who is positive for localization: with one positive an object, the anchor that classifies it."""
     predictions, objects, _ = image()
     predictions.scores = torch.full((5, 8), 0.01)
     predictions.scores[1, 4] = 0.99

@@ -32,7 +32,7 @@ SIZES = [(8, 8), (4, 4), (2, 2)]
 def anchor_points(
     sizes: list[tuple[int, int]] = SIZES, strides: tuple[int, ...] = (8, 16, 32)
 ) -> tuple[Tensor, Tensor]:
-    """The centres of the cells of all levels (A, 2) and their strides (A, 1), as ultralytics lays them."""
+    """The centers of the cells of all levels (A, 2) and their strides (A, 1), as ultralytics lays them."""
     points, steps = [], []
     for (height, width), stride in zip(sizes, strides, strict=True):
         y, x = torch.meshgrid(
@@ -181,7 +181,7 @@ def outputs(
 
 
 def objects(num_objects: int = 3) -> dict[str, Tensor]:
-    """The objects of two images, as the data loader gives them: centre and size in shares of the image."""
+    """The objects of two images, as the data loader gives them: center and size in shares of the image."""
     return {
         "batch_idx": torch.tensor([0.0, 0.0, 1.0])[:num_objects],
         "cls": torch.tensor([1.0, 2.0, 0.0])[:num_objects],
@@ -202,7 +202,7 @@ def test_the_real_detection_loss_trains(losses: Any, sizes: list[tuple[int, int]
     assert torch.equal((anchors[:, :2] + anchors[:, 2:]) / 2, points)
     assert torch.equal(anchors[:, 2:] - anchors[:, :2], (4 * steps).expand(-1, 2))
     has_gradient = (predictions["boxes"].grad != 0).any(1)  # (B, A)
-    # Every positive of localisation is trained, also one that is none for classification; nothing else is.
+    # Every positive of localization is trained, also one that is none for classification; nothing else is.
     assert torch.equal(has_gradient, criterion.assigner.match.loc_match >= 0)
     assert bool(has_gradient.any()) == (num_objects > 0)
     if num_objects:

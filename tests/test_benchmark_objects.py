@@ -182,7 +182,7 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_anchor_grids_have_the_sizes_the_cases_state() -> None:
     retinanet, dense = CASES["coco800"].make_anchors(), CASES["dense"].make_anchors()
     assert (len(retinanet), len(dense)) == (201_600, 121_515)
-    # The second cell of stride 8, its anchor of ratio 1: centre (12, 4), side 32.
+    # The second cell of stride 8, its anchor of ratio 1: center (12, 4), side 32.
     torch.testing.assert_close(retinanet[9 + 1], torch.tensor([12.0 - 16, 4.0 - 16, 12.0 + 16, 4.0 + 16]))
 
 

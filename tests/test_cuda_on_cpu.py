@@ -142,7 +142,7 @@ def test_every_dtype_is_rounded_to_float32(
 
 
 def test_every_float16_is_converted_exactly(small_blocks: cuda_on_cpu.Emulator) -> None:
-    """65,536 scores, one of each, for an object that all anchors share: the localisation positives are the largest."""
+    """65,536 scores, one of each, for an object that all anchors share: the localization positives are the largest."""
     halves = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
     for part in halves.split(2**13):  # in parts, which an emulator can do
         arguments = {

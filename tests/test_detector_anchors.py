@@ -23,7 +23,7 @@ def test_counts_at_each_size(image_size: int, cells: list[int], count: int) -> N
 
 def test_values_worked_out_by_hand() -> None:
     anchors = make_anchors(320)
-    # Cell (row 20, column 10) of the stride-8 level: centre (84, 164), first anchor 24 x 24.
+    # Cell (row 20, column 10) of the stride-8 level: center (84, 164), first anchor 24 x 24.
     first = 6 * (20 * 40 + 10)
     assert anchors[first].tolist() == [72, 152, 96, 176]
     # Ratio 2: 24 * sqrt 2 by 24 / sqrt 2.
@@ -32,9 +32,9 @@ def test_values_worked_out_by_hand() -> None:
     torch.testing.assert_close(anchors[first + 2], torch.tensor([75.51472, 147.02944, 92.48528, 180.97056]))
     # Twice the area at ratio 2: 48 by 24.
     torch.testing.assert_close(anchors[first + 4], torch.tensor([60.0, 152.0, 108.0, 176.0]))
-    # The coarsest level's last cell: centre (288, 288), side 192, cut by the image.
+    # The coarsest level's last cell: center (288, 288), side 192, cut by the image.
     torch.testing.assert_close(anchors[-6], torch.tensor([192.0, 192.0, 320.0, 320.0]))
-    # The very first anchor: centre (4, 4), cut at the corner.
+    # The very first anchor: center (4, 4), cut at the corner.
     assert anchors[0].tolist() == [0, 0, 16, 16]
 
 
@@ -51,9 +51,9 @@ def test_a_size_the_pyramid_cannot_halve_is_refused(image_size: int) -> None:
         make_anchors(image_size)
 
 
-def test_a_smaller_base_shrinks_every_anchor_about_its_centre() -> None:
+def test_a_smaller_base_shrinks_every_anchor_about_its_center() -> None:
     assert make_anchors(320, 12.0).shape == (12_750, 4)
-    first = 6 * (20 * 40 + 10)  # the cell centred on (84, 164)
+    first = 6 * (20 * 40 + 10)  # the cell centerd on (84, 164)
     assert make_anchors(320, 12.0)[first].tolist() == [78, 158, 90, 170]
 
 

@@ -21,7 +21,7 @@ def scene() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_boxes_move_with_their_pixels(seed: int) -> None:
     torch.manual_seed(seed)
     transform = TrainingTransform(96)
-    transform.distort = lambda image: image  # the colours must stay to be found again
+    transform.distort = lambda image: image  # the colors must stay to be found again
     image, boxes, labels, _ = transform(*scene())
     assert image.shape == (3, 96, 96) and image.dtype == torch.uint8
     white = (image > 200).all(0)
@@ -49,7 +49,7 @@ def test_over_many_draws_every_kind_of_view_occurs() -> None:
         counts["canvas"] += bool((image == torch.tensor(MEAN_COLOR).view(3, 1, 1)).all(0).any())
         counts["flipped"] += len(boxes) == 2 and bool(boxes[0, 0] > boxes[1, 0])
     assert all(count > 20 for count in counts.values()), counts
-    assert counts["both"] + counts["one"] == 200  # a crop always holds the centre of an object
+    assert counts["both"] + counts["one"] == 200  # a crop always holds the center of an object
 
 
 def test_the_zoomed_out_region_holds_the_image() -> None:

@@ -109,7 +109,7 @@ def packed(*images: tuple[list[list[float]], list[int]]) -> tuple[torch.Tensor, 
     return boxes, labels, offsets
 
 
-def test_the_two_parts_and_their_normalisers_worked_out_by_hand() -> None:
+def test_the_two_parts_and_their_normalizers_worked_out_by_hand() -> None:
     # Object 0 sits on anchor 0 (IoU 1) and leaves anchor 1 at 1/3; object 1 sits on anchor 3.
     gt = packed(([[0, 0, 10, 10], [20, 20, 30, 30]], [1, 0]))
     logits = torch.zeros(1, 4, 2)

@@ -55,7 +55,7 @@ def test_predictions_come_in_the_order_of_the_anchors() -> None:
     fired = flatten_levels(maps, 3).nonzero().tolist()
     assert fired == [[0, 6 * (64 + row * 4 + column) + anchor, label]]
     x1, y1, x2, y2 = detector.anchors[fired[0][1]].tolist()
-    # Ratio 2 at twice the area: 96 x 48 at centre (56, 40), cut by the image.
+    # Ratio 2 at twice the area: 96 x 48 at center (56, 40), cut by the image.
     assert (x1, y1, x2, y2) == (8, 16, 64, 64)
 
 

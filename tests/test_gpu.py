@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same integers from every backend, on any stream, in a graph, without synchronising.
+"""What only a GPU can show: the same integers from every backend, on any stream, in a graph, without synchronizing.
 
 `make gpu-check` runs this file, and of it `-k short_selection` under compute-sanitizer.
 """
@@ -138,7 +138,7 @@ def test_short_selection() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Streams, graphs, synchronisation, memory
+# Streams, graphs, synchronization, memory
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -215,7 +215,7 @@ def test_a_graph_is_replayed_with_other_objects(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_nothing_synchronises(backend: str) -> None:
+def test_nothing_synchronizes(backend: str) -> None:
     packed = to_gpu(packed_batch(2, 3000, 5))
     listed = {**packed, "gt_boxes": list(packed["gt_boxes"].split(5)), "gt_labels": list(packed["gt_labels"].split(5))}
     del listed["gt_offsets"]

@@ -46,7 +46,7 @@ def test_every_phase_of_every_matching_is_measured_and_written(
         assert row["share_of_labels_equal"] >= 0.999
         assert row["peak_bytes"] is None or row["peak_bytes"] > 1e6
     said = capsys.readouterr().out
-    assert "optimiser" in said and "images/s" in said and "(a) loop" in said
+    assert "optimizer" in said and "images/s" in said and "(a) loop" in said
 
 
 def test_its_batches_are_the_data_sets_augmented_images(options: argparse.Namespace) -> None:

@@ -346,7 +346,7 @@ def test_a_captured_graph_replays_other_objects() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
-def test_a_call_never_synchronises() -> None:
+def test_a_call_never_synchronizes() -> None:
     arguments = packed_batch([5, 2])
     expected = mg_ops.mutual_match(**arguments, backend="eager")
     arguments = to_device(arguments, "cuda")
@@ -356,7 +356,7 @@ def test_a_call_never_synchronises() -> None:
         match = mg_ops.mutual_match(**arguments, backend="triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_same(match, expected, "no synchronisation")
+    assert_same(match, expected, "no synchronization")
 
 
 @pytest.mark.gpu

@@ -20,14 +20,14 @@ INSTRUCTION_SETS = {
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_loops_marked_as_vector_loops_are_vectorised(instruction_set: str, tmp_path: Path) -> None:
+def test_loops_marked_as_vector_loops_are_vectorized(instruction_set: str, tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if (
         compiler is None
         or "Free Software Foundation"
         not in subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     ):
-        pytest.skip("only g++ reports what it vectorised in this form")
+        pytest.skip("only g++ reports what it vectorized in this form")
     target = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
     if instruction_set != "baseline" and not target.startswith("x86_64"):
         pytest.skip(f"{instruction_set} is of x86-64, this machine is {target.strip()}")
@@ -57,8 +57,8 @@ def test_loops_marked_as_vector_loops_are_vectorised(instruction_set: str, tmp_p
         text=True,
         check=True,
     ).stderr
-    vectorised = {
+    vectorized = {
         (name, int(line)) for name, line in re.findall(r"(\w+\.\w+):(\d+):\d+: optimized: loop vectorized", report)
     }
-    missing = sorted(marked - vectorised)
-    assert not missing, f"not vectorised for {instruction_set}: {missing}\n{report}"
+    missing = sorted(marked - vectorized)
+    assert not missing, f"not vectorized for {instruction_set}: {missing}\n{report}"

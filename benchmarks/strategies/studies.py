@@ -63,7 +63,7 @@ ALL = (
             *make_rows({"sigma 1.5": f"{LR} --sigma 1.5"}, ["mutual"]),
             *make_rows({"sigma 2": LR}, ["mutual"]),  # the default: the runs of bccd-fssd-resnet18 are these
             *make_rows({f"sigma {sigma}": f"{LR} --sigma {sigma}" for sigma in (3, 5)}, ["mutual"]),
-            # Localisation by the anchors' own IoU, classification by regressed boxes: mutual without amplification.
+            # Localization by the anchors' own IoU, classification by regressed boxes: mutual without amplification.
             *make_rows({"no amplification": LR}, ["localize_to_classify"]),
         ),
         baseline=("localize_to_classify", "no amplification"),

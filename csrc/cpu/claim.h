@@ -142,8 +142,7 @@ struct PairBatch {
   alignas(64) uint32_t order[kCapacity];
 };
 
-static void evaluate_pairs(PairBatch& pairs, const FloatInput& cls_scores, bool scores_are_probabilities,
-                           float sigma) {
+static void evaluate_pairs(PairBatch& pairs, const FloatInput& cls_scores, bool scores_are_probabilities, float sigma) {
   with_type(cls_scores, [&](auto* data) {
     // An unknown label has p = 0, which is what a NaN score stands for.
     const float unknown = bits_float(0x7fc00000u);

@@ -23,7 +23,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
   }
 }
 
-// Raises if the launch just made was refused. Errors of the kernel itself show at the next synchronisation, as in
+// Raises if the launch just made was refused. Errors of the kernel itself show at the next synchronization, as in
 // torch.
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 

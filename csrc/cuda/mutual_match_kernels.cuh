@@ -9,7 +9,7 @@
 // Nothing waits for another block. What is equal from run to run: every result is a maximum of integer keys, a count,
 // or a choice by unique keys, so the order in which blocks run does not matter.
 //
-// Pairs that do not overlap cost next to nothing: a warp has 32 neighbouring anchors, its lanes test 32 objects against
+// Pairs that do not overlap cost next to nothing: a warp has 32 neighboring anchors, its lanes test 32 objects against
 // the box around all of them, and only objects that pass are looked at anchor by anchor.
 //
 // Three things keep score reads rare. A pair whose boxes do not overlap needs none. An anchor's owner under q_amplified
@@ -43,13 +43,13 @@ struct alignas(32) Object {
   int32_t unused;
 };
 
-// Everything a launch needs: the problem, whose matches hold the claims under the classification and the localisation
+// Everything a launch needs: the problem, whose matches hold the claims under the classification and the localization
 // quality between the launches, and scratch. What claim_kernel and rank_kernel add to is zeroed by prepare_kernel.
 struct LaunchedProblem : MatchProblem {
   Object* objects;           // (N,)
   Word64* best[kQualities];  // (N,) claim_key(quality, anchor) of each object's best anchor; 0: every quality is 0
   Word64* counts;        // (N,) low half: owned anchors of at least iou_positive; high half: of at least iou_ignored
-  Word64* list_lengths;  // (N,) low half: anchors in the classification list; high half: in the localisation list
+  Word64* list_lengths;  // (N,) low half: anchors in the classification list; high half: in the localization list
   uint32_t* owned[kQualities];  // (N,) anchors owned before pairs are forced
   uint32_t* arrived;            // (N,) how many of those, and of the forced pairs, rank_kernel is done with
   int32_t* image_starts;        // (B + 1,) gt_offsets, clamped: within 0 and N, and never decreasing
@@ -611,7 +611,7 @@ MG_OPS_DEVICE void rank_anchors(const LaunchedProblem& problem, uint32_t image, 
   const Word64 counted =
       pack_counts(iou >= problem.params.iou_positive ? 1 : 0, iou >= problem.params.iou_ignored ? 1 : 0);
 
-  Word64 lists_before = 0;  // where the lists of the objects at hand begin, classification low, localisation high
+  Word64 lists_before = 0;  // where the lists of the objects at hand begin, classification low, localization high
   for (uint32_t first = 0; first < num_objects; first += kThreads) {
     // Thread i speaks for object first + i.
     const uint32_t object = image_start + first + threadIdx.x;

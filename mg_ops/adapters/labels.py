@@ -8,7 +8,7 @@
 | detectron2 (`Matcher`) | index k, label 1 | any index, label 0 | any index, label -1 |
 
 k is the index of the object within its image. torchvision's is the same as `mg_ops`' and needs no conversion. All
-functions take tensors of any shape, on any device, without a synchronisation.
+functions take tensors of any shape, on any device, without a synchronization.
 """
 
 from __future__ import annotations

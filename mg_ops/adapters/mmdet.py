@@ -102,7 +102,7 @@ class MutualAssigner:
         Returns:
             `AssignResult` for the task: `gt_inds` (A,) 1-based objects, 0 background, -1 ignored; `labels`, -1 where
             there is no object; `max_overlaps`, the IoU of the anchor with its object, 0 where there is none;
-            `assign_metrics` (A,), the weight TOOD reads, 1 for every positive. The match of localisation, in the same
+            `assign_metrics` (A,), the weight TOOD reads, 1 for every positive. The match of localization, in the same
             convention, is `result.get_extra_property("loc_gt_inds")`, whatever the task.
 
         Raises:

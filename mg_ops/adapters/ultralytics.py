@@ -9,9 +9,9 @@ ways:
 
 - They have anchor points, not anchor boxes: each point gets a square of `anchor_size` times its stride.
 - They have one foreground mask. `MutualAssigner` answers for the two tasks apart all the same: `target_labels` and
-  `target_scores` say what to classify, `fg_mask`, `target_bboxes` and `target_gt_idx` what to localise.
-- Their box loss weighs each box by its class target, which a positive for localisation alone does not have.
-  `use_mutual_guidance` gives the box loss the weights it needs: 1 for each positive of localisation, averaged over
+  `target_scores` say what to classify, `fg_mask`, `target_bboxes` and `target_gt_idx` what to localize.
+- Their box loss weighs each box by its class target, which a positive for localization alone does not have.
+  `use_mutual_guidance` gives the box loss the weights it needs: 1 for each positive of localization, averaged over
   these.
 
 They have no ignored anchors either: an ignored anchor is trained as background; `MutualAssigner.match` keeps which are.
@@ -70,7 +70,7 @@ class MutualAssigner(nn.Module):
         self.match: MutualMatch | None = None
 
     def anchors(self, device: torch.device | str = "cpu") -> Tensor:
-        """The anchor boxes of the levels in `level_sizes`: a square around the centre of each cell.
+        """The anchor boxes of the levels in `level_sizes`: a square around the center of each cell.
 
         Args:
             device: where to put them.
@@ -116,10 +116,10 @@ class MutualAssigner(nn.Module):
 
         Returns:
             target_labels: (B, A) int64, the class of a positive for classification; C elsewhere.
-            target_bboxes: (B, A, 4) like gt_bboxes, the box of a positive for localisation; 0 elsewhere.
+            target_bboxes: (B, A, 4) like gt_bboxes, the box of a positive for localization; 0 elsewhere.
             target_scores: (B, A, C) like pd_scores, the one-hot target of classification.
-            fg_mask: (B, A) bool, the positives for localisation.
-            target_gt_idx: (B, A) int64, the object of a positive for localisation; 0 elsewhere.
+            fg_mask: (B, A) bool, the positives for localization.
+            target_gt_idx: (B, A) int64, the object of a positive for localization; 0 elsewhere.
 
         Raises:
             ValueError: level_sizes does not fit the anchor points, or as `mg_ops.mutual_match`.
@@ -157,7 +157,7 @@ class MutualAssigner(nn.Module):
 
 
 class _GuidedBoxLoss(nn.Module):
-    """ultralytics' box loss, weighing its boxes by the match of localisation instead of the class targets."""
+    """ultralytics' box loss, weighing its boxes by the match of localization instead of the class targets."""
 
     def __init__(self, bbox_loss: nn.Module) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ Lists are incomplete only where anchors change hands after they were counted: wh
 had claimed some by their predicted boxes. Radix selection over all anchors is slower, and exact for the same reason.
 
 Why these sizes. A claiming program is one warp: its reductions over the tile, up to six an object, are then shuffles
-without a barrier, and a tile of 128 neighbouring anchors is small enough for its union box to rule most objects out. A
+without a barrier, and a tile of 128 neighboring anchors is small enough for its union box to rule most objects out. A
 list of an ordinary object fits one or two blocks of 1024.
 """
 
