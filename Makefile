@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-# What pip installs as torch; without torchvision some benchmark baselines and the detector are missing.
+# What pip installs as torch; without torchvision neither the benchmarks nor the detector run, and their tests are skipped.
 # A CPU build, for example: make test TORCH="torch==2.13.0"
 TORCH ?= torch torchvision
 # Two architectures build in half a minute and run on every GPU from Ampere on (newer ones compile the PTX when first used).
@@ -42,7 +42,9 @@ SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(sh
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
-	@echo; echo "Variables: PYTHON=$(PYTHON)  TORCH='$(TORCH)'  CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'  BENCH_ARGS  PYTEST_ARGS"
+	@echo; echo "Variables: PYTHON=$(PYTHON)  TORCH='$(TORCH)'  WHEEL_TORCH='$(WHEEL_TORCH)'  CMAKE_ARGS"
+	@echo "  CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'  FUZZ_CALLS=$(FUZZ_CALLS)  FUZZ_FIRST=$(FUZZ_FIRST)  ASAN_TESTS"
+	@echo "  BENCH_ARGS  GPU_CHECK_ARGS  PYTEST_ARGS  RACES_ARGS  WHEEL_TEST_ARGS"
 
 venv: $(VENV)/.installed  ## .venv with torch and the tools of pyproject.toml
 $(VENV)/.installed: pyproject.toml
@@ -64,13 +66,13 @@ $(LIBRARY): $(SOURCES) build/.cmake_args $(VENV)/.installed
 build/.cmake_args: FORCE
 	@mkdir -p build; echo '$(CMAKE_ARGS)' | cmp -s - $@ || echo '$(CMAKE_ARGS)' > $@
 
-bench: build  ## the matching benchmark; options in BENCH_ARGS, "--help" among them
+bench: build  ## the matching against what people use today, into runs/benchmarks; options in BENCH_ARGS, "--help" among them
 	$(PY) benchmarks/match_speed.py $(BENCH_ARGS)
 
 bench-step: build  ## where the time of a training step goes, for each detector and each matching; options in BENCH_ARGS
 	$(PY) benchmarks/training_step.py $(BENCH_ARGS)
 
-gpu-check:  ## check and measure on this machine's GPU: its own Python with torch and nvcc, no network, no .venv
+gpu-check:  ## check and measure on this machine's GPU, with PYTHON and no .venv; options in GPU_CHECK_ARGS, "--help" among them
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 test: test-wheel test-asan test-python  ## everything a change must pass
@@ -110,7 +112,7 @@ test-asan: asan-checkout  ## the C++ backend's tests under AddressSanitizer and 
 fuzz: asan-checkout  ## FUZZ_CALLS right and wrong calls of everything public under the sanitizers
 	$(SANITIZED) $(PY) tests/wrong_calls.py --calls $(FUZZ_CALLS) --first $(FUZZ_FIRST) --backends cpp cpp cpp eager
 
-# Needs g++'s libtsan, and leave to switch off the randomisation of addresses, which it does not always cope with.
+# Needs g++'s libtsan, and leave to switch off the randomization of addresses, which it cannot always handle.
 races: $(VENV)/.installed  ## calls on several threads under ThreadSanitizer; options in RACES_ARGS
 	$(CMAKE) -S . -B build/tsan -G Ninja -DPython_EXECUTABLE=$(PY) -DMG_OPS_SANITIZE_THREADS=ON
 	$(CMAKE) --build build/tsan --target mg_ops
@@ -127,7 +129,7 @@ soak: build  ## 100,000 calls in a row: the process must not grow
 # glibc 2.28, which is what torch's own wheels ask for. auditwheel checks that and names the wheel. torch brings its
 # libraries itself; any other one would be copied into the wheel, and the tests would say so.
 WHEEL_PLATFORM := manylinux_2_28_x86_64
-wheel: dist/.built  ## the release: dist/mg_ops-*-$(WHEEL_PLATFORM).whl, audited, and the sdist
+wheel: dist/.built  ## the release in dist: an audited wheel for glibc 2.28 or newer, and the sdist
 dist/.built: $(SOURCES) $(wildcard mg_ops/*.py mg_ops/*/*.py) README.md pyproject.toml MANIFEST.in $(VENV)/.installed
 	rm -rf dist build/wheel/build/lib.* build/wheel/build/bdist.* build/wheel/build/*.whl
 	mkdir -p build/wheel && find build/wheel -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
@@ -153,23 +155,30 @@ test-wheel: wheel build/wheel-venv/.installed  ## the wheel in a clean environme
 	build/wheel-venv/bin/python -m pip --disable-pip-version-check install --quiet --force-reinstall --no-deps dist/*.whl
 	build/wheel-venv/bin/python -I tests/try_installed_wheel.py
 
-docs: $(VENV)/.docs  ## the documentation site in build/site, without a warning and with every link checked
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
-	$(PY) docs/check_site.py build/site
-$(VENV)/.docs: $(VENV)/.installed
-	$(PIP) install --group docs
+# In an environment of its own, without torch: the API pages are made from the source, which is not imported.
+DOCS_VENV := build/docs-venv
+docs: $(DOCS_VENV)/.installed  ## the documentation site in build/site, without a warning and with every link checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	$(DOCS_VENV)/bin/lychee --offline --include-fragments --no-progress --root-dir $(CURDIR)/build/site 'build/site/**/*.html'
+$(DOCS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --group docs
 	@touch $@
 
-# Needs a few GB of disk at a time, and an interpreter for each Python version (on PATH or pyenv's).
+# Needs 6 GB of disk at a time. uv takes the Python versions from PATH (with pyenv: `PYENV_VERSION=3.10.13:3.11.7:...`) or
+# downloads them.
 test-wheels: wheel  ## the test suite with the wheel under every supported torch and Python; options in WHEEL_TEST_ARGS
-	OMP_NUM_THREADS=1 $(PY) tests/wheel_matrix.py dist/*.whl $(WHEEL_TEST_ARGS)
+	PATH="$(VENV)/bin:$$PATH" nox $(WHEEL_TEST_ARGS)
 
-lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format and the workflows' linters, without changing anything
+lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format, and linters of the workflows and the citation file, without changing anything
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy mg_ops
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(VENV)/bin/zizmor --offline --quiet .github
 
 format: $(VENV)/.installed  ## rewrites what ruff and clang-format can

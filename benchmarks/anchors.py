@@ -1,4 +1,7 @@
-"""The anchor grids of the benchmark's cases: (A, 4) float32, (x1, y1, x2, y2) in pixels, level by level, row by row."""
+"""The anchor grids of the benchmark's cases: (A, 4) float32, (x1, y1, x2, y2) in pixels, level by level, row by row.
+
+SSD's is the detectors' own, `detector.anchors.make_anchors(320)`.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,6 @@ def make_grid(height: int, width: int, stride: int, sizes: Sequence[tuple[float,
     half = 0.5 * torch.tensor(sizes, dtype=torch.float32)
     boxes = torch.cat([centers.unsqueeze(2) - half, centers.unsqueeze(2) + half], dim=-1)  # (rows, columns, sizes, 4)
     return boxes.reshape(-1, 4)
-
-
-def make_ssd_anchors() -> Tensor:
-    """The detectors' grid at 320 x 320: strides 8 to 64, 6 anchors a cell, clipped to the image: 12,750 anchors.
-
-    Base size s = 24, 48, 96, 192; areas s^2 and (s sqrt 2)^2; ratios 1, 2 and 1/2.
-    """
-    levels = []
-    for level, stride in enumerate((8, 16, 32, 64)):
-        base = 24.0 * 2**level
-        sizes = [
-            (side * math.sqrt(ratio), side / math.sqrt(ratio))
-            for side in (base, base * math.sqrt(2))
-            for ratio in (1.0, 2.0, 0.5)
-        ]
-        levels.append(make_grid(320, 320, stride, sizes))
-    return torch.cat(levels).clamp(0, 320)
 
 
 def make_retinanet_anchors() -> Tensor:

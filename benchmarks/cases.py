@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from torchvision.ops import box_iou
 import mg_ops
 from benchmarks import anchors as anchor_grids
 from benchmarks.objects import ImageObjects, generate_coco, generate_dense, generate_voc
+from detector.anchors import make_anchors as make_detector_anchors
 
 CODER = mg_ops.BoxCoder()
 
@@ -49,12 +52,16 @@ class Case:
         """Whether --boxes replaces the generator."""
         return self.objects != "dense"
 
+    def with_images(self, most: int | None) -> Case:
+        """The same case with at most so many images a batch."""
+        return self if most is None else replace(self, batch_size=min(self.batch_size, most))
+
 
 def _case(
     name: str, batch_size: int, grid: str, objects: str, per_image: int | None = None, num_classes: int = 80
 ) -> Case:
     make_anchors, image_size, keep_aspect = {
-        "ssd": (anchor_grids.make_ssd_anchors, (320, 320), False),
+        "ssd": (partial(make_detector_anchors, 320), (320, 320), False),
         "retinanet": (anchor_grids.make_retinanet_anchors, (1333, 800), True),
         "dense": (anchor_grids.make_dense_anchors, (608, 800), True),
     }[grid]
@@ -96,6 +103,22 @@ class Batch:
         self.boxes_list = list(self.gt_boxes.split(self.counts))
         self.labels_list = list(self.gt_labels.split(self.counts))
         self.crowd_list = None if self.gt_crowd is None else list(self.gt_crowd.split(self.counts))
+
+    def arguments(self, device: str | None = None) -> dict[str, Any]:
+        """What `mg_ops.mutual_match` takes, objects packed; copied to a device if one is named."""
+        arguments = {
+            "anchors": self.anchors,
+            "pred_boxes": self.deltas,
+            "cls_scores": self.logits,
+            "gt_boxes": self.gt_boxes,
+            "gt_labels": self.gt_labels,
+            "gt_offsets": self.gt_offsets,
+            "gt_crowd": self.gt_crowd,
+            "box_coder": CODER,
+        }
+        if device is None:
+            return arguments
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
     def head(self, num_images: int, most_objects: int) -> Batch:
         """The first images, with the first objects of each."""
@@ -144,8 +167,8 @@ def best_overlaps(anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
     Objects are taken in bands from top to bottom, each against the anchors that reach its rows, so that 5,000 objects
     on 120,000 anchors need neither the memory nor the time of all pairs.
     """
-    quality = torch.zeros(len(anchors))
-    owner = torch.zeros(len(anchors), dtype=torch.int64)
+    quality = torch.zeros(len(anchors), device=anchors.device)
+    owner = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
     for band in gt_boxes[:, 1].argsort().split(32):
         boxes = gt_boxes[band]
         near = ((anchors[:, 3] > boxes[:, 1].min()) & (anchors[:, 1] < boxes[:, 3].max())).nonzero().squeeze(1)
@@ -157,28 +180,43 @@ def best_overlaps(anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
     return quality, owner
 
 
+def batches_beyond_cache(case: Case, cache_bytes: int, free_bytes: float) -> int:
+    """How many batches must take turns so that a cache of this size holds nothing of one when its turn comes again.
+
+    They touch four times the cache, deltas and outputs alone; fewer where their predictions would fill more than a
+    sixth of the memory that is free.
+    """
+    anchors = case.batch_size * len(case.make_anchors())
+    predictions = anchors * (4 + case.num_classes) * 4
+    return max(1, min(math.ceil(4 * cache_bytes / (32 * anchors)), int(free_bytes / 6 / predictions)))
+
+
 def make_batches(
     case: Case, source: list[ImageObjects] | None, num_batches: int, seed: int, device: str
 ) -> list[Batch]:
-    """Batches of a case; the same for the same seed, on every device. They share anchors and padding."""
+    """Batches of a case, made on the device they are for; they share anchors and padding.
+
+    The same for the same seed on the same kind of device: objects are the same everywhere, predictions follow the
+    device's own random numbers.
+    """
     rng = np.random.default_rng(seed)
-    generator = torch.Generator().manual_seed(seed)
-    anchors = case.make_anchors()
+    generator = torch.Generator(device).manual_seed(seed)
+    anchors = case.make_anchors().to(device)
     drawn = [draw_images(case, source, case.batch_size, rng) for _ in range(num_batches)]
     most = max(len(image.labels) for images in drawn for image in images)
     has_crowd = any(image.crowd.any() for images in drawn for image in images)
     batches = []
     for images in drawn:
-        boxes = [fit_to_case(image, case) for image in images]
-        labels = [torch.from_numpy(image.labels) for image in images]
-        crowds = [torch.from_numpy(image.crowd) for image in images]
-        deltas = torch.empty(len(images), len(anchors), 4).normal_(0, 0.1, generator=generator)
-        logits = torch.empty(len(images), len(anchors), case.num_classes).normal_(
+        boxes = [fit_to_case(image, case).to(device) for image in images]
+        labels = [torch.from_numpy(image.labels).to(device) for image in images]
+        crowds = [torch.from_numpy(image.crowd).to(device) for image in images]
+        deltas = torch.empty(len(images), len(anchors), 4, device=device).normal_(0, 0.1, generator=generator)
+        logits = torch.empty(len(images), len(anchors), case.num_classes, device=device).normal_(
             -math.log(99), 0.5, generator=generator
         )
-        padded_boxes = torch.zeros(len(images), most, 4)
-        padded_labels = torch.zeros(len(images), most, dtype=torch.int64)
-        padded_crowd = torch.zeros(len(images), most, dtype=torch.bool)
+        padded_boxes = torch.zeros(len(images), most, 4, device=device)
+        padded_labels = torch.zeros(len(images), most, dtype=torch.int64, device=device)
+        padded_crowd = torch.zeros(len(images), most, dtype=torch.bool, device=device)
         for index, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
             count = len(image_labels)
             padded_boxes[index, :count] = image_boxes
@@ -188,25 +226,25 @@ def make_batches(
                 continue
             quality, owner = best_overlaps(anchors, image_boxes)
             near = (quality >= 0.3).nonzero().squeeze(1)
-            trained = torch.empty(len(near), 1).uniform_(0.3, 1.0, generator=generator)
+            trained = torch.empty(len(near), 1, device=device).uniform_(0.3, 1.0, generator=generator)
             deltas[index, near] += trained * CODER.encode(anchors[near], image_boxes[owner[near]])
             near = (quality >= 0.4).nonzero().squeeze(1)
-            raised = torch.empty(len(near)).uniform_(0.0, 1.0, generator=generator)
+            raised = torch.empty(len(near), device=device).uniform_(0.0, 1.0, generator=generator)
             logits[index, near, image_labels[owner[near]]] += 2 + 8 * (quality[near] - 0.4) / 0.6 * raised
         counts = [len(image_labels) for image_labels in labels]
         batches.append(
             Batch(
-                anchors.to(device),
-                deltas.to(device),
-                logits.to(device),
-                torch.cat(boxes).to(device),
-                torch.cat(labels).to(device),
+                anchors,
+                deltas,
+                logits,
+                torch.cat(boxes),
+                torch.cat(labels),
                 torch.tensor([0, *np.cumsum(counts)]).to(device),
-                torch.cat(crowds).to(device) if has_crowd else None,
+                torch.cat(crowds) if has_crowd else None,
                 counts,
-                padded_boxes.to(device),
-                padded_labels.to(device),
-                padded_crowd.to(device) if has_crowd else None,
+                padded_boxes,
+                padded_labels,
+                padded_crowd if has_crowd else None,
             )
         )
     return batches

@@ -1,272 +1,539 @@
-"""Checks and measures mg_ops on the GPU of this machine; `make gpu-check` runs it. Needs no network.
+"""Checks and measures mg_ops on the GPU of this machine, in three calls; `make gpu-check` makes all three.
 
-    python benchmarks/gpu_check.py             # build, tests, compute-sanitizer, benchmark: under 8 minutes
-    python benchmarks/gpu_check.py --dry-run   # every step as far as a machine without a GPU allows
+    python benchmarks/gpu_check.py right           # are the answers right, and how fast do they come
+    python benchmarks/gpu_check.py why             # what each kernel spends its time on, by Nsight Compute
+    python benchmarks/gpu_check.py rest            # Triton, the baselines, whole training steps
+    python benchmarks/gpu_check.py --dry-run       # every step on stand-ins, without a GPU
 
-Needs nvcc and a Python with torch, torchvision, triton, setuptools, cmake, ninja, pytest, hypothesis, matplotlib, tqdm
-and rich; installs nothing else. Writes a log of each step, the figures and summary.json to benchmarks/results/<gpu>/,
-and prints a verdict last. A step that fails does not stop the others; one that the time budget cuts off counts as
-failed and says so.
+Each call ends within 9 minutes, and keeps what it has when it is ended before: every result is written to the output
+folder as soon as it exists, and logs go into <call>.tar.gz after each step. A step that fails or is cut off does not
+stop the others. Needs a Python with torch, torchvision, triton, numpy, pillow, rich, tqdm, cmake, ninja, pytest and
+hypothesis, pytest-xdist if there is one; g++; and of the CUDA toolkit, wherever it is, nvcc 12.8 or newer,
+compute-sanitizer and ncu. No network, no git: MG_OPS_COMMIT names the commit where there is none. The verdict comes
+last.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET_SECONDS = 460.0
-SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+sys.path.append(str(ROOT))
+
+from benchmarks.machine import MEASUREMENTS, RECORDS, describe_machine, machine_folder  # noqa: E402
+
+CALL_SECONDS = 520.0
+"""A call ends itself after so long: within 9 minutes, whatever hangs."""
+SAY_EVERY_SECONDS = 30.0
+CUDA_TESTS = (
+    "tests/test_gpu.py",
+    "tests/test_agrees_with_torchvision.py",
+    "tests/test_bounds_change_nothing.py",
+    "tests/test_cpp_equals_reference.py",
+    "tests/test_every_clause_of_the_definition.py",
+    "tests/test_examples.py",
+    "tests/test_torch_integration.py",
+)
+"""All files with tests that need a GPU but no Triton. Named, so that no other file's imports can stop them."""
+TRITON_TESTS = ("tests/test_triton_equals_reference.py",)
+DETECTORS = ("fssd-resnet18", "retinanet-resnet18")
+TOOL_FOLDERS = (
+    "/usr/local/cuda/bin",
+    "/usr/local/cuda*/bin",
+    "/opt/cuda/bin",
+    "/opt/nvidia/nsight-compute/*",
+    "/usr/lib/nvidia-cuda-toolkit/bin",
+)
+
+
+class MissingTool(Exception):
+    """A program was not found; the message says where it was looked for."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a step runs."""
+
+    words: list[str]
+    telling: str
+    """A regular expression for the lines of its output to report."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of a call's table."""
+
+    name: str
+    seconds: float
+    """What it may take."""
+    command: Callable[[Check], Command]
 
 
 @dataclass
-class Step:
+class Outcome:
     """What a step came to."""
 
     name: str
     passed: bool
     seconds: float
     detail: str
-    """The line of its output that says most."""
+    """The last line of its output that says what it found, or why it failed."""
+    lines: list[str] = field(default_factory=list)
+    """All such lines, the last dozen."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools
+
+
+def tool_folders() -> list[Path]:
+    """Where programs of the CUDA toolkit may be, the likeliest first."""
+    folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders += [path for pattern in TOOL_FOLDERS for path in sorted(Path("/").glob(pattern[1:]), reverse=True)]
+    folders.append(Path(sysconfig.get_path("scripts")))
+    # Wheels of NVIDIA lie beside torch.
+    for packages in {Path(path) for path in (sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1]))}:
+        folders += sorted(packages.glob("nvidia/*/bin")) + sorted(packages.glob("triton/backends/nvidia/bin"))
+    return folders
+
+
+def find_tool(name: str) -> str:
+    """The path of a program: on the PATH, or where the CUDA toolkit and Python's packages put theirs.
+
+    Raises:
+        MissingTool: there is none.
+    """
+    for folder in [None, *tool_folders()]:
+        found = shutil.which(name, path=folder and str(folder))
+        if found:
+            return found
+    looked = [str(folder) for folder in tool_folders() if folder.is_dir()]
+    raise MissingTool(f"{name} was not found on the PATH, nor in {', '.join(looked)}")
+
+
+def describe_tools() -> dict[str, str]:
+    """Where each program is, or that it was not found; the version of nvcc."""
+    tools = {}
+    for name in ("g++", "cmake", "ninja", "nvcc", "compute-sanitizer", "ncu"):
+        try:
+            tools[name] = find_tool(name)
+        except MissingTool as error:
+            tools[name] = str(error)
+    if Path(tools["nvcc"]).is_file():
+        said = subprocess.run([tools["nvcc"], "--version"], capture_output=True, text=True, check=False).stdout
+        tools["nvcc_version"] = said.strip().splitlines()[-1] if said.strip() else "unknown"
+    return tools
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+@dataclass
+class Running:
+    """A step under way."""
+
+    step: Step
+    command: Command
+    process: subprocess.Popen[bytes]
+    log: Path
+    started: float
+    deadline: float
+
+    def end(self) -> None:
+        """Ends it and all it has started."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, how)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(3.0)
+            except subprocess.TimeoutExpired:
+                continue
+        self.process.wait()
 
 
 class Check:
-    """The steps, their logs and the clock."""
+    """One call: its steps, their logs and the clock."""
 
-    def __init__(self, output: Path, dry_run: bool) -> None:
+    def __init__(self, call: str, output: Path, dry_run: bool, machine: dict[str, Any], seconds: float) -> None:
+        self.call = call
         self.output = output
         self.dry_run = dry_run
-        self.started = time.monotonic()
-        self.steps: list[Step] = []
+        self.machine = machine
+        self.deadline = time.monotonic() + seconds
+        self.ended_by: str | None = None
+        """The signal that ends this call early."""
+        self.complete = False
+        self.outcomes: list[Outcome] = []
+        self.logs = Path(tempfile.mkdtemp(prefix=f"gpu-check-{call}-"))
         output.mkdir(parents=True, exist_ok=True)
+        self.keep()
 
-    def seconds_left(self) -> float:
-        """What the budget has left."""
-        return BUDGET_SECONDS - (time.monotonic() - self.started)
+    def result(self, name: str) -> str:
+        """The path of a result that a step writes."""
+        return str(self.output / name)
 
-    def run(
-        self, name: str, command: list[str | Path], limit: float, telling: str, environment: dict[str, str]
-    ) -> Step:
-        """Runs a command, its output into <name>.log.
+    def run_side_by_side(self, steps: tuple[Step, ...]) -> bool:
+        """Runs the steps at once, each as long as it may; whether all passed."""
+        running = [started for step in steps if (started := self.start(step)) is not None]
+        said = time.monotonic()
+        while running:
+            time.sleep(0.1)
+            now = time.monotonic()
+            for item in list(running):
+                reason = None
+                if item.process.poll() is None:
+                    if self.ended_by is None and now < item.deadline:
+                        continue
+                    reason = self.ended_by or f"cut off after {now - item.started:.0f} s"
+                running.remove(item)
+                item.end()  # what it left behind, too
+                self.finish(item, reason)
+            if running and now - said > SAY_EVERY_SECONDS:
+                said = now
+                self.keep()
+                for item in running:
+                    print(f"  {item.step.name}, {now - item.started:.0f} s: {last_line(item.log)}", flush=True)
+        return all(outcome.passed for outcome in self.outcomes[-len(steps) :])
 
-        Args:
-            limit: seconds it may take; less if the budget has less left.
-            telling: a regular expression for the line of the output to report; the last that matches.
-        """
-        text = [str(part) for part in command]
-        limit = max(5.0, min(limit, self.seconds_left()))
-        print(f"{name}: {shlex.join(text)}", flush=True)
-        start = time.monotonic()
-        log = self.output / f"{name}.log"
-        with log.open("w") as file:
-            try:
-                result = subprocess.run(
-                    text,
+    def start(self, step: Step) -> Running | None:
+        """Starts a step, its output into <name>.log; None if that is not possible, which is its outcome."""
+        now = time.monotonic()
+        left = self.deadline - now
+        try:
+            if self.ended_by or left < 1.0:
+                raise MissingTool(f"not run: {self.ended_by or 'the time of this call is over'}")
+            command = step.command(self)
+            print(f"{step.name}: {shlex.join(command.words)}", flush=True)
+            log = self.logs / f"{step.name}.log"
+            with log.open("w") as file:
+                file.write(f"$ {shlex.join(command.words)}\n")
+                file.flush()
+                process = subprocess.Popen(
+                    command.words,
                     cwd=ROOT,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment(), **command.environment},
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    timeout=limit,
-                    check=False,
+                    start_new_session=True,  # so that all it starts can be ended with it
                 )
-                passed, ending = result.returncode == 0, f"exit status {result.returncode}"
-            except subprocess.TimeoutExpired:
-                passed, ending = False, f"cut off after {limit:.0f} s"
-            except OSError as error:
-                passed, ending = False, str(error)
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if re.search(telling, line)]
-        detail = lines[-1] if lines else ending
-        return Step(name, passed, time.monotonic() - start, detail if passed else f"{ending}: {detail}")
+        except (MissingTool, OSError) as error:
+            self.report(Outcome(step.name, False, 0.0, str(error)))
+            return None
+        limit = left if self.dry_run else min(step.seconds, left)
+        return Running(step, command, process, log, now, now + limit)
 
-    def report(self, step: Step) -> bool:
-        """Keeps and prints a step's outcome; whether it passed."""
-        self.steps.append(step)
-        print(f"  {'passed' if step.passed else 'FAILED'} in {step.seconds:.0f} s: {step.detail}", flush=True)
-        return step.passed
+    def environment(self) -> dict[str, str]:
+        """What every step finds: this checkout, and the stand-ins in a dry run."""
+        paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+    def finish(self, item: Running, reason: str | None) -> None:
+        """Reports a step that has ended; `reason` if it was made to."""
+        passed = reason is None and item.process.returncode == 0
+        ending = reason or f"exit status {item.process.returncode}"
+        lines = item.log.read_text(errors="replace").splitlines()[1:]  # the first is the command
+        telling = [line.strip() for line in lines if re.search(item.command.telling, line)]
+        detail = telling[-1] if telling else last_line(item.log)
+        detail = detail if passed else f"{ending}: {detail}"
+        self.report(Outcome(item.step.name, passed, time.monotonic() - item.started, detail, telling[-12:]))
+
+    def report(self, outcome: Outcome) -> None:
+        """Prints and keeps an outcome."""
+        self.outcomes.append(outcome)
+        print(describe(outcome), flush=True)
+        self.keep()
+
+    def keep(self) -> None:
+        """Writes the summary of what there is so far, and the archive of logs and results."""
+        summary = {
+            "call": self.call,
+            "machine": self.machine,
+            "dry_run": self.dry_run,
+            "passed": self.complete and all(outcome.passed for outcome in self.outcomes),
+            "complete": self.complete,
+            "steps": [asdict(outcome) for outcome in self.outcomes],
+        }
+        (self.output / f"{self.call}.json").write_text(json.dumps(summary, indent=1) + "\n")
+        unfinished = self.logs / "archive"
+        with tarfile.open(unfinished, "w:gz") as tar:
+            logs = [*sorted(self.logs.glob("*.log")), *sorted(self.logs.glob("*.csv"))]
+            for file in [*logs, *sorted(self.output.glob("*.json"))]:
+                tar.add(file, arcname=f"{self.call}/{file.name}")
+        shutil.move(unfinished, self.output / f"{self.call}.tar.gz")
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty, the command above it aside."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[1:] if line.strip()]
+    return lines[-1][-200:] if lines else ""
+
+
+def describe(outcome: Outcome) -> str:
+    """A line for an outcome."""
+    return f"  {'passed' if outcome.passed else 'FAILED'}  {outcome.name:14} {outcome.seconds:4.0f} s  {outcome.detail}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def in_a_row(*commands: list[str]) -> list[str]:
+    """Commands of which each runs if the one before it succeeded."""
+    return ["sh", "-c", " && ".join(map(shlex.join, commands))]
+
+
+def script(check: Check, name: str, *words: str) -> list[str]:
+    """A benchmark; in a dry run on the GPU that is not there."""
+    stand_in = ["-m", "cuda_on_cpu.pretend_gpu"] if check.dry_run else []
+    return [sys.executable, *stand_in, f"benchmarks/{name}", *words]
+
+
+def pytest_command(check: Check, files: tuple[str, ...], *words: str) -> list[str]:
+    """Tests that need a GPU, by name, on 8 processes where pytest-xdist is there; names and slow tests in the log."""
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu", "--durations=15"]
+    command += ["-o", "faulthandler_timeout=60", "-p", "cuda_on_cpu.pretend_gpu"][: 4 if check.dry_run else 2]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    return [*command, *words, *files]
+
+
+def architecture(check: Check) -> str:
+    """What nvcc is told of this GPU, as torch says it; in a dry run a Hopper's."""
+    major, minor = (9, 0) if check.dry_run else torch.cuda.get_device_capability(0)
+    return f"{major}{minor}"
+
+
+def build(check: Check) -> Command:
+    """The library for this GPU alone, by the CMakeLists.txt that all builds use, into the checkout.
+
+    A dry run builds what it can, and leaves a library that is there already.
+    """
+    build_dir = ROOT / "build" / "gpu-check" / "library"
+    prefix = ROOT
+    if check.dry_run and (ROOT / "mg_ops" / "libmg_ops.so").exists():
+        prefix = ROOT / "build" / "gpu-check" / "installed"
+    cmake = find_tool("cmake")
+    configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMG_OPS_TORCH_DIR={Path(torch.__file__).parent}"]
+    environment = {"CXX": find_tool("g++"), "CUDAHOSTCXX": find_tool("g++")}
+    try:
+        environment["CUDACXX"] = find_tool("nvcc")
+        configure += ["-DMG_OPS_CUDA=ON", f"-DMG_OPS_CUDA_ARCHITECTURES={architecture(check)}"]
+    except MissingTool:
+        if not check.dry_run:
+            raise
+        configure += ["-DMG_OPS_CUDA=OFF"]
+    compile_all = [cmake, "--build", str(build_dir), "--target", "mg_ops"]
+    install = [cmake, "--install", str(build_dir), "--prefix", str(prefix)]
+    return Command(in_a_row(configure, compile_all, install), r"Installing|Up-to-date|rror", environment)
+
+
+def cuda_tests(check: Check) -> Command:
+    """All that the CUDA backend promises, without Triton's compilations."""
+    # Several processes: few threads each for the reference on the CPU.
+    environment = {"OMP_NUM_THREADS": "2", **({"MG_OPS_FUZZ": "0.01"} if check.dry_run else {})}
+    command = pytest_command(check, CUDA_TESTS, "-k", "not triton")
+    return Command(command, r"\d (passed|failed|error)", environment)
+
+
+def sanitize(tool: str, check: Check) -> Command:
+    """A tool of compute-sanitizer on a short selection; in a dry run the kernels on the CPU, under sanitizers for one.
+
+    No initcheck: it takes whatever torch's own kernels wrote, which the filter by name leaves out, as never written.
+    tests/cuda_on_cpu starts from memory that holds anything instead.
+    """
+    if check.dry_run:
+        words = ["--threads", "32", "--batches", "2", *(["--sanitize"] if tool == "memcheck" else [])]
+        return Command([sys.executable, "tests/cuda_on_cpu", *words], r"equal to the reference|ERROR|rror:")
+    command = [find_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "99"]
+    command += ["--kernel-name", "kernel_substring=mg_ops", sys.executable, "-m", "pytest", "-v"]
+    command += ["-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "short_selection"]
+    # torch's cache would hide a write past the end of a tensor from memcheck.
+    return Command(command, r"(ERROR|RACECHECK) SUMMARY|rror:", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def graph_replay(check: Check) -> Command:
+    """Device times of every case."""
+    words = ["--output", check.result("graph_replay.json")]
+    words += ["--images", "1", "--replays", "2"] if check.dry_run else []
+    return Command(script(check, "graph_replay.py", *words), r"on the device|failed|rror")
+
+
+def card_limits(check: Check) -> Command:
+    """Copying, launching, dividing and counting on this card."""
+    library = str(check.logs / "card_limits.so")
+    source = "benchmarks/card_limits.cu"
+    measure = script(check, "card_limits.py", "--library", library, "--output", check.result("card_limits.json"))
+    if check.dry_run:
+        compiler = [find_tool("g++"), "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-x", "c++"]
+        compiler += ["-include", "tests/cuda_on_cpu/cuda_on_cpu.h", source, "-o", library]
+        measure += ["--rounds", "2", "--replays", "2", "--copy-bytes", "1000000"]
+    else:
+        compiler = [find_tool("nvcc"), "-O3", "-std=c++17", f"-arch=sm_{architecture(check)}", "-fmad=false"]
+        compiler += ["-ccbin", find_tool("g++"), "-shared", "-Xcompiler", "-fPIC", source, "-o", library]
+    return Command(in_a_row(compiler, measure), r"TB/s| us$|ns a warp|failed|rror")
+
+
+def kernel_profile(check: Check) -> Command:
+    """Nsight Compute on every kernel of three cases; its whole tables go into the archive."""
+    ncu = "tests/cuda_on_cpu/pretend_ncu.py" if check.dry_run else find_tool("ncu")
+    words = ["--ncu", ncu, "--output", check.result("kernel_profile.json"), "--tables", str(check.logs)]
+    words += ["--images", "1", "--seconds", "inf"] if check.dry_run else []
+    return Command(script(check, "kernel_profile.py", *words), r"predicted|failed|rror")
+
+
+def triton_tests(check: Check) -> Command:
+    """The Triton backend, with few random batches: each may be a variant to compile.
+
+    In a dry run other kernels stand in, and then Triton's interpreter runs its own.
+    """
+    environment = {"OMP_NUM_THREADS": "2", "MG_OPS_FUZZ": "0.02"}
+    command = pytest_command(check, (*([] if check.dry_run else TRITON_TESTS), "tests/test_gpu.py"), "-k", "triton")
+    if check.dry_run:
+        interpreted = ["tests/test_triton_interpreted.py", "-k", "rest"]
+        command = in_a_row(command, [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *interpreted])
+    return Command(command, r"\d (passed|failed|skipped|error)", environment)
+
+
+def baselines(check: Check) -> Command:
+    """The matching against what people use today, on this GPU."""
+    words = ["--device", "cuda", "--backends", "cuda", "triton", "--no-plot"]
+    words += ["--output", check.result("match_speed.json")]
+    words += ["--cases", "voc320", "--quick", "--repeats", "1"] if check.dry_run else ["--cases", "coco320", "coco800"]
+    return Command(script(check, "match_speed.py", *words), r"times as fast|failed|rror")
+
+
+def training_steps(check: Check) -> Command:
+    """Training steps of two detectors with each matching, and captured as one graph."""
+    words = ["--device", "cuda", "--amp", "bf16", "--captured", "--output", check.result("training_step.json")]
+    words += ["--detectors", *DETECTORS]
+    if check.dry_run:
+        words += ["--image-size", "64", "--batch", "2", "--steps", "1"]
+    else:
+        words += ["--image-size", "320", "--batch", "32", "--steps", "20", "--warmup", "5"]
+    return Command(script(check, "training_step.py", *words), r"images/s with|one CUDA graph|failed|rror")
+
+
+BUILD = Step("build", 120.0, build)
+"""Without it no other step of a call runs."""
+CALLS: dict[str, tuple[tuple[Step, ...], ...]] = {
+    "right": (
+        (BUILD,),
+        (
+            Step("tests", 190.0, cuda_tests),
+            *(Step(tool, 190.0, partial(sanitize, tool)) for tool in ("memcheck", "synccheck", "racecheck")),
+        ),
+        (Step("graph-replay", 120.0, graph_replay),),
+        (Step("card-limits", 60.0, card_limits),),
+    ),
+    "why": ((BUILD,), (Step("kernel-profile", 390.0, kernel_profile),)),
+    "rest": (
+        (BUILD,),
+        (Step("triton-tests", 130.0, triton_tests),),
+        (Step("baselines", 170.0, baselines),),
+        (Step("training-steps", 90.0, training_steps),),
+    ),
+}
+"""Call -> its steps in order, those in one row side by side."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="without a GPU: each step by what can stand in for it")
-    parser.add_argument("--output", type=Path, help="folder for logs and figures (default benchmarks/results/<gpu>)")
-    parser.add_argument("--skip-build", action="store_true", help="use the library that is built already")
-    return parser.parse_args()
+    parser.add_argument("calls", nargs="*", metavar="CALL", help=f"of {', '.join(CALLS)}; all if none is named")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: every step on stand-ins")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="folder for the results (default runs/benchmarks/<gpu>)")
+    where.add_argument("--record", action="store_true", help="the default is benchmarks/results/<gpu>, which is kept")
+    parser.add_argument(
+        "--seconds", type=float, help=f"for each call (default {CALL_SECONDS:g}; a dry run takes the time it needs)"
+    )
+    options = parser.parse_args()
+    for call in options.calls:
+        if call not in CALLS:
+            parser.error(f"expected calls of {', '.join(CALLS)}, got {call}")
+    options.calls = options.calls or list(CALLS)
+    if options.seconds is None:
+        options.seconds = math.inf if options.dry_run else CALL_SECONDS
+    return options
 
 
-def describe_machine() -> dict[str, str]:
-    """What every figure must name."""
-    import torch
+def run_call(call: str, options: argparse.Namespace, machine: dict[str, Any]) -> Check:
+    """Runs the steps of a call, until the build fails or a signal comes."""
+    check = Check(call, options.output, options.dry_run, machine, options.seconds)
 
-    def first_line(*command: str) -> str:
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=30)
-        except (OSError, subprocess.SubprocessError) as error:
-            return f"unknown ({type(error).__name__})"
-        return result.stdout.strip().splitlines()[-1] if result.stdout.strip() else "unknown"
+    def end(number: int, frame: object) -> None:
+        check.ended_by = f"ended by {signal.Signals(number).name}"
 
-    return {
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
-        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
-        "torch": torch.__version__,
-        "torch_cuda": str(torch.version.cuda),
-        "nvcc": first_line("nvcc", "--version"),
-        "commit": first_line("git", "rev-parse", "--short", "HEAD"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def build(check: Check) -> Step:
-    """Installs into a folder of its own, so that the machine's Python stays as it is; the checkout gets the library."""
-    site = ROOT / "build" / "gpu-check" / "site"
-    shutil.rmtree(site, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps"]
-    command += ["--target", str(site), "--verbose", str(ROOT)]
-    # For this GPU only: a build for all takes minutes. Without a GPU, one that every newer GPU can run.
-    architecture = "90" if check.dry_run else "native"
-    environment = {
-        "CMAKE_ARGS": f"-DMG_OPS_CUDA=ON -DMG_OPS_CUDA_ARCHITECTURES={architecture}",
-        "MG_OPS_REQUIRE_LIBRARY": "1",
-    }
-    step = check.run("build", list(command), 200.0, r"Successfully installed|rror", environment)
-    library = site / "mg_ops" / "libmg_ops.so"
-    if step.passed and not library.exists():
-        return Step(step.name, False, step.seconds, "pip was content, but installed no libmg_ops.so")
-    if step.passed:
-        # Replaced, not written over: a process that has the old one loaded would crash.
-        fresh = shutil.copy(library, ROOT / "mg_ops" / f"{library.name}.new")
-        Path(fresh).replace(ROOT / "mg_ops" / library.name)
-    return step
-
-
-def run_tests(check: Check) -> Step:
-    """The GPU tests; without a GPU their names, so that at least every test file must load."""
-    command: list[str | Path] = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
-    command += ["--ignore", "tests/test_det_math.py"]  # of the headers on the CPU, whose bindings are not built here
-    if check.dry_run:
-        return check.run("tests", [*command, "--collect-only"], 120.0, r"tests? collected|error", {})
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    # Several processes: few threads each for the reference on the CPU.
-    return check.run("tests", command, 180.0, r"passed|failed|error", {"OMP_NUM_THREADS": "2"})
-
-
-def sanitize(check: Check) -> list[Step]:
-    """compute-sanitizer, its tools side by side; without a GPU the kernels run on the CPU under AddressSanitizer."""
-    if check.dry_run:
-        command: list[str | Path] = [
-            sys.executable,
-            "tests/cuda_on_cpu",
-            "--sanitize",
-            "--threads",
-            "32",
-            "--batches",
-            "2",
-        ]
-        return [check.run("sanitizer", command, 240.0, r"equal to the reference|ERROR|rror:", {})]
-    if shutil.which("compute-sanitizer") is None:
-        return [Step("sanitizer", False, 0.0, "compute-sanitizer is not on the PATH: it comes with the CUDA toolkit")]
-    test = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_gpu.py",
-        "-k",
-        "short_selection",
-    ]
-
-    def run_tool(tool: str) -> Step:
-        command: list[str | Path] = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99"]
-        command += ["--kernel-name", "kernel_substring=mg_ops", *test]
-        # torch's cache would hide a write past the end of a tensor from memcheck.
-        return check.run(
-            f"sanitizer-{tool}",
-            command,
-            150.0,
-            r"ERROR SUMMARY|RACECHECK SUMMARY",
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )
-
-    with ThreadPoolExecutor(len(SANITIZER_TOOLS)) as pool:
-        return list(pool.map(run_tool, SANITIZER_TOOLS))
-
-
-def measure(check: Check) -> Step:
-    """The benchmark on all cases and baselines; without a GPU a quick one on the CPU."""
-    command: list[str | Path] = [
-        sys.executable,
-        "benchmarks/match_speed.py",
-        "--output",
-        check.output / "match_speed.json",
-    ]
-    if check.dry_run:
-        command[-1] = check.output / "quick.json"
-        command += ["--quick", "--cases", "voc320", "--no-plot"]
-    else:
-        command += ["--device", "cuda"]
-    return check.run("benchmark", command, 240.0, r"times as fast|failed|rror", {})
-
-
-def time_training_steps(check: Check) -> Step:
-    """Training steps of every detector with each matching; without a GPU a tiny one on the CPU."""
-    command: list[str | Path] = [sys.executable, "benchmarks/training_step.py"]
-    command += ["--output", check.output / "training_step.json"]
-    if check.dry_run:
-        command += ["--detectors", "fssd-resnet18", "--image-size", "64", "--batch", "2", "--steps", "1"]
-    else:
-        command += ["--device", "cuda", "--amp", "bf16", "--image-size", "320", "--batch", "32"]
-        command += ["--steps", "20", "--warmup", "5"]
-    return check.run("training-step", command, 120.0, r"images/s with|failed|rror", {})
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, end)
+    for steps in CALLS[call]:
+        if not check.run_side_by_side(steps) and steps[0] is BUILD:
+            break
+    check.complete = check.ended_by is None
+    check.keep()
+    shutil.rmtree(check.logs)
+    return check
 
 
 def main() -> int:
-    """Runs the steps; the exit status is 0 if all passed, 2 without a GPU."""
+    """Makes the calls; the exit status is 0 if all passed, 1 if not, 2 without a GPU."""
     options = parse_options()
-    machine = describe_machine()
-    if machine["gpu"] == "none" and not options.dry_run:
-        print("gpu-check: torch finds no GPU here. `--dry-run` tries every step as far as this machine allows.")
+    if not torch.cuda.is_available() and not options.dry_run:
+        print("gpu-check: torch finds no GPU here. `--dry-run` tries every step without one.")
         return 2
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
-    output = options.output or ROOT / ("build/gpu-check/dry-run" if options.dry_run else f"benchmarks/results/{slug}")
-    check = Check(output.resolve(), options.dry_run)
+    machine = {**describe_machine("cpu" if options.dry_run else "cuda"), "tools": describe_tools()}
+    if options.output is None:
+        folder = (RECORDS if options.record else MEASUREMENTS) / machine_folder(machine)
+        options.output = ROOT / "build" / "gpu-check" / "dry-run" if options.dry_run else folder
+    options.output = options.output.resolve()
     print("gpu-check" + (" (dry run: no figure below is of a GPU)" if options.dry_run else ""))
-    for name, value in machine.items():
-        print(f"  {name}: {value}")
-
-    if options.skip_build or check.report(build(check)):
-        check.report(run_tests(check))
-        for step in sanitize(check):
-            check.report(step)
-        check.report(measure(check))
-        check.report(time_training_steps(check))
-
-    passed = all(step.passed for step in check.steps)
-    summary = {
-        "machine": machine,
-        "dry_run": options.dry_run,
-        "passed": passed,
-        "steps": [asdict(s) for s in check.steps],
-    }
-    (check.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"\nVerdict on {machine['gpu']}{' (dry run)' if options.dry_run else ''}:")
-    for step in check.steps:
-        print(f"  {'passed' if step.passed else 'FAILED'}  {step.name:20} {step.seconds:4.0f} s  {step.detail}")
-    print(f"  {'All passed' if passed else 'Not all passed'}; logs and figures in {check.output}")
+    for name, value in {**machine, **machine["tools"]}.items():
+        if name != "tools":
+            print(f"  {name}: {value}")
+    checks = []
+    for call in options.calls:
+        print(f"\n{call}", flush=True)
+        checks.append(run_call(call, options, machine))
+        if checks[-1].ended_by:
+            break
+    outcomes = [outcome for check in checks for outcome in check.outcomes]
+    passed = all(outcome.passed for outcome in outcomes) and len(checks) == len(options.calls)
+    print(f"\nVerdict on {machine['device']}{' (dry run)' if options.dry_run else ''}:")
+    for outcome in outcomes:
+        print(describe(outcome))
+        for line in outcome.lines[:-1]:
+            print(f"            {line}")
+    print(f"  {'All passed' if passed else 'Not all passed'}; results and logs in {options.output}")
     return 0 if passed else 1
 
 

@@ -1,7 +1,8 @@
-"""The machine a figure was measured on, as every figure must name it."""
+"""The machine a figure was measured on, as every figure must name it, and the file it is kept in."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import os
@@ -15,10 +16,17 @@ import torch
 import mg_ops
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "benchmarks/results"
+"""The figures that README and documentation quote, a folder a machine: git keeps them, `--record` alone writes them."""
+MEASUREMENTS = ROOT / "runs/benchmarks"
+"""All other figures, likewise: git ignores them."""
 
 
 def describe_commit() -> str:
-    """The checkout's commit, with "-dirty" if a tracked file other than documentation and results differs from it."""
+    """The checkout's commit, with "-dirty" if a tracked file other than documentation and results differs from it.
+
+    Where there is no git, or no repository, the environment variable MG_OPS_COMMIT can name it; else "unknown".
+    """
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(ROOT), *words]
@@ -29,7 +37,7 @@ def describe_commit() -> str:
         code = [".", ":(exclude)docs", ":(exclude)*.md", ":(exclude,glob)benchmarks/**/results/**"]
         changed = git("status", "--porcelain", "-uno", "--", *code)
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-    return "unknown"
+    return os.environ.get("MG_OPS_COMMIT", "unknown")
 
 
 def describe_machine(device: str) -> dict[str, object]:
@@ -66,5 +74,24 @@ def describe_machine(device: str) -> dict[str, object]:
 
 
 def machine_folder(machine: dict[str, object]) -> str:
-    """The name of a machine's folder under benchmarks/results."""
+    """The name of a machine's folder."""
     return re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """`--output` and `--record`, for `prepare_output`."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="if not given: in runs/benchmarks/MACHINE/, which git ignores"
+    )
+    where.add_argument(
+        "--record", action="store_true", help="write to benchmarks/results/MACHINE/, which the documentation quotes"
+    )
+
+
+def prepare_output(options: argparse.Namespace, machine: dict[str, object], name: str) -> Path:
+    """The file for a benchmark's figures, in a folder that is there; to be called before anything is measured."""
+    folder = (RECORDS if options.record else MEASUREMENTS) / machine_folder(machine)
+    output: Path = options.output or folder / f"{name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output

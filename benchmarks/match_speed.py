@@ -7,7 +7,7 @@
 Every answer is checked before it is timed: each backend against backend="eager" integer by integer, each baseline by
 its share of equal labels (native arithmetic may differ on ties; under 99.9 percent the run fails). Methods take
 turns, so that noise hits all alike, and each call reads another batch. Baselines: benchmarks/baselines.py; how
-batches are made: benchmarks/cases.py and objects.py. Prints tables, writes JSON and a plot.
+batches are made: benchmarks/cases.py and objects.py. Prints tables, and writes JSON and a plot to runs/benchmarks/.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
 from benchmarks import baselines  # noqa: E402
-from benchmarks.cases import CASES, CODER, SWEEP, Batch, Case, make_batches  # noqa: E402
-from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
+from benchmarks.card_limits import copy_bandwidth, launch_seconds  # noqa: E402
+from benchmarks.cases import CASES, CODER, SWEEP, Batch, Case, batches_beyond_cache, make_batches  # noqa: E402
+from benchmarks.graph_replay import REPLAYS, GraphOfCalls  # noqa: E402
+from benchmarks.machine import add_output_options, describe_machine, prepare_output  # noqa: E402
 from benchmarks.objects import ImageObjects, read_objects  # noqa: E402
 
 LOOP = "loop"
@@ -115,7 +117,7 @@ class Result:
     output_bytes: int | None = None
     memory_resolution: int = 0
     memory_note: str = ""
-    cuda: dict[str, float | int | str | None] = field(default_factory=dict)
+    cuda: dict[str, float | int | str | list[float] | None] = field(default_factory=dict)
 
     @property
     def median(self) -> float | None:
@@ -198,15 +200,15 @@ class Methods:
         for name in names:
             reference = {"pair_bytes": 90.0, "per_image": True} if name == "eager" else {}
             add(f"{name}", f"mg_ops {name}", lambda b, n=name: match(b, n), "mutual", subject=True, **reference)
-        if best != "eager" and not sweep:
-            add(
-                f"{best}-lists",
-                f"mg_ops {best}, objects as lists",
-                lambda b: match(b, best, lists=True),
-                "mutual",
-                subject=True,
-                captured=False,
-            )
+            if name == best != "eager" and not sweep:  # beside the packed objects: their turns follow each other
+                add(
+                    f"{best}-lists",
+                    f"mg_ops {best}, objects as lists",
+                    lambda b: match(b, best, lists=True),
+                    "mutual",
+                    subject=True,
+                    captured=False,
+                )
         add(LOOP, "(a) loop over images and objects", match_loop, "mutual")
         if not sweep:
             add(TUNED_LOOP, "(a2) the loop, tuned by hand", match_tuned_loop, "mutual")
@@ -542,7 +544,7 @@ def measure_memory(
 
 
 def measure_cuda(
-    method: Method, batches: list[Batch], result: Result, floor: dict[str, float], min_bytes: int, repeats: int
+    method: Method, batches: list[Batch], result: Result, floor: dict[str, float], min_bytes: int, replays: int
 ) -> None:
     """Device time under graph replay, launches, host synchronisations, peak memory; fills result."""
     torch.cuda.synchronize()
@@ -573,19 +575,21 @@ def measure_cuda(
     launches = len(on_device)
     busy = sum(event.device_time for event in on_device) / 1e6
 
-    replay: float | None = None
+    times: list[float] = []
     reason = f"not captured: {syncs} host synchronisations" if syncs else ""
     if not method.captured:
         reason = "not captured: a call copies from host memory that it frees"
     if not reason:
         try:
-            replay = time_graph([partial(method.call, batch) for batch in batches], repeats)
+            times = GraphOfCalls([partial(method.call, batch) for batch in batches]).time(replays)
         except RuntimeError as error:
             reason = f"not captured: {str(error).splitlines()[0]}"
             torch.cuda.synchronize()
     lowest = min_bytes / floor["bytes_per_second"] + launches * floor["seconds_per_launch"]
+    replay = statistics.median(times) if times else None
     result.cuda = {
         "graph_replay_seconds": replay,
+        "graph_replay_quartiles": statistics.quantiles(times, n=4, method="inclusive") if times else None,
         "graph_replay_note": reason,
         "device_busy_seconds": busy,
         "launches": launches,
@@ -595,40 +599,9 @@ def measure_cuda(
     }
 
 
-def time_graph(calls: list[Callable[[], object]], repeats: int) -> float:
-    """Median device seconds of one call, all batches captured one after the other in a CUDA graph and replayed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    kept = []
-    with torch.cuda.graph(graph):
-        for call in calls:
-            kept.append(call())
-    graph.replay()
-    seconds = []
-    for _ in range(max(10, 4 * repeats)):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / len(calls))
-    del kept
-    return statistics.median(seconds)
-
-
 def measure_floor() -> dict[str, float]:
     """What the device does at best: bytes a second of a large copy, and seconds a dependent launch in a graph."""
-    large = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(large)
-    copy = time_graph([lambda: target.copy_(large)], 5)
-    small = torch.zeros(32, device="cuda")
-    launch = time_graph([lambda: small.add_(1.0)] * 200, 5)
-    return {"bytes_per_second": 2 * large.numel() / copy, "seconds_per_launch": launch}
+    return {"bytes_per_second": copy_bandwidth(), "seconds_per_launch": launch_seconds()}
 
 
 def least_bytes(batch: Batch, expected: mg_ops.MutualMatch) -> int:
@@ -666,10 +639,8 @@ def run_case(
         if device == "cpu":
             num_batches = min(4, math.ceil(BATCH_BYTES / predictions)) if case.objects_per_image is None else 1
         else:
-            touched = case.batch_size * len(case.make_anchors()) * 32
-            cache = torch.cuda.get_device_properties(0).L2_cache_size  # what is read again must not lie in it
-            fitting = int(0.15 * available_bytes(device) / predictions)
-            num_batches = max(1, min(16, math.ceil(4 * cache / touched), fitting))
+            cache = torch.cuda.get_device_properties(0).L2_cache_size
+            num_batches = batches_beyond_cache(case, cache, available_bytes(device))
         with thread_count(1):
             batches = make_batches(case, source, num_batches, options.seed, device)
         batch = batches[0]
@@ -747,16 +718,10 @@ def run_case(
                     results[name].memory_resolution = memory_resolution(results[name].threads)
         else:
             assert floor is not None
+            least, replays = least_bytes(batch, expected["mutual"]), 2 if options.quick else REPLAYS
             for method in runnable:
                 say(f"{method.label}: device time, launches, memory", 1)
-                measure_cuda(
-                    method,
-                    batches,
-                    results[method.name],
-                    floor,
-                    least_bytes(batch, expected["mutual"]),
-                    options.repeats,
-                )
+                measure_cuda(method, batches, results[method.name], floor, least, replays)
 
     sizes = {"B": case.batch_size, "A": len(batch.anchors), "C": case.num_classes}
     counts = [count for b in batches for count in b.counts]
@@ -806,6 +771,11 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
+def format_ratio(ratio: float) -> str:
+    """Three digits, or all of them before the point."""
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+
+
 def format_bytes(size: float) -> str:
     """Three digits and a unit, in powers of 1000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -828,7 +798,7 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
     sizes, objects = case["sizes"], case["objects_per_image"]
     batches = f", {sizes['batches']} batches in turn" if sizes["batches"] > 1 else ""
     table = Table(
-        title=f"[bold]{name}[/]  B = {sizes['B']}, A = {sizes['A']:,}, C = {sizes['C']}; objects an image: mean "
+        title=f"[bold]{name}[/]  B = {sizes['B']}, A = {sizes['A']:,}, C = {sizes['C']}; objects per image: mean "
         f"{objects['mean']:.1f}, max {objects['max']} ({case['objects_from']}){batches}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -859,7 +829,7 @@ def print_case(name: str, case: dict, console: Console, on_cuda: bool) -> None:
             label,
             format_seconds(method["median_seconds"]),
             f"{format_seconds(quartiles[0])} - {format_seconds(quartiles[1])}" if quartiles else "one call",
-            f"{ratio:.3g}x" if ratio else "",
+            f"{format_ratio(ratio)}x" if ratio else "",
         ]
         if on_cuda:
             replay, over = cuda["graph_replay_seconds"], cuda["ratio_to_floor"]
@@ -940,17 +910,20 @@ def verdict_lines(cases: dict[str, dict]) -> list[str]:
         replay = subject.get("cuda", {}).get("graph_replay_seconds")
         if replay:
             time_text += f" ({format_seconds(replay)} on the device)"
+        lists = next((method for key, method in case["methods"].items() if key.endswith("-lists")), None)
+        if lists and lists["median_seconds"]:
+            time_text += f" (objects as lists: {format_seconds(lists['median_seconds'])})"
         extra = format_memory(subject, case["sizes"]["B"] * case["sizes"]["A"])
         threads = f"{loop['threads']} thread{'' if loop['threads'] == 1 else 's'}"
-        memory = f"extra memory {extra} for each anchor of the batch"
+        memory = f"extra memory {extra} per anchor of the batch"
         tuned = case["methods"].get(TUNED_LOOP, {}).get("median_seconds")
         against_tuned = ""
         if tuned:
             ratio = tuned / subject["median_seconds"]
-            against_tuned = f", {ratio:.3g} times as fast as (a2) ({format_seconds(tuned)})"
+            against_tuned = f", {format_ratio(ratio)} times as fast as (a2) ({format_seconds(tuned)})"
         lines.append(
-            f"{name}: {subject['label']} {time_text}, {subject['loop_over_this']:.3g} times as fast as the loop (a) "
-            f"({format_seconds(loop['median_seconds'])}, {threads}){against_tuned}; {memory}"
+            f"{name}: {subject['label']} {time_text}, {format_ratio(subject['loop_over_this'])} times as fast as the "
+            f"loop (a) ({format_seconds(loop['median_seconds'])}, {threads}){against_tuned}; {memory}"
         )
     return lines
 
@@ -1034,44 +1007,43 @@ def plot_sweep(cases: dict[str, dict], machine: dict, path: Path) -> bool:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked against what is usable here."""
-    parser = argparse.ArgumentParser(
-        description="Time and memory of mg_ops.mutual_match beside what people use today.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(description="Time and memory of mg_ops.mutual_match beside what people use today.")
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(CASE_GROUPS), default=list(CASE_GROUPS), help="what to run (all)"
     )
-    parser.add_argument("--cases", nargs="+", choices=list(CASE_GROUPS), default=list(CASE_GROUPS), help="what to run")
     parser.add_argument(
         "--boxes",
         type=Path,
         metavar="FILE_OR_FOLDER",
         help="objects of voc320, coco320 and coco800 from COCO-style JSON or VOC XML, instead of generated ones",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="backends of mg_ops (all that are usable)")
     parser.add_argument(
-        "--backends", nargs="+", metavar="NAME", help="backends of mg_ops; all that are usable if not given"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; (a) also tries fewer"
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="CPU threads (%(default)s); (a) and (a2) also try fewer",
     )
     parser.add_argument(
         "--longest-call",
         type=float,
         metavar="SECONDS",
-        help=f"leave out baselines that would take longer a call; by default {LONGEST_CALL_SECONDS:g}",
+        help=f"leave out baselines that would take longer per call ({LONGEST_CALL_SECONDS:g}, with --quick 1)",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="rounds in which every method has its turn")
-    parser.add_argument("--seed", type=int, default=0, help="of objects and predictions")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="rounds in which every method has its turn (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of objects and predictions (%(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="small batches, 2 rounds, no torch.compile: a check, no figures"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave out baseline (c)")
     parser.add_argument("--no-plot", action="store_true", help="write no PNG")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.json",
-        help="default: benchmarks/results/MACHINE/match_speed.json; the plot goes beside it",
-    )
+    add_output_options(parser)
     options = parser.parse_args(arguments)
+    if options.record and (options.quick or options.boxes is not None or len(set(options.cases)) < len(CASE_GROUPS)):
+        parser.error("--record: expected all cases on generated objects, without --quick, --boxes and --cases")
     if options.device not in ("cpu", "cuda"):
         parser.error(f"--device: expected cpu or cuda, got {options.device}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -1104,9 +1076,9 @@ def make_quick(case: Case) -> Case:
     return replace(case, batch_size=min(case.batch_size, 4 if objects is None else 1), objects_per_image=objects)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line asks for; the exit status."""
-    options = parse_options()
+    options = parse_options(arguments)
     console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()
     torch.set_num_threads(options.threads)
@@ -1132,12 +1104,15 @@ def main() -> int:
     for name, status in mg_ops.backends().items():
         if not status.usable:
             console.print(f"  backend {name}: {status.detail}")
+    output = prepare_output(options, machine, "quick" if options.quick else "match_speed")
     floor = measure_floor() if options.device == "cuda" else None
     builder = Methods(options)
     cases: dict[str, dict] = {}
     names = [name for group in options.cases for name in CASE_GROUPS[group]]
     if options.quick:
         names = [name for name in names if name in ("voc320", "coco320", "dense")] or names[:1]
+    shown = {name: value for name, value in vars(options).items() if name not in ("output", "record")}
+    content = {"machine": machine, "options": shown, "floor": floor, "cases": cases}
     for name in names:
         case = make_quick(CASES[name]) if options.quick else CASES[name]
         if source is not None and case.takes_file:
@@ -1148,17 +1123,12 @@ def main() -> int:
             console.print(f"[bold red]{name} failed:[/] {error}")
             return 1
         gc.collect()
+        content["verdict"] = verdict_lines(cases)
+        output.write_text(json.dumps(content, indent=1, default=str) + "\n")  # so that a later case cannot lose it
         if not name.startswith("sweep"):
             print_case(name, cases[name], console, options.device == "cuda")
     print_sweep(swept_cases(cases), console)
 
-    output = options.output or ROOT / "benchmarks" / "results" / machine_folder(machine) / (
-        "quick.json" if options.quick else "match_speed.json"
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shown = {name: value for name, value in vars(options).items() if name != "output"}
-    content = {"machine": machine, "options": shown, "floor": floor, "cases": cases, "verdict": verdict_lines(cases)}
-    output.write_text(json.dumps(content, indent=1, default=str) + "\n")
     console.print(f"\nwrote {output}")
     if not options.no_plot and plot_sweep(cases, machine, output.with_suffix(".png")):
         console.print(f"wrote {output.with_suffix('.png')}")

@@ -31,15 +31,26 @@ mean. Labels are uniform over the classes, and nothing generated is a crowd regi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # where this file is run as a program
+    sys.path.append(str(ROOT))
+
+from detector.annotations import (  # noqa: E402
+    Defects,
+    Identifier,
+    ImageRecord,
+    parse_coco,
+    read_json,
+    read_voc_annotation,
+)
 
 
 class ImageObjects(NamedTuple):
@@ -70,117 +81,72 @@ class ReadObjects(NamedTuple):
 
 
 def read_objects(path: Path) -> ReadObjects:
-    """Reads COCO-style JSON (a file, or a folder of them) or a folder of VOC XML files.
+    """Reads COCO-style JSON or a folder of VOC XML files.
 
     Args:
         path: a COCO-style JSON file ("images" with width and height, "annotations" with bbox x, y, w, h and optionally
-            iscrowd); a folder of such files; a folder of VOC XML files, or one that has them in `Annotations/`.
+            iscrowd); a folder of such files; a VOC XML file, a folder of them, or one that has them in `Annotations/`.
 
     Returns:
-        Every image in the order of the files. Labels are numbered from 0 by category id (COCO) or by name (VOC). Boxes
-        are kept as they are, also those without an area.
+        Every image with a size, in the order of the files. Labels are numbered from 0 in the order of the category ids
+        (COCO) or names (VOC). Boxes are kept as the files have them, also beyond the image. What had to be left out is
+        in the notes.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: no annotations are in it, or a file is broken; the message names it.
+        ValueError: no annotations are in it, or a COCO file is broken; the message names it.
     """
     if not path.exists():
         raise FileNotFoundError(
             f"--boxes: {path} does not exist; expected COCO-style JSON or a folder of VOC XML files"
         )
+    defects = Defects()
     if path.is_file():
-        if path.suffix.lower() == ".xml":
-            return _read_voc([path])
-        return _read_coco([path], skip_others=False)
-    xml_files = sorted(path.glob("*.xml")) or sorted((path / "Annotations").glob("*.xml"))
-    if xml_files:
-        return _read_voc(xml_files)
-    json_files = sorted(path.glob("*.json"))
-    if json_files:
-        return _read_coco(json_files, skip_others=True)
-    raise ValueError(f"--boxes: {path} holds no *.json file, and no *.xml file (nor does its folder Annotations)")
-
-
-def _read_coco(files: list[Path], skip_others: bool) -> ReadObjects:
-    images: list[ImageObjects] = []
-    notes: list[str] = []
-    loaded = []
-    names: dict[int, str] = {}
-    for file in files:
-        try:
-            content = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--boxes: {file} is not JSON: {error}") from None
-        if not (isinstance(content, dict) and "images" in content and "annotations" in content):
-            reason = f'{file.name} has no "images" and "annotations": not COCO-style'
-            if not skip_others:
-                raise ValueError(f"--boxes: {reason}")
-            notes.append(f"passed over {reason}")
-            continue
-        for category in content.get("categories", []):
-            names[category["id"]] = category.get("name", str(category["id"]))
-        for annotation in content["annotations"]:
-            names.setdefault(annotation["category_id"], str(annotation["category_id"]))
-        loaded.append(content)
-    if not loaded:
-        raise ValueError(f"--boxes: no COCO-style file among {', '.join(file.name for file in files)}")
-    label_of = {category: label for label, category in enumerate(sorted(names))}
-    for content in loaded:
-        by_image: dict[int, list[dict]] = {}
-        for annotation in content["annotations"]:
-            by_image.setdefault(annotation["image_id"], []).append(annotation)
-        without_size = 0
-        for image in content["images"]:
-            if not (image.get("width", 0) > 0 and image.get("height", 0) > 0):
-                without_size += 1
-                continue
-            annotations = by_image.get(image["id"], [])
-            xywh = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float32).reshape(-1, 4)
-            boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-            labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], dtype=np.int64)
-            crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], dtype=bool)
-            images.append(ImageObjects(image["width"], image["height"], boxes, labels, crowd))
-        if without_size:
-            notes.append(f"left out {without_size} of {len(content['images'])} images: no width and height")
-    if not images:
-        raise ValueError("--boxes: no image with a width and a height")
-    return ReadObjects(images, [names[category] for category in sorted(names)], notes)
-
-
-def _read_voc(files: list[Path]) -> ReadObjects:
-    parsed = []
-    notes: list[str] = []
-    for file in files:
-        try:
-            root = ElementTree.parse(file).getroot()
-            size = root.find("size")
-            width, height = (0.0, 0.0) if size is None else (float(size.findtext(side)) for side in ("width", "height"))
-            names, boxes = [], []
-            for item in root.iter("object"):
-                corner = item.find("bndbox")
-                names.append(item.findtext("name"))
-                boxes.append([float(corner.findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax")])
-        except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"--boxes: {file} is not a VOC annotation: {error}") from None
-        if not (width > 0 and height > 0):
-            notes.append(f"left out {file.name}: no width and height")
-            continue
-        parsed.append((width, height, names, boxes))
-    if not parsed:
-        raise ValueError(f"--boxes: no image with a width and a height among {len(files)} XML files")
-    classes = sorted({name for _, _, names, _ in parsed for name in names})
+        is_voc = path.suffix.lower() == ".xml"
+        files = [path]
+    else:
+        files = sorted(path.glob("*.xml")) or sorted((path / "Annotations").glob("*.xml"))
+        is_voc = bool(files)
+        files = files or sorted(path.glob("*.json"))
+    if not files:
+        raise ValueError(f"--boxes: {path} holds no *.json file, and no *.xml file (nor does its folder Annotations)")
+    if is_voc:
+        found = [read_voc_annotation(file, file.name, number, defects) for number, file in enumerate(files)]
+        records = [record for record in found if record is not None]
+        classes = sorted({entry.class_name for record in records for entry in record.objects})
+    else:
+        records, classes = _read_coco(files, defects)
     label_of = {name: label for label, name in enumerate(classes)}
-    images = [
-        ImageObjects(
-            width,
-            height,
-            np.array(boxes, dtype=np.float32).reshape(-1, 4),
-            np.array([label_of[name] for name in names], dtype=np.int64),
-            np.zeros(len(names), dtype=bool),
-        )
-        for width, height, names, boxes in parsed
-    ]
+    images = []
+    for record in records:
+        if record.width is None or record.height is None:
+            defects.add("image without a width and a height: left out", record.name)
+            continue
+        boxes = np.array([entry.box for entry in record.objects], dtype=np.float32).reshape(-1, 4)
+        labels = np.array([label_of[entry.class_name] for entry in record.objects], dtype=np.int64)
+        crowd = np.array([entry.crowd for entry in record.objects], dtype=bool)
+        images.append(ImageObjects(record.width, record.height, boxes, labels, crowd))
+    notes = defects.report().splitlines()
+    if not images:
+        raise ValueError("\n".join([f"--boxes: no image with a width and a height in {path}", *notes]))
     return ReadObjects(images, classes, notes)
+
+
+def _read_coco(files: list[Path], defects: Defects) -> tuple[list[ImageRecord], list[str]]:
+    """The images of COCO files, and the names of their categories in the order of the ids."""
+    records: list[ImageRecord] = []
+    names: dict[Identifier, str] = {}
+    for file in files:
+        content = read_json(file, "COCO-style annotations")
+        if len(files) > 1 and not (isinstance(content, dict) and "images" in content and "annotations" in content):
+            defects.add('file without "images" and "annotations": passed over', file.name)
+            continue
+        annotations = parse_coco(content, str(file), defects)
+        records += annotations.images
+        names.update(annotations.categories)
+    return records, list(
+        dict.fromkeys(names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key)))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
 from benchmarks.cases import CASES, CODER, Batch, make_batches  # noqa: E402
-from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
+from benchmarks.machine import add_output_options, describe_machine, prepare_output  # noqa: E402
 from benchmarks.match_speed import format_seconds, make_quick, match, match_loop, thread_count, time_call  # noqa: E402
 
 FILE = Path("utils/box/box_utils.py")
@@ -186,8 +186,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=2, help="calls for each batch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of objects and predictions (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small batches: a check, no figures")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="by default benchmarks/results/MACHINE/")
+    add_output_options(parser)
     options = parser.parse_args(argv)
+    if options.record and options.quick:
+        parser.error("--record: expected a run without --quick")
     console = Console(width=None if sys.stdout.isatty() else 150)
     try:
         matching = load_released_matching(options.code)
@@ -198,14 +200,12 @@ def main(argv: list[str] | None = None) -> int:
     console.print(
         f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops at {machine['commit']}", highlight=False
     )
+    output = prepare_output(options, machine, "released_code_quick" if options.quick else "released_code")
     cases: dict[str, dict] = {}
     for name in options.cases:
         cases[name] = run_case(name, matching, options)
         console.print(f"{name}: done", highlight=False)
     print_cases(cases, console)
-    folder = ROOT / "benchmarks/results" / machine_folder(machine)
-    output = options.output or folder / ("released_code_quick.json" if options.quick else "released_code.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"machine": machine, "seed": options.seed, "cases": cases}, indent=1) + "\n")
     console.print(f"wrote {output}", highlight=False)
     return 0

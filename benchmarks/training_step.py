@@ -43,20 +43,12 @@ sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
 from benchmarks import baselines  # noqa: E402
-from benchmarks.machine import describe_machine, machine_folder  # noqa: E402
+from benchmarks.machine import add_output_options, describe_machine, prepare_output  # noqa: E402
 from benchmarks.objects import generate_voc  # noqa: E402
 from detector.augment import TrainingTransform  # noqa: E402
-from detector.checkpoint import make_detector  # noqa: E402
-from detector.data import (  # noqa: E402
-    AnnotatedImage,
-    AnnotatedImages,
-    TrainingBatch,
-    TrainingImages,
-    collate,
-    decode_all,
-    default_splits,
-    read_data,
-)
+from detector.batches import TrainingBatch, TrainingImages, collate, decode_all  # noqa: E402
+from detector.data import AnnotatedImage, AnnotatedImages, default_splits, read_data  # noqa: E402
+from detector.detectors import make_detector  # noqa: E402
 from detector.loss import detection_loss  # noqa: E402
 
 DETECTORS = ("fssd-resnet18", "fssd-vgg16", "retinanet-resnet18", "retinanet-vgg16", "rfbnet-vgg16")
@@ -255,16 +247,14 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=self.autocast_type, enabled=self.autocast_type is not None):
             return self.model(images)
 
-    def step(self, batch: Batch, matching: Matching) -> Marks:
-        """One step, its phases marked."""
-        marks = Marks(self.device)
-        marks.mark()
+    def loss(self, batch: Batch, matching: Matching, mark: Callable[[], None] = lambda: None) -> Tensor:
+        """The loss () of a batch; `mark` is called where a phase ends and the next begins."""
         images = batch.images.to(self.device, non_blocking=True)
-        marks.mark()
+        mark()
         cls_logits, box_deltas = self.forward(images)
-        marks.mark()
+        mark()
         match = matching(self.model, box_deltas, cls_logits, batch)
-        marks.mark()
+        mark()
         parts = detection_loss(
             cls_logits,
             box_deltas,
@@ -276,13 +266,19 @@ class Trainer:
             CODER,
         )
         loss = parts.cls_loss + parts.box_loss
-        marks.mark()
+        mark()
+        return loss
+
+    def step(self, batch: Batch, matching: Matching, mark: Callable[[], None] = lambda: None) -> Tensor:
+        """One step, its phases marked from the first on; the loss () before it."""
+        mark()
+        loss = self.loss(batch, matching, mark)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        marks.mark()
+        mark()
         self.optimizer.step()
-        marks.mark()
-        return marks
+        mark()
+        return loss.detach()
 
     @torch.no_grad()
     def agreement(self, batch: Batch, matching: Matching) -> float:
@@ -301,6 +297,72 @@ class Trainer:
         got = matching(self.model, box_deltas, cls_logits, batch)
         equal = [(a == b).double().mean() for a, b in zip(expected[:2], got[:2], strict=True)]
         return float(sum(equal) / 2)
+
+
+class CapturedStep:
+    """A whole step as one CUDA graph: it is replayed with other images and objects in the same memory."""
+
+    def __init__(self, trainer: Trainer, matching: Matching, batches: list[Batch]) -> None:
+        """Captures a step; the objects of any of the batches fit in.
+
+        Raises:
+            RuntimeError: the captured step's loss is not that of a plain one.
+        """
+        capacity = max(1, *(len(batch.gt_boxes) for batch in batches))
+        first = batches[0]
+        self.batch = first._replace(
+            images=first.images.to(trainer.device).clone(),
+            gt_boxes=first.gt_boxes.new_zeros(capacity, 4),
+            gt_labels=first.gt_labels.new_zeros(capacity),
+            gt_crowd=first.gt_crowd.new_zeros(capacity),
+            gt_offsets=first.gt_offsets.clone(),
+        )
+        # What is made on first use (kernels, momentum, cuDNN's choices) must exist before the capture.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for batch in batches[:3]:
+                self.load(batch)
+                trainer.step(self.batch, matching)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = trainer.step(self.batch, matching)
+        self.load(first)
+        with torch.no_grad():
+            expected = float(trainer.loss(first, matching))
+        self.graph.replay()
+        if not abs(float(self.loss) - expected) <= 0.02 * abs(expected):
+            raise RuntimeError(f"a captured step's loss is {float(self.loss):.5g}, a plain one's {expected:.5g}")
+
+    def load(self, batch: Batch) -> None:
+        """Puts a batch where the graph reads; objects past its own do not count."""
+        count = len(batch.gt_boxes)
+        self.batch.images.copy_(batch.images, non_blocking=True)
+        self.batch.gt_boxes[:count].copy_(batch.gt_boxes)
+        self.batch.gt_labels[:count].copy_(batch.gt_labels)
+        self.batch.gt_crowd[:count].copy_(batch.gt_crowd)
+        self.batch.gt_offsets.copy_(batch.gt_offsets)
+
+
+def measure_captured(
+    trainer: Trainer, matching: Matching, batches: list[Batch], options: argparse.Namespace
+) -> dict[str, float]:
+    """Times of steps captured as one CUDA graph, the copy of each batch to the device included."""
+    captured = CapturedStep(trainer, matching, batches)
+    marks = []
+    for step in range(options.warmup + options.steps):
+        marked = Marks(trainer.device)
+        marked.mark()
+        captured.load(batches[step % len(batches)])
+        captured.graph.replay()
+        marked.mark()
+        if step >= options.warmup:
+            marks.append(marked)
+    torch.cuda.synchronize()
+    seconds = [marked.seconds()[0] for marked in marks]
+    median = statistics.median(seconds)
+    return {"step_seconds": median, "slowest_step_seconds": max(seconds), "images_per_second": options.batch / median}
 
 
 def peak_memory(trainer: Trainer, batch: Batch, matching: Matching) -> int | None:
@@ -332,7 +394,7 @@ def measure_detector(
     """Phases, speed and memory of a detector with each matching.
 
     Raises:
-        RuntimeError: a matching's labels are not mg_ops'.
+        RuntimeError: a matching's labels are not mg_ops', or a captured step's loss not a plain one's.
     """
     trainer = Trainer(detector, num_classes, options)
     agreements = {name: trainer.agreement(batches[0], matching) for name, matching in matchings.items()}
@@ -342,7 +404,8 @@ def measure_detector(
     marks: dict[str, list[Marks]] = {name: [] for name in matchings}
     for step in range(options.warmup + options.steps):
         for name, matching in matchings.items():
-            marked = trainer.step(batches[step % len(batches)], matching)
+            marked = Marks(trainer.device)
+            trainer.step(batches[step % len(batches)], matching, marked.mark)
             if step >= options.warmup:
                 marks[name].append(marked)
             advance()
@@ -362,7 +425,10 @@ def measure_detector(
             "peak_bytes": peak_memory(trainer, batches[0], matching),
             "share_of_labels_equal": agreements[name],
         }
-    return {"anchors": len(trainer.model.anchors), "matchings": rows}
+    measured: dict[str, Any] = {"anchors": len(trainer.model.anchors), "matchings": rows}
+    if options.captured:
+        measured["captured"] = measure_captured(trainer, list(matchings.values())[-1], batches, options)
+    return measured
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,33 +461,43 @@ def print_detector(detector: str, content: dict[str, Any], options: argparse.Nam
         table.add_row(name, *phases, format_milliseconds(row["step_seconds"]), share, speed, peak, style=style)
     console.print()
     console.print(table)
+    if "captured" in content:
+        captured = content["captured"]
+        console.print(
+            f"  the whole step with {list(content['matchings'])[-1]} as one CUDA graph: "
+            f"{format_milliseconds(captured['step_seconds'])} ms, {captured['images_per_second']:.3g} images/s",
+            highlight=False,
+        )
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(
-        description="Where the time of a training step goes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Where the time of a training step goes.")
+    parser.add_argument(
+        "--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), help="what to train (all)"
     )
-    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), help="what to train")
-    parser.add_argument("--image-size", type=int, default=160, help="side of the input, a multiple of 32")
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--steps", type=int, default=5, help="steps timed with each matching")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before these")
-    parser.add_argument("--batches", type=int, default=3, help="batches that take turns")
+    parser.add_argument("--image-size", type=int, default=160, help="side of the input, a multiple of 32 (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="steps timed with each matching (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before these (%(default)s)")
+    parser.add_argument("--batches", type=int, default=3, help="batches that take turns (%(default)s)")
     parser.add_argument("--data", type=Path, help="folder of a data set, in place of generated images")
-    parser.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out")
+    parser.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out (%(default)s)")
     parser.add_argument("--split", help="by default what detector.train trains on")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
-    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the network")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, images and augmentation")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: in benchmarks/results/MACHINE/")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (%(default)s)")
+    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the network (%(default)s)")
+    parser.add_argument("--captured", action="store_true", help="also the whole step as one CUDA graph (--device cuda)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, images and augmentation (%(default)s)")
+    add_output_options(parser)
     options = parser.parse_args(arguments)
     for flag in ("batch", "steps", "batches", "threads"):
         if getattr(options, flag) < 1:
             parser.error(f"--{flag}: expected at least 1, got {getattr(options, flag)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
+    if options.captured and options.device != "cuda":
+        parser.error("--captured: a CUDA graph needs --device cuda")
     return options
 
 
@@ -432,6 +508,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True
     machine = describe_machine(options.device)
+    output = prepare_output(options, machine, "training_step")
     matchings = make_matchings(options.device)
     console.print(
         f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops {machine['mg_ops']} at {machine['commit']}; "
@@ -447,7 +524,16 @@ def main(arguments: list[str] | None = None) -> int:
             f"it, {milliseconds['augment']:.3g} ms if it is decoded"
         )
         batches = [add_object_forms(batch, torch.device(options.device)) for batch in prepared]
+        objects = sum(len(batch.gt_labels) for batch in batches) / (len(batches) * options.batch)
+        shown = {name: value for name, value in vars(options).items() if name not in ("output", "record", "data")}
         detectors: dict[str, Any] = {}
+        content = {
+            "machine": machine,
+            "options": {**shown, "data": None if options.data is None else options.data.name},
+            "objects_per_image": objects,
+            "data_milliseconds_per_image": milliseconds,
+            "detectors": detectors,
+        }
         total = len(options.detectors) * (options.warmup + options.steps) * len(matchings)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed} of {task.total}"))
         for_progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
@@ -459,21 +545,11 @@ def main(arguments: list[str] | None = None) -> int:
                     detector, batches, num_classes, matchings, options, lambda: progress.advance(task)
                 )
                 print_detector(detector, detectors[detector], options, console)
+                output.write_text(json.dumps(content, indent=1) + "\n")
                 gc.collect()
     except (RuntimeError, ValueError, OSError) as error:
         console.print(f"[bold red]failed:[/] {error}", highlight=False)
         return 1
-    output = options.output or ROOT / "benchmarks" / "results" / machine_folder(machine) / "training_step.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shown = {name: value for name, value in vars(options).items() if name not in ("output", "data")}
-    content = {
-        "machine": machine,
-        "options": {**shown, "data": None if options.data is None else options.data.name},
-        "objects_per_image": sum(len(batch.gt_labels) for batch in batches) / (len(batches) * options.batch),
-        "data_milliseconds_per_image": milliseconds,
-        "detectors": detectors,
-    }
-    output.write_text(json.dumps(content, indent=1) + "\n")
     console.print(f"\nwrote {output}")
     for detector, measured in detectors.items():
         rows = measured["matchings"]

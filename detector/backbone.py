@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -114,21 +114,45 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
             raise ValueError(
                 f"--backbone-weights: expected 'imagenet', 'none' or a file, and there is no file {source!r}"
             )
-        try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"--backbone-weights: {source} is not a state dict that torch can load: {error}"
-            ) from error
-    expected = backbone.state_dict()
-    state = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
-    missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))
-    unknown = sorted(state.keys() - expected.keys())
-    reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
-    if missing or unknown or reshaped:
+        state = load_torch_file(Path(source), "--backbone-weights")
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError(f"--backbone-weights: {source}: expected a state dict, tensors by name, and it is none")
+    state = {key: value for key, value in state.items() if not str(key).startswith(("fc.", "classifier."))}
+    misfit = describe_misfit(backbone.state_dict(), state)
+    if misfit:
         raise ValueError(
-            f"--backbone-weights: {source} does not fit {name}: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}, {len(reshaped)} of another shape {reshaped[:3]}. "
+            f"--backbone-weights: {source} does not fit {name}: {misfit}. "
             f"Pass a state dict of torchvision's {name}, or another --backbone ({', '.join(BACKBONES)})."
         )
     backbone.load_state_dict(state, strict=False)
+
+
+def load_torch_file(path: Path, what: str, device: torch.device | str = "cpu") -> Any:
+    """What torch.save wrote, if it holds nothing but tensors and plain values.
+
+    Raises:
+        ValueError: the file is something else, or cut off; begins with `what`.
+        OSError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of many types: pickle runs whatever the bytes of the file say
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{what}: {path} cannot be read: it is not a state dict or checkpoint of torch.save, or cut off ({reason})"
+        ) from error
+
+
+def describe_misfit(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """How a state dict differs from the one expected, with the first names; empty if it fits."""
+    missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))
+    unknown = sorted(map(str, state.keys() - expected.keys()))
+    reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
+    if not (missing or unknown or reshaped):
+        return ""
+    return (
+        f"{len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}, "
+        f"{len(reshaped)} of another shape {reshaped[:3]}"
+    )

@@ -1,67 +1,49 @@
-"""Building a detector by name, and checkpoints that are whole or not there."""
+"""Checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
-import os
-import pickle
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from detector.anchors import BASE_SIZE
-from detector.backbone import make_backbone
-from detector.fssd import FSSD
-from detector.retinanet import RetinaNet
-from detector.rfbnet import RFBNet
-
-MODELS = ("fssd", "retinanet", "rfbnet")
+from detector.backbone import describe_misfit, load_torch_file
+from detector.data import AnnotatedImages
+from detector.detectors import OneStageDetector, make_detector
+from detector.outputs import strict_json, whole_file
 
 ADDED_LATER = {"anchor_size": BASE_SIZE, "box_loss": "balanced_l1"}
 """Flags of detector.train that older checkpoints do not have, and what they were then."""
 
 
-def make_detector(
-    model: str, backbone: str, image_size: int, num_classes: int, anchor_size: float = BASE_SIZE
-) -> FSSD | RetinaNet | RFBNet:
-    """A detector with random weights, in channels-last memory.
-
-    Args:
-        model: one of MODELS.
-        backbone: one of `detector.backbone.BACKBONES`.
-        image_size: side of its input in pixels, a multiple of 32.
-        num_classes: C.
-        anchor_size: side in pixels of the smallest anchor.
-    """
-    if model == "fssd":
-        detector: FSSD | RetinaNet | RFBNet = FSSD(make_backbone(backbone), image_size, num_classes, anchor_size)
-    elif model == "retinanet":
-        detector = RetinaNet(make_backbone(backbone), image_size, num_classes, anchor_size)
-    elif model == "rfbnet":
-        detector = RFBNet(make_backbone(backbone), image_size, num_classes, anchor_size)
-    else:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
-    return detector.to(memory_format=torch.channels_last)
+# Flags that say where and how fast a run goes, not what it computes: they may differ when it is resumed.
+FREE_ON_RESUME = {"data", "out", "resume", "backbone_weights", "backend", "device", "workers", "cache"}
+FREE_ON_RESUME |= {"save_minutes", "log_every", "eval_every"}
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint beside its place and moves it there: path holds the old one or the new one, always whole."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
+    """Writes a checkpoint in one piece: path holds the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; with the path.
+    """
+    with whole_file(path) as file:
+        try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        except RuntimeError as error:
+            # torch.save closes its archive even when writing failed, and that fails again in words of its own.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `detector.train` saved: step, model, ema, optimizer, scaler, arguments, class_names.
+    """What `detector.train` saved: step, model, ema, optimizer, scaler, arguments, class_names, and the data's mark.
 
     Raises:
-        ValueError: there is no such file, or it is something else.
+        ValueError: there is no such file, or it is something else; the message names the file and the entry.
     """
     if path.is_dir():
         path = path / "last.pt"
@@ -69,26 +51,108 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise ValueError(
             f"checkpoint: expected a file written by detector.train or its folder, and there is none at {path}"
         )
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
+    content = load_torch_file(path, "checkpoint", device)
     if not isinstance(content, dict) or not {"model", "arguments", "class_names"} <= content.keys():
         raise ValueError(f"checkpoint: {path} was not written by detector.train")
+    names = content["class_names"]
+    wrong = [
+        (entry, expected)
+        for entry, expected, fits in (
+            ("model", "tensors by name", is_state(content["model"])),
+            ("ema", "tensors by name or None", content.get("ema") is None or is_state(content["ema"])),
+            ("arguments", "flags of detector.train by name", isinstance(content["arguments"], dict)),
+            ("class_names", "a list of names", isinstance(names, list) and all(isinstance(n, str) for n in names)),
+            ("step", "a number of steps", isinstance(content.get("step", 0), int)),
+            ("data", "the mark of the training data", isinstance(content.get("data", {}), dict)),
+        )
+        if not fits
+    ]
+    if wrong:
+        entry, expected = wrong[0]
+        found = repr(content[entry])
+        found = found if len(found) < 80 else f"{found[:60]}... ({type(content[entry]).__name__})"
+        raise ValueError(f"checkpoint: {path}: entry {entry!r}: expected {expected}, got {found}")
     content["arguments"] = {**ADDED_LATER, **content["arguments"]}
     return content
 
 
-def load_detector(path: Path, device: torch.device | str) -> tuple[FSSD | RetinaNet | RFBNet, dict[str, Any]]:
-    """A trained detector in evaluation mode (averaged weights where the run kept them), and its checkpoint."""
+def is_state(value: object) -> bool:
+    """Whether this is a state dict."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def load_entry(module: torch.nn.Module, content: dict[str, Any], entry: str, path: Path) -> None:
+    """Fills a module with an entry of a checkpoint.
+
+    Raises:
+        ValueError: it does not fit; the message names the file, the entry and its first tensors that do not.
+    """
+    misfit = describe_misfit(module.state_dict(), content[entry])
+    if misfit:
+        raise ValueError(f"checkpoint: {path}: entry {entry!r} does not fit its model: {misfit}")
+    module.load_state_dict(content[entry])
+
+
+def load_detector(path: Path, device: torch.device | str) -> tuple[OneStageDetector, dict[str, Any]]:
+    """A trained detector in evaluation mode (averaged weights where the run kept them), and its checkpoint.
+
+    Raises:
+        ValueError: there is no such file, or it is something else; the message names the file and the entry.
+    """
     content = read_checkpoint(path, device)
     arguments = content["arguments"]
-    detector = make_detector(
-        arguments["model"],
-        arguments["backbone"],
-        arguments["image_size"],
-        len(content["class_names"]),
-        arguments["anchor_size"],
-    )
-    detector.load_state_dict(content["ema"] or content["model"])
+    if not content["class_names"]:
+        raise ValueError(f"checkpoint: {path}: entry 'class_names' is empty")
+    try:
+        detector = make_detector(
+            arguments["model"],
+            arguments["backbone"],
+            arguments["image_size"],
+            len(content["class_names"]),
+            arguments["anchor_size"],
+        )
+    except KeyError as error:
+        raise ValueError(f"checkpoint: {path}: entry 'arguments' has no {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"checkpoint: {path}: entry 'arguments': {error}") from error
+    load_entry(detector, content, "ema" if content.get("ema") else "model", path)
     return detector.to(device).eval(), content
+
+
+def data_fingerprint(data: AnnotatedImages) -> str:
+    """SHA-256 over what the steps of a training depend on: the classes, and name, size and objects of each image."""
+    digest = hashlib.sha256(strict_json(data.class_names).encode())
+    for image in data.images:
+        digest.update(strict_json([image.name, image.width, image.height, len(image.labels)]).encode())
+        for values in (image.boxes, image.labels, image.crowd):
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_resumed(
+    resumed: dict[str, Any],
+    checkpoint_file: Path,
+    arguments: dict[str, Any],
+    class_names: list[str],
+    data_mark: dict[str, Any],
+) -> None:
+    """Raises ValueError unless a checkpoint is one of this very run."""
+    missing = sorted({"step", "ema", "optimizer", "scaler"} - resumed.keys())
+    if missing:
+        raise ValueError(f"--resume: {checkpoint_file} has no {', '.join(missing)}: it is no checkpoint of a training")
+    was = resumed["arguments"]
+    changed = [name for name in arguments if name not in FREE_ON_RESUME and arguments[name] != was.get(name)]
+    if changed:
+        differences = ", ".join(f"{name} {was.get(name)!r} -> {arguments[name]!r}" for name in changed)
+        raise ValueError(f"--resume: the run in {checkpoint_file.parent} was started with other flags: {differences}")
+    if resumed["class_names"] != class_names:
+        raise ValueError(f"--resume: the run learned {resumed['class_names']}, the data now has {class_names}")
+    # Checkpoints from before the mark was kept are taken at their word.
+    if resumed.get("data", data_mark) != data_mark:
+        counts = f"{resumed['data']['images']} images then, {data_mark['images']} now"
+        raise ValueError(
+            f"--resume: the training data is not that of the run in {checkpoint_file.parent} ({counts}; or other "
+            "names, sizes or objects); bring it back, or start anew with another --out"
+        )

@@ -1,73 +1,54 @@
-"""Readers of VOC and COCO folders, the defects they met, and the batches training and evaluation are fed.
-
-Boxes are (x1, y1, x2, y2) in pixels of the image as stored, x2 and y2 exclusive: a VOC box, whose 1-based corners are
-both inside, becomes (xmin - 1, ymin - 1, xmax, ymax).
-"""
+"""Readers of folders laid out as VOC and COCO: images on disk, their objects, and the defects that were met."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-from torchvision.transforms import v2
-from tqdm import tqdm
 
-from detector.augment import TrainingTransform
+from detector.annotations import (
+    Defects,
+    Identifier,
+    ImageRecord,
+    parse_coco,
+    read_json,
+    read_lines,
+    read_voc_annotation,
+    refuse_fractions,
+)
+from detector.images import IMAGE_SUFFIXES, DecodedImage, decode_image, place_annotation, read_image_size
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
-
-
-class Defects:
-    """What was found wrong with a data set: kinds of defects, and where each was met, once each."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, dict[str, None]] = {}
-
-    def add(self, kind: str, where: str) -> bool:
-        """Whether this is news."""
-        places = self.found.setdefault(kind, {})
-        is_new = where not in places
-        places[where] = None
-        return is_new
-
-    def counts(self) -> dict[str, int]:
-        """How many places each kind was met at."""
-        return {kind: len(places) for kind, places in self.found.items()}
-
-    def report(self) -> str:
-        """One line a kind, with its first places."""
-        lines = []
-        for kind, places in self.found.items():
-            shown = ", ".join(list(places)[:3]) + (", ..." if len(places) > 3 else "")
-            lines.append(f"  {len(places)} x {kind} ({shown})")
-        return "\n".join(lines)
+__all__ = [
+    "AnnotatedImage",
+    "AnnotatedImages",
+    "Defects",
+    "LoadedImage",
+    "decode_image",
+    "load_image",
+    "note_small_objects",
+]
+__all__ += ["default_splits", "read_coco", "read_data", "read_voc"]
 
 
 @dataclass
 class AnnotatedImage:
     """An image on disk and its G objects."""
 
-    image_id: int
+    image_id: Identifier
     """COCO's id, or the position in a VOC split."""
     name: str
     """File name (COCO) or id (VOC), for messages."""
     path: Path
     width: int
     height: int
+    """As annotated, in pixels; the file may be stored at another size (`detector.images.place_annotation`)."""
     boxes: Tensor
-    """(G, 4) float32, (x1, y1, x2, y2) in pixels."""
+    """(G, 4) float32, (x1, y1, x2, y2) in pixels of the image as annotated."""
     labels: Tensor
     """(G,) int64, in [0, C)."""
     crowd: Tensor
@@ -86,76 +67,57 @@ class AnnotatedImages:
     images: list[AnnotatedImage]
     class_names: list[str]
     """The classes in the order of the labels, and of `category_ids`."""
-    category_ids: list[int]
+    category_ids: list[Identifier]
     """COCO's ids of the classes, which may leave gaps."""
     defects: Defects = field(default_factory=Defects)
 
+    def num_objects(self) -> int:
+        """How many there are to find or to learn; regions to ignore are none."""
+        return sum(int((~image.crowd).sum()) for image in self.images)
+
     def summary(self) -> str:
         """Sizes and defects, to be printed once."""
-        objects = sum(len(image.labels) for image in self.images)
-        text = f"{self.name}: {len(self.images)} images, {objects} objects, {len(self.class_names)} classes"
+        crowds = sum(int(image.crowd.sum()) for image in self.images)
+        text = f"{self.name}: {len(self.images)} images, {self.num_objects()} objects, "
+        text += f"{crowds} crowd regions, " if crowds else ""
+        text += f"{len(self.class_names)} classes"
         return f"{text}\n{self.defects.report()}" if self.defects.found else text
 
 
-class ObjectList:
-    """Collects the objects of one image, refusing and counting what is not one."""
+class LoadedImage(NamedTuple):
+    """An image's pixels, and its objects as they lie in them."""
 
-    def __init__(self, name: str, width: int, height: int, defects: Defects) -> None:
-        self.name, self.width, self.height, self.defects = name, width, height, defects
-        self.rows: list[tuple[list[float], int, bool, bool, float]] = []
-
-    def add(
-        self, number: int, box: Sequence[float], label: int, crowd: bool, difficult: bool, area: float | None
-    ) -> None:
-        """Takes an object (x1, y1, x2, y2) in pixels, clipped to the image, or counts why not."""
-        where = f"{self.name} object {number}"
-        if not all(math.isfinite(value) for value in box):
-            self.defects.add("object with a coordinate that is not a number: left out", where)
-            return
-        clipped = [
-            min(max(box[0], 0.0), self.width),
-            min(max(box[1], 0.0), self.height),
-            min(max(box[2], 0.0), self.width),
-            min(max(box[3], 0.0), self.height),
-        ]
-        if box[2] <= box[0] or box[3] <= box[1] or clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-            self.defects.add("object without area inside its image: left out", where)
-            return
-        if max(abs(a - b) for a, b in zip(clipped, box, strict=True)) > 1:
-            self.defects.add("box reaching out of its image by over a pixel: clipped", where)
-        if area is None or not math.isfinite(area) or area <= 0:
-            area = (clipped[2] - clipped[0]) * (clipped[3] - clipped[1])
-        self.rows.append((clipped, label, crowd, difficult, area))
-
-    def image(self, image_id: int, path: Path) -> AnnotatedImage:
-        """The image with the objects taken."""
-        if not any(not crowd for _, _, crowd, _, _ in self.rows):
-            self.defects.add("image without objects: kept as background", self.name)
-        return AnnotatedImage(
-            image_id,
-            self.name,
-            path,
-            self.width,
-            self.height,
-            torch.tensor([row[0] for row in self.rows], dtype=torch.float32).reshape(-1, 4),
-            torch.tensor([row[1] for row in self.rows], dtype=torch.int64),
-            torch.tensor([row[2] for row in self.rows], dtype=torch.bool),
-            torch.tensor([row[3] for row in self.rows], dtype=torch.bool),
-            torch.tensor([row[4] for row in self.rows], dtype=torch.float32),
-        )
+    pixels: Tensor  # (3, H, W) uint8
+    boxes: Tensor  # (G, 4) float32, in pixels of the image as decoded
+    labels: Tensor  # (G,) int64
+    crowd: Tensor  # (G,) bool
+    notes: tuple[str, ...]
 
 
-def read_image_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) from an image's header; None if it has none."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError):
+def load_image(annotated: AnnotatedImage, decoded: DecodedImage) -> LoadedImage | None:
+    """Brings pixels and objects together; None where nobody can tell where in the image the objects are."""
+    height, width = decoded.pixels.shape[-2:]
+    placement = place_annotation((annotated.width, annotated.height), (width, height), decoded.orientation)
+    if placement is None:
         return None
+    boxes = placement.to_image(annotated.boxes)
+    notes = decoded.notes + placement.notes
+    return LoadedImage(decoded.pixels, boxes, annotated.labels, annotated.crowd, notes)
+
+
+def note_small_objects(data: AnnotatedImages, image_size: int) -> None:
+    """Counts the objects that are smaller than a pixel of the network's square input, from which nothing is learned."""
+    for image in data.images:
+        sides = (image.boxes[:, 2:] - image.boxes[:, :2]) * image_size / torch.tensor([image.width, image.height])
+        for position in ((sides < 1).any(1) & ~image.crowd).nonzero().squeeze(1).tolist():
+            kind = f"object under a pixel of the input of {image_size}: not trained on unless augmentation enlarges it"
+            data.defects.add(kind, f"{image.name} object {position}")
 
 
 def read_voc(root: Path, split: str, class_names: Sequence[str] | None = None) -> AnnotatedImages:
     """A split of a folder laid out as PASCAL VOC: Annotations, JPEGImages, ImageSets/Main.
+
+    The image of an annotation is the file in JPEGImages that has its name; of several the one that `<filename>` names.
 
     Args:
         root: that folder, or one above VOC2007 and VOC2012.
@@ -166,7 +128,7 @@ def read_voc(root: Path, split: str, class_names: Sequence[str] | None = None) -
         ValueError: a list is missing; the message says which there are.
     """
     defects = Defects()
-    parsed: list[tuple[str, Path, int, int, list[tuple[int, str, list[float], bool]]]] = []
+    found: dict[str, tuple[ImageRecord, str, Path]] = {}
     for part in split.split("+"):
         folder, _, list_name = part.rpartition("/")
         base = root / folder
@@ -176,68 +138,61 @@ def read_voc(root: Path, split: str, class_names: Sequence[str] | None = None) -
             raise ValueError(
                 f"No split {part!r} in {root}: there is no file {list_file}. Lists found: {lists[:20] or 'none'}"
             )
-        for line in list_file.read_text().splitlines():
-            if not line.strip():
+        image_files = _files_by_stem(base / "JPEGImages")
+        listed: set[str] = set()
+        for line in read_lines(list_file):
+            name = _listed_name(line, base)
+            place = f"{folder}/{name}" if folder else name
+            if name in listed:
+                defects.add("image listed twice: the second skipped", place)
                 continue
-            name = line.split()[0]
-            annotation = base / "Annotations" / f"{name}.xml"
-            try:
-                tree = ElementTree.parse(annotation).getroot()
-            except OSError:
-                defects.add("image without an annotation file: skipped", name)
+            listed.add(name)
+            record = read_voc_annotation(base / "Annotations" / f"{name}.xml", place, len(found), defects)
+            if record is None:
                 continue
-            except ElementTree.ParseError:
-                defects.add("annotation file that is not XML: image skipped", name)
-                continue
-            candidates = [base / "JPEGImages" / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
-            candidates.append(base / "JPEGImages" / (tree.findtext("filename") or name))
-            path = next((path for path in candidates if path.is_file()), None)
+            path = _voc_image_file(name, record, base / "JPEGImages", image_files, place, defects)
             if path is None:
-                defects.add("image file missing: skipped", name)
+                defects.add("image file missing: skipped", place)
                 continue
-            size = (_number(tree.findtext("size/width")), _number(tree.findtext("size/height")))
-            if not (size[0] >= 1 and size[1] >= 1):  # also NaN
-                defects.add("annotation without the image's size: read from the image", name)
-                size = read_image_size(path) or (0, 0)
-                if size == (0, 0):
-                    defects.add("image that cannot be decoded: skipped", name)
-                    continue
-            objects = []
-            for number, element in enumerate(tree.findall("object")):
-                class_name, box = (element.findtext("name") or "").strip(), element.find("bndbox")
-                if not class_name or box is None:
-                    defects.add("object without a name or a box: left out", f"{name} object {number}")
-                    continue
-                x1, y1, x2, y2 = (_number(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
-                if x2 <= x1 or y2 <= y1:
-                    # Corners that coincide are a slip of the mouse, not a box of one pixel.
-                    defects.add("object without area inside its image: left out", f"{name} object {number}")
-                    continue
-                difficult = (element.findtext("difficult") or "0").strip() == "1"
-                objects.append((number, class_name, [x1 - 1, y1 - 1, x2, y2], difficult))
-            parsed.append((name, path, int(size[0]), int(size[1]), objects))
+            # Two folders may have images of one name.
+            unique = name if name not in found else place
+            found[unique] = record, unique, path
     if class_names is None:
-        class_names = sorted({class_name for *_, objects in parsed for _, class_name, _, _ in objects})
-    label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    images = []
-    for name, path, width, height, objects in parsed:
-        collected = ObjectList(name, width, height, defects)
-        for number, class_name, box, difficult in objects:
-            if class_name not in label_of:
-                defects.add(f"object of the unknown class {class_name!r}: left out", f"{name} object {number}")
-                continue
-            collected.add(number, box, label_of[class_name], False, difficult, None)
-        images.append(collected.image(len(images), path))
-    return _checked(
-        AnnotatedImages(split, images, list(class_names), list(range(1, len(class_names) + 1)), defects), root
-    )
+        class_names = sorted({entry.class_name for record, _, _ in found.values() for entry in record.objects})
+    refuse_fractions((record for record, _, _ in found.values()), str(root))
+    return _annotated_images(root, split, found.values(), class_names, list(range(1, len(class_names) + 1)), defects)
 
 
-def _number(text: str | None) -> float:
-    try:
-        return float(text) if text is not None else math.nan
-    except ValueError:
-        return math.nan
+def _listed_name(line: str, base: Path) -> str:
+    """The image of a line of a split: all of it, but for the flag of VOC's lists of one class, or an image's suffix."""
+    stem = line[: -len(Path(line).suffix)] if Path(line).suffix.lower() in IMAGE_SUFFIXES else line
+    flag = re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)
+    candidates = [line, stem, *([flag[1]] if flag else [])]
+    return next((name for name in candidates if (base / "Annotations" / f"{name}.xml").is_file()), line)
+
+
+def _files_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The image files of a folder and those below it, by their path without suffix."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            files.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+    return files
+
+
+def _voc_image_file(
+    name: str, record: ImageRecord, folder: Path, image_files: dict[str, list[Path]], place: str, defects: Defects
+) -> Path | None:
+    """The image of an annotation, or None."""
+    of_name = image_files.get(name, [])
+    named = folder / record.file_name if record.file_name else None
+    if named is not None and (named in of_name or (not of_name and named.is_file())):
+        return named
+    if len(of_name) > 1:
+        defects.add(f"several image files of one name: {of_name[0].suffix} taken", place)
+    elif of_name and named is not None and named.is_file():
+        defects.add("annotation that names another image: the image of its own name taken", place)
+    return of_name[0] if of_name else None
 
 
 def read_coco(root: Path, split: str, class_names: Sequence[str] | None = None) -> AnnotatedImages:
@@ -265,89 +220,98 @@ def read_coco(root: Path, split: str, class_names: Sequence[str] | None = None) 
     annotation_file = next((path for path in tried if path.is_file()), None)
     if annotation_file is None:
         raise ValueError(f"No split {split!r} in {root}: none of these files is there: {', '.join(map(str, tried))}")
-    try:
-        content = json.loads(annotation_file.read_text())
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        listed_images, annotations = content["images"], content["annotations"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{annotation_file}: expected COCO's images, annotations and categories, got {error!r}"
-        ) from error
+    content = read_json(annotation_file, "COCO's images, annotations and categories")
+    annotations = parse_coco(content, str(annotation_file), defects)
+    refuse_fractions(annotations.images, str(annotation_file))
 
-    name_of = {category["id"]: category["name"] for category in categories}
+    id_of: dict[str, Identifier] = {}
+    for category_id, name in annotations.categories.items():
+        id_of.setdefault(name, category_id)
     if class_names is None:
-        class_names = [category["name"] for category in categories]
-    label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    id_of = {name: category_id for category_id, name in name_of.items()}
-    next_id = max(name_of, default=0) + 1
-    category_ids = []
+        class_names = list(id_of)
+    next_id = max((key for key in annotations.categories if isinstance(key, int)), default=0) + 1
     for class_name in class_names:  # a class this file does not know still needs an id of its own
         if class_name not in id_of:
             id_of[class_name], next_id = next_id, next_id + 1
-        category_ids.append(id_of[class_name])
 
-    folders = [
-        root / split,
-        root / "images" / split,
-        root / "images",
-        root / "JPEGImages",
-        annotation_file.parent,
-        root,
-    ]
-    collected: dict[int, tuple[ObjectList, Path]] = {}
-    skipped: set[int] = set()
-    for entry in listed_images:
-        name, image_id = str(entry["file_name"]), entry["id"]
-        if image_id in collected:
-            defects.add("image listed twice: the second skipped", name)
+    folders = [root / split, root / "images" / split, root / "images", root / "JPEGImages"]
+    folders += [annotation_file.parent, root]
+    found: dict[Path, tuple[ImageRecord, str, Path]] = {}
+    ambiguous: set[Path] = set()
+    for record in annotations.images:
+        if record.file_name is None:
+            defects.add("image without a file name: skipped", record.name)
             continue
-        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        path = next((folder / record.file_name for folder in folders if (folder / record.file_name).is_file()), None)
         if path is None:
-            defects.add("image file missing: skipped", name)
-            skipped.add(image_id)
+            defects.add("image file missing: skipped", record.name)
+        elif path not in found:
+            found[path] = record, record.name, path
+        elif _same_objects(found[path][0], record):
+            defects.add("image listed twice: the second skipped", f"{record.name} (id {record.image_id})")
+        else:
+            ambiguous.add(path)
+            defects.add("image listed twice with other objects: left out", record.name)
+    usable = [entry for path, entry in found.items() if path not in ambiguous]
+    return _annotated_images(root, split, usable, class_names, [id_of[name] for name in class_names], defects)
+
+
+def _same_objects(one: ImageRecord, other: ImageRecord) -> bool:
+    return sorted((entry.class_name, entry.box, entry.crowd) for entry in one.objects) == sorted(
+        (entry.class_name, entry.box, entry.crowd) for entry in other.objects
+    )
+
+
+def _annotated_images(
+    root: Path,
+    split: str,
+    found: Iterable[tuple[ImageRecord, str, Path]],
+    class_names: Sequence[str],
+    category_ids: list[Identifier],
+    defects: Defects,
+) -> AnnotatedImages:
+    """The records with their objects checked and labelled; found holds (record, name, image file)."""
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    images = []
+    for record, name, path in found:
+        size = record.width, record.height
+        if size[0] is None or size[1] is None:
+            size = read_image_size(path) or (None, None)
+            kind = "annotation without the image's size: read from the image"
+            defects.add(kind if size[0] is not None else "image that cannot be decoded: skipped", name)
+        width, height = size
+        if width is None or height is None:
             continue
-        width, height = entry.get("width") or 0, entry.get("height") or 0
-        if width < 1 or height < 1:
-            defects.add("annotation without the image's size: read from the image", name)
-            width, height = read_image_size(path) or (0, 0)
-            if (width, height) == (0, 0):
-                defects.add("image that cannot be decoded: skipped", name)
-                skipped.add(image_id)
-                continue
-        collected[image_id] = ObjectList(name, int(width), int(height), defects), path
-    for annotation in annotations:
-        where = f"annotation {annotation.get('id')}"
-        image_id, box, category = annotation.get("image_id"), annotation.get("bbox"), annotation.get("category_id")
-        if image_id not in collected:
-            if image_id not in skipped:
-                defects.add("annotation of an image that is not listed: left out", where)
-            continue
-        class_name = name_of.get(category)
-        if class_name not in label_of:
-            defects.add(f"object of the unknown class {class_name or category!r}: left out", where)
-            continue
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
-            defects.add("object without a name or a box: left out", where)
-            continue
-        x, y, width, height = (float(value) for value in box)
-        collected[image_id][0].add(
-            annotation.get("id", -1),
-            [x, y, x + width, y + height],
-            label_of[class_name],
-            bool(annotation.get("iscrowd", 0)),
-            bool(annotation.get("ignore", 0)) or bool(annotation.get("difficult", 0)),
-            annotation.get("area"),
+        kept = []
+        for entry in record.objects:
+            if entry.class_name not in label_of:
+                defects.add(f"object of the unknown class {entry.class_name!r}: left out", entry.place)
+            elif (box := entry.inside(width, height, defects)) is not None:
+                kept.append((entry, box))
+        if all(entry.crowd for entry, _ in kept):
+            kind = "image with nothing but crowd regions" if kept else "image without objects: kept as background"
+            defects.add(kind, name)
+        images.append(
+            AnnotatedImage(
+                record.image_id,
+                name,
+                path,
+                width,
+                height,
+                torch.tensor([box for _, box in kept], dtype=torch.float32).reshape(-1, 4),
+                torch.tensor([label_of[entry.class_name] for entry, _ in kept], dtype=torch.int64),
+                torch.tensor([entry.crowd for entry, _ in kept], dtype=torch.bool),
+                torch.tensor([entry.difficult for entry, _ in kept], dtype=torch.bool),
+                torch.tensor(
+                    [entry.area or (box[2] - box[0]) * (box[3] - box[1]) for entry, box in kept], dtype=torch.float32
+                ),
+            )
         )
-    images = [objects.image(image_id, path) for image_id, (objects, path) in collected.items()]
-    return _checked(AnnotatedImages(split, images, list(class_names), category_ids, defects), root)
-
-
-def _checked(data: AnnotatedImages, root: Path) -> AnnotatedImages:
-    if not data.images:
-        raise ValueError(f"{root}: no usable image in split {data.name!r}\n{data.defects.report()}")
-    if not data.class_names:
-        raise ValueError(f"{root}: no object of any class in split {data.name!r}\n{data.defects.report()}")
-    return data
+    if not images:
+        raise ValueError(f"{root}: no usable image in split {split!r}\n{defects.report()}")
+    if not class_names:
+        raise ValueError(f"{root}: no object of any class in split {split!r}\n{defects.report()}")
+    return AnnotatedImages(split, images, list(class_names), category_ids, defects)
 
 
 def read_data(root: Path, layout: str, split: str, class_names: Sequence[str] | None = None) -> AnnotatedImages:
@@ -366,219 +330,3 @@ def default_splits(root: Path, layout: str) -> tuple[str, str]:
     if layout == "coco" and (root / "annotations" / "instances_val2017.json").is_file():
         return "train2017", "val2017"
     return "train", "val"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-def decode_image(path: Path) -> Tensor:
-    """(3, H, W) uint8, RGB, as stored (EXIF rotation is not applied: annotations do not apply it either).
-
-    Raises:
-        OSError: the file is not an image, or ends early.
-    """
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def decode_all(data: AnnotatedImages) -> dict[int, Tensor]:
-    """Every image of a split in memory, by its position; those that cannot be decoded are left out."""
-
-    def decode(index: int) -> Tensor | None:
-        try:
-            return decode_image(data.images[index].path)
-        except OSError:
-            return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = tqdm(
-            pool.map(decode, range(len(data.images))), f"decoding {data.name}", len(data.images), leave=False
-        )
-        return {index: image for index, image in enumerate(decoded) if image is not None}
-
-
-class TrainingSample(NamedTuple):
-    """One augmented image."""
-
-    image: Tensor  # (3, S, S) uint8
-    boxes: Tensor  # (G, 4) float32, pixels of the input
-    labels: Tensor  # (G,) int64
-    crowd: Tensor  # (G,) bool
-    image_name: str
-    defects: list[tuple[str, str]]
-
-
-class TrainingBatch(NamedTuple):
-    """B augmented images and their N objects, packed as `mg_ops.mutual_match` takes them."""
-
-    images: Tensor  # (B, 3, S, S) uint8
-    gt_boxes: Tensor  # (N, 4) float32, pixels of the input
-    gt_labels: Tensor  # (N,) int64
-    gt_crowd: Tensor  # (N,) bool
-    gt_offsets: Tensor  # (B + 1,) int64
-    image_names: list[str]
-    defects: list[tuple[str, str]]
-
-
-def collate(samples: list[TrainingSample]) -> TrainingBatch:
-    """Stacks the images and packs their objects."""
-    counts = torch.tensor([0] + [len(sample.labels) for sample in samples])
-    return TrainingBatch(
-        torch.stack([sample.image for sample in samples]),
-        torch.cat([sample.boxes for sample in samples]),
-        torch.cat([sample.labels for sample in samples]),
-        torch.cat([sample.crowd for sample in samples]),
-        counts.cumsum(0),
-        [sample.image_name for sample in samples],
-        [defect for sample in samples for defect in sample.defects],
-    )
-
-
-class TrainingImages(Dataset[TrainingSample]):
-    """Augmented images by (index, epoch).
-
-    What augmentation does to an image follows from the seed, the epoch and the image alone: neither the number of
-    workers and processes nor where a run was interrupted changes it.
-    """
-
-    def __init__(
-        self, data: AnnotatedImages, transform: TrainingTransform, seed: int, decoded: dict[int, Tensor] | None = None
-    ) -> None:
-        self.data, self.transform, self.seed, self.decoded = data, transform, seed, decoded
-
-    def __len__(self) -> int:
-        return len(self.data.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
-        index, epoch = key
-        defects: list[tuple[str, str]] = []
-        image = self.load(index, defects)
-        for _ in range(len(self.data.images)):
-            if image is not None:
-                break
-            # The next image stands in for a broken one, so that every batch keeps its size.
-            index = (index + 1) % len(self.data.images)
-            image = self.load(index, defects)
-        if image is None:
-            raise OSError(f"{self.data.name}: not one of {len(self.data.images)} images can be decoded")
-        annotated = self.data.images[index]
-        height, width = image.shape[-2:]
-        boxes, labels, crowd = annotated.boxes, annotated.labels, annotated.crowd
-        if (width, height) != (annotated.width, annotated.height):
-            defects.append(("image of another size than annotated: boxes clipped to it", annotated.name))
-            boxes = torch.minimum(boxes, torch.tensor([width, height, width, height]))
-            inside = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
-            boxes, labels, crowd = boxes[inside], labels[inside], crowd[inside]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
-            image, boxes, labels, crowd = self.transform(image, boxes, labels, crowd)
-        return TrainingSample(image, boxes, labels, crowd, annotated.name, defects)
-
-    def load(self, index: int, defects: list[tuple[str, str]]) -> Tensor | None:
-        """The decoded image, or None and an entry in defects."""
-        if self.decoded is not None and index in self.decoded:
-            return self.decoded[index]
-        annotated = self.data.images[index]
-        try:
-            return decode_image(annotated.path)
-        except OSError:
-            defects.append(("image that cannot be decoded: the next one trained on in its place", annotated.name))
-            return None
-
-
-class TrainingSampler(Sampler[list[tuple[int, int]]]):
-    """The batches of one process, as lists of (index, epoch).
-
-    The epochs' permutations form one stream, cut into batches of `batch_size` over all processes; a batch may join the
-    end of an epoch to the start of the next. So every image comes exactly once an epoch, no batch is padded and none is
-    dropped; the last two share what is left evenly. Process r takes every num_processes-th image of a batch from r on.
-
-    Args:
-        num_images: in an epoch.
-        epochs: how many times each comes.
-        batch_size: over all processes.
-        seed: of the permutations.
-        rank, num_processes: of torch.distributed.
-        start_step: the first batch to give, for a resumed run.
-    """
-
-    def __init__(
-        self,
-        num_images: int,
-        epochs: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        num_processes: int = 1,
-        start_step: int = 0,
-    ) -> None:
-        total = num_images * epochs
-        self.num_steps = math.ceil(total / batch_size)
-        smallest = total if self.num_steps == 1 else (total - (self.num_steps - 2) * batch_size) // 2
-        if smallest < num_processes:
-            raise ValueError(
-                f"{num_images} images for {epochs} epochs in batches of {batch_size} leave one of the {num_processes} "
-                "processes without an image; use a larger --batch or fewer processes"
-            )
-        self.num_images, self.batch_size, self.seed, self.total = num_images, batch_size, seed, total
-        self.rank, self.num_processes, self.start_step = rank, num_processes, start_step
-
-    def start_of(self, step: int) -> int:
-        """How many images of the stream come before a batch."""
-        if step >= self.num_steps:
-            return self.total
-        if step == self.num_steps - 1 and step > 0:
-            before = (self.num_steps - 2) * self.batch_size
-            return before + math.ceil((self.total - before) / 2)
-        return step * self.batch_size
-
-    def permutation(self, epoch: int) -> list[int]:
-        """The order of an epoch."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.num_images, generator=generator).tolist()
-
-    def __len__(self) -> int:
-        return self.num_steps - self.start_step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        current, permutation = -1, []
-        for step in range(self.start_step, self.num_steps):
-            batch = []
-            for position in range(self.start_of(step), self.start_of(step + 1)):
-                epoch, place = divmod(position, self.num_images)
-                if epoch != current:
-                    current, permutation = epoch, self.permutation(epoch)
-                batch.append((permutation[place], epoch))
-            yield batch[self.rank :: self.num_processes]
-
-
-class EvaluationImages(Dataset[dict[str, Any]]):
-    """Images resized to the network's input, by index, with what it takes to bring detections back."""
-
-    def __init__(self, paths: Sequence[Path], image_size: int) -> None:
-        self.paths = paths
-        self.resize = v2.Resize((image_size, image_size), antialias=True)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            image = decode_image(self.paths[index])
-        except OSError:
-            return {"index": index, "image": None}
-        return {"index": index, "image": self.resize(image), "width": image.shape[2], "height": image.shape[1]}
-
-
-def collate_evaluation(samples: list[dict[str, Any]]) -> tuple[Tensor | None, Tensor, list[int], list[int]]:
-    """-> images (B, 3, S, S) uint8, sizes (B, 2) (width, height), their indices, the indices that cannot be decoded."""
-    good = [sample for sample in samples if sample["image"] is not None]
-    broken = [sample["index"] for sample in samples if sample["image"] is None]
-    images = torch.stack([sample["image"] for sample in good]) if good else None
-    sizes = torch.tensor([[sample["width"], sample["height"]] for sample in good], dtype=torch.float32).reshape(-1, 2)
-    return images, sizes, [sample["index"] for sample in good], broken

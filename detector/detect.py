@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
-import torch
 from matplotlib import font_manager
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
 from detector.checkpoint import load_detector
-from detector.data import IMAGE_SUFFIXES, decode_image
-from detector.evaluate import Detections, detect
+from detector.images import IMAGE_SUFFIXES, decode_image
+from detector.inference import Detections, detect_each
+from detector.outputs import prepare_folder, write_json
+from detector.program import default_device, device_name, explain, real_number, run_program, whole_number
+
+MAX_JPEG_SIDE = 65500
+"""Pixels of the widest and highest image that JPEG holds, in libjpeg."""
+
+
+def claim_name(place: Path, taken: set[Path]) -> Path:
+    """This path, or with a number if it is taken; takes it."""
+    number, free = 1, place
+    while free in taken:
+        number += 1
+        free = place.with_stem(f"{place.stem}-{number}")
+    taken.add(free)
+    return free
 
 
 def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
-    """Images and folders -> (image, its path in the output folder), each image once, folders in alphabetical order.
+    """Images and folders -> (image, path of its picture in the output folder), each image once, folders in order.
+
+    PNG becomes PNG, everything else JPEG; no two have the same path.
 
     Raises:
         ValueError: an input does not exist, or there is no image at all.
@@ -40,16 +56,11 @@ def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
         raise ValueError(
             f"no image with a suffix of {', '.join(sorted({s.lower() for s in IMAGE_SUFFIXES}))} was found"
         )
-    # Two folders may hold images of the same name: none may overwrite another.
     taken: set[Path] = set()
-    placed = []
-    for path, place in found.items():
-        number, free = 1, place
-        while free in taken:
-            number, free = number + 1, place.with_stem(f"{place.stem}-{number + 1}")
-        taken.add(free)
-        placed.append((path, free))
-    return placed
+    return [
+        (path, claim_name(place.with_suffix(".png" if place.suffix.lower() == ".png" else ".jpg"), taken))
+        for path, place in found.items()
+    ]
 
 
 def draw_detections(image: Tensor, detections: Detections, class_names: list[str]) -> Tensor:
@@ -69,8 +80,18 @@ def draw_detections(image: Tensor, detections: Detections, class_names: list[str
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+def save_picture(picture: Tensor, path: Path) -> None:
+    """Writes a picture (3, H, W) uint8.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns how many pictures could not be made."""
     parser = argparse.ArgumentParser(
         "python -m detector.detect",
         description="Detects objects in images: annotated images and detections.json out.",
@@ -79,19 +100,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("inputs", nargs="+", type=Path, help="images, and folders of images")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint of detector.train, or its folder")
     parser.add_argument("--out", type=Path, default=Path("detections"), help="folder for the results")
-    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score reported")
-    parser.add_argument("--batch", type=int, default=16, help="images at once")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
+    parser.add_argument("--threshold", type=real_number(0, 1), default=0.3, help="lowest score reported")
+    parser.add_argument("--batch", type=whole_number(1), default=16, help="images at once")
+    parser.add_argument("--workers", type=whole_number(0), default=2, help="processes that decode images")
+    parser.add_argument("--device", type=device_name, default=default_device(), help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    try:
-        images = find_images(args.inputs)
-        model, content = load_detector(args.checkpoint, args.device)
-    except ValueError as error:
-        parser.error(str(error))
-    found, broken = detect(
+    images = find_images(args.inputs)
+    taken = {place for _, place in images}
+    originals = {path.resolve() for path, _ in images}
+    for _, place in images:
+        if (args.out / "images" / place).resolve() in originals:
+            raise ValueError(f"--out: the picture {args.out / 'images' / place} would overwrite an image that is given")
+    prepare_folder(args.out, ["detections.json"])
+    model, content = load_detector(args.checkpoint, args.device)
+    class_names = content["class_names"]
+
+    records: dict[int, dict[str, Any]] = {}
+    num_broken = num_without_picture = 0
+    results = detect_each(
         model,
         [path for path, _ in images],
         content["arguments"]["image_size"],
@@ -100,29 +126,46 @@ def main(argv: list[str] | None = None) -> None:
         num_workers=args.workers,
         score_threshold=args.threshold,
     )
-    records = []
-    for index, detections in sorted(found.items()):
-        path, place = images[index]
-        image = decode_image(path)
-        annotated = (args.out / "images" / place).with_suffix(".jpg" if place.suffix.lower() != ".png" else ".png")
-        annotated.parent.mkdir(parents=True, exist_ok=True)
-        drawn = draw_detections(image, detections, content["class_names"])
-        Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(annotated)
-        objects = [
-            {"class": content["class_names"][label], "score": score, "box": box}
-            for box, score, label in zip(
-                detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
-            )
-        ]
-        records.append({"file": str(path), "width": image.shape[2], "height": image.shape[1], "objects": objects})
-    for index in broken:
-        print(f"{images[index][0]}: cannot be decoded")
-        records.append({"file": str(images[index][0]), "error": "cannot be decoded"})
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "detections.json").write_text(json.dumps(records, indent=1))
-    count = sum(len(record.get("objects", [])) for record in records)
-    print(f"{count} objects in {len(found)} images, {len(broken)} images cannot be decoded; written to {args.out}")
+    try:
+        for index, detections in results:
+            path, place = images[index]
+            if isinstance(detections, str):
+                print(f"{path}: {detections}")
+                records[index] = {"file": str(path), "error": "cannot be decoded"}
+                num_broken += 1
+                continue
+            objects = [
+                {"class": class_names[label], "score": score, "box": box}
+                for box, score, label in zip(
+                    detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
+                )
+            ]
+            records[index] = record = {"file": str(path), "objects": objects}
+            for note in detections.notes:
+                print(f"{path}: {note}")
+            try:
+                image = decode_image(path)
+                record |= {"width": image.shape[2], "height": image.shape[1]}
+                if max(image.shape[1:]) > MAX_JPEG_SIDE and place.suffix == ".jpg":
+                    place = claim_name(place.with_suffix(".png"), taken)
+                save_picture(draw_detections(image, detections, class_names), args.out / "images" / place)
+                record["picture"] = (Path("images") / place).as_posix()
+            except Exception as error:  # whatever one picture meets, the results and the other pictures go on
+                print(f"{path}: no picture: {explain(error)}")
+                record["picture_error"] = explain(error)
+                num_without_picture += 1
+    finally:
+        # Also when detecting ends early: then of the images that it came to.
+        not_reached = [index for index in range(len(images)) if index not in records]
+        records |= {index: {"file": str(images[index][0]), "error": "not reached"} for index in not_reached}
+        ordered = sorted(records.items(), key=lambda item: ("error" in item[1], item[0]))
+        write_json(args.out / "detections.json", [record for _, record in ordered], indent=1)
+    count = sum(len(record.get("objects", [])) for record in records.values())
+    print(f"{count} objects in {len(images) - num_broken} images, {num_broken} images cannot be decoded", end="")
+    print(f", {num_without_picture} pictures cannot be made" if num_without_picture else "", end="")
+    print(f"; written to {args.out}")
+    return num_without_picture
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

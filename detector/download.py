@@ -18,6 +18,8 @@ from typing import NamedTuple
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
+from detector.program import run_program
+
 
 class Archive(NamedTuple):
     """A file to fetch and unpack."""
@@ -184,12 +186,9 @@ def main(argv: list[str] | None = None) -> None:
     archives = ARCHIVES[args.dataset]
     if args.mirror:
         archives = [Archive(f"{args.mirror.rstrip('/')}/{url.rsplit('/', 1)[1]}", md5) for url, md5 in archives]
-    try:
-        download(archives, args.to, args.keep_archives)
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
+    download(archives, args.to, args.keep_archives)
     print(f"ready: python -m detector.train --data {args.to / DATA_FOLDER[args.dataset]} --format {args.dataset}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -11,12 +11,14 @@ images.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import copy
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,31 +27,31 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mg_ops
 from detector.anchors import BASE_SIZE
 from detector.augment import TrainingTransform
 from detector.backbone import BACKBONES, load_backbone_weights
-from detector.checkpoint import MODELS, make_detector, read_checkpoint, save_atomically
-from detector.data import (
-    Defects,
+from detector.batches import (
+    MAX_SEED,
     TrainingBatch,
     TrainingImages,
     TrainingSampler,
     collate,
+    combine_seed,
     decode_all,
-    default_splits,
-    read_data,
+    load_batches,
 )
-from detector.evaluate import evaluate, format_metrics
+from detector.checkpoint import check_resumed, data_fingerprint, load_entry, read_checkpoint, save_atomically
+from detector.data import Defects, default_splits, note_small_objects, read_data
+from detector.detectors import MODELS, make_detector
+from detector.evaluate import evaluate
 from detector.loss import BOX_LOSSES, detection_loss
-
-# Flags that say where and how fast a run goes, not what it computes: they may differ when it is resumed.
-FREE_ON_RESUME = {"data", "out", "resume", "backbone_weights", "backend", "device", "workers", "cache"}
-FREE_ON_RESUME |= {"save_minutes", "log_every", "eval_every"}
+from detector.outputs import prepare_folder, strict_json, write_json
+from detector.program import default_device, device_name, input_side, real_number, run_program, whole_number
+from detector.run_log import RunLog
+from detector.scores import format_metrics, score, to_coco_ground_truth
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -68,7 +70,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--classes", help="comma-separated classes to learn; by default all of the training split")
     data.add_argument("--cache", action="store_true", help="decode all training images once, into memory")
     data.add_argument(
-        "--workers", type=int, help="processes that prepare batches; by default 1 on the CPU, up to 12 on a GPU"
+        "--workers",
+        type=whole_number(0),
+        help="processes that prepare batches; by default 1 on the CPU, up to 12 on a GPU",
     )
 
     model = parser.add_argument_group("model")
@@ -77,10 +81,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument(
         "--backbone-weights", default="imagenet", help="imagenet (torchvision's), none, or a state dict's file"
     )
-    model.add_argument("--image-size", type=int, default=320, help="side of the input in pixels, a multiple of 32")
+    model.add_argument(
+        "--image-size", type=input_side, default=320, help="side of the input in pixels, a multiple of 32"
+    )
     model.add_argument(
         "--anchor-size",
-        type=float,
+        type=real_number(0, above=True),
         default=BASE_SIZE,
         help="side of the smallest anchor in pixels of the input; smaller for small objects or small inputs",
     )
@@ -89,37 +95,47 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     matching.add_argument(
         "--strategy", choices=tuple(mg_ops.matching.STRATEGIES), default="mutual", help="rows of Table 1"
     )
-    matching.add_argument("--sigma", type=float, default=2.0, help="degree of amplification (Eq. 1)")
+    matching.add_argument(
+        "--sigma", type=real_number(1, above=True), default=2.0, help="degree of amplification (Eq. 1)"
+    )
     matching.add_argument("--backend", help="of mg_ops.mutual_match; by default the best one for the device")
-    matching.add_argument("--focal-alpha", type=float, default=0.25, help="weight of positives in the focal loss")
-    matching.add_argument("--focal-gamma", type=float, default=2.0, help="exponent of the focal loss")
+    matching.add_argument(
+        "--focal-alpha", type=real_number(0, 1), default=0.25, help="weight of positives in the focal loss"
+    )
+    matching.add_argument("--focal-gamma", type=real_number(0), default=2.0, help="exponent of the focal loss")
     matching.add_argument(
         "--box-loss",
         choices=tuple(BOX_LOSSES),
         default="balanced_l1",
         help="Balanced L1 by its paper, or as the code released with Mutual Guidance has it",
     )
-    matching.add_argument("--box-weight", type=float, default=1.0, help="weight of the box loss")
+    matching.add_argument("--box-weight", type=real_number(0), default=1.0, help="weight of the box loss")
 
     schedule = parser.add_argument_group("optimisation")
-    schedule.add_argument("--epochs", type=int, help="by default 250 for voc and 140 for coco")
-    schedule.add_argument("--batch", type=int, default=32, help="images a step, over all processes")
-    schedule.add_argument("--lr", type=float, default=0.01, help="learning rate after warm-up")
-    schedule.add_argument("--warmup", type=int, default=500, help="steps of linear warm-up, a tenth of the run at most")
-    schedule.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    schedule.add_argument("--epochs", type=whole_number(1), help="by default 250 for voc and 140 for coco")
+    schedule.add_argument("--batch", type=whole_number(1), default=32, help="images a step, over all processes")
+    schedule.add_argument("--lr", type=real_number(0), default=0.01, help="learning rate after warm-up")
     schedule.add_argument(
-        "--weight-decay", type=float, default=5e-4, help="on convolution weights; none on biases and norms"
+        "--warmup", type=whole_number(0), default=500, help="steps of linear warm-up, a tenth of the run at most"
+    )
+    schedule.add_argument("--momentum", type=real_number(0, 1, below=True), default=0.9, help="of SGD")
+    schedule.add_argument(
+        "--weight-decay", type=real_number(0), default=5e-4, help="on convolution weights; none on biases and norms"
     )
     schedule.add_argument(
-        "--ema", type=float, default=0.0, help="decay of averaged weights, such as 0.9998; 0 keeps none"
+        "--ema",
+        type=real_number(0, 1, below=True),
+        default=0.0,
+        help="decay of averaged weights, such as 0.9998; 0 keeps none",
     )
     schedule.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="autocast of the network")
-    schedule.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    schedule.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), default=0, help="of weights, order and augmentation"
+    )
 
     running = parser.add_argument_group("running")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
     running.add_argument(
-        "--device", default=default_device, help="cpu or cuda; under torchrun each process takes one GPU"
+        "--device", type=device_name, default=default_device(), help="cpu or cuda; under torchrun one GPU a process"
     )
     running.add_argument("--compile", action="store_true", help="torch.compile the network")
     running.add_argument("--sync-batch-norm", action="store_true", help="batch statistics over all GPUs")
@@ -131,10 +147,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     running.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     running.add_argument(
-        "--eval-every", type=int, default=0, help="epochs between evaluations; 0 evaluates at the end only"
+        "--eval-every", type=whole_number(0), default=0, help="epochs between evaluations; 0 evaluates at the end only"
     )
-    running.add_argument("--save-minutes", type=float, default=10.0, help="minutes between checkpoints")
-    running.add_argument("--log-every", type=int, default=20, help="steps between log entries")
+    running.add_argument("--save-minutes", type=real_number(0), default=10.0, help="minutes between checkpoints")
+    running.add_argument("--log-every", type=whole_number(1), default=20, help="steps between log entries")
     args = parser.parse_args(argv)
 
     train_split, eval_split = default_splits(args.data, args.format)
@@ -146,10 +162,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         args.workers = 1 if args.device == "cpu" else min(12, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if args.out is None:
         args.out = Path("runs") / f"{args.model}-{args.backbone}-{args.strategy}-{args.image_size}-seed{args.seed}"
-    for flag in ("epochs", "batch", "log_every"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(args, flag)}")
+    if args.anchor_size > args.image_size:
+        parser.error(f"--anchor-size: expected at most --image-size, {args.image_size}, got {args.anchor_size:g}")
+    names = split_class_names(args.classes)
+    if names is not None and (not all(names) or len(set(names)) < len(names)):
+        parser.error(f"--classes: expected names, each once, with commas between them, got {args.classes!r}")
     return args
+
+
+def split_class_names(classes: str | None) -> list[str] | None:
+    """The names in --classes."""
+    return None if classes is None else [name.strip() for name in classes.split(",")]
 
 
 def learning_rate(step: int, num_steps: int, peak: float, warmup: int, lowest: float = 1e-6) -> float:
@@ -227,11 +250,59 @@ class LossWatch:
             )
 
 
+@contextlib.contextmanager
+def saving_on_error(save: Callable[[int], None], step: int) -> Iterator[None]:
+    """Saves before an error between two steps ends the run."""
+    try:
+        yield
+    except Exception:
+        save(step)
+        raise
+
+
+def try_matching(args: argparse.Namespace, device: torch.device) -> None:
+    """Matches one object, so that flags that the matching refuses are refused before data is read."""
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
+    label = torch.zeros(1, dtype=torch.int64, device=device)
+    mg_ops.mutual_match(
+        box,
+        box[None],
+        box[None, :, :1],
+        [box],
+        [label],
+        strategy=args.strategy,
+        sigma=args.sigma,
+        backend=args.backend,
+    )
+
+
+def check_batch_norm(model: nn.Module, share: int, args: argparse.Namespace) -> None:
+    """Raises ValueError if batch normalization would meet a single value a channel, which it cannot train on.
+
+    Args:
+        model: the detector.
+        share: the fewest images that a process gets in a step.
+        args: for the message.
+    """
+    shapes_only = copy.deepcopy(model).to("meta").train()
+    images = torch.empty(share, 3, args.image_size, args.image_size, dtype=torch.uint8, device="meta")
+    try:
+        shapes_only(images)
+    except ValueError as error:
+        raise ValueError(
+            f"--batch {args.batch}: some step has {share} image{'s' * (share != 1)} for a process, and at --image-size "
+            f"{args.image_size} batch normalization needs more ({error}); choose a --batch that gives every process 2 "
+            "images in every step, the last ones too, or a larger --image-size"
+        ) from error
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains, and returns the metrics that results.json then holds.
 
     Raises:
         SystemExit: 143 after SIGTERM (130 after SIGINT), with the checkpoint saved; 2 for flags that make no sense.
+        ValueError: data, a checkpoint, or flags together that cannot be trained with; before the first step.
+        OSError: a file cannot be read or written.
         FloatingPointError: a loss that is not finite.
     """
     args = parse_arguments(argv)
@@ -242,6 +313,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"--device cuda: process {device.index} has no GPU: torch sees {torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(device)
     if distributed:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -251,28 +326,27 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
+    try_matching(args, device)
 
     # ---- The run's folder, and the checkpoint to resume from
     checkpoint_file = args.out / "last.pt"
-    resumed = read_checkpoint(checkpoint_file) if args.resume and checkpoint_file.is_file() else None
     if checkpoint_file.is_file() and not args.resume:
-        raise SystemExit(f"{args.out} already holds a run: pass --resume to continue it, or another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"{args.out} already holds a run: pass --resume to continue it, or another --out")
+    if is_first:
+        prepare_folder(args.out, ("last.pt", "log.jsonl", "results.json", "detections.json"))
+    resumed = read_checkpoint(checkpoint_file) if args.resume and checkpoint_file.is_file() else None
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    if resumed is not None:
-        was = resumed["arguments"]
-        changed = [name for name in arguments if name not in FREE_ON_RESUME and arguments[name] != was.get(name)]
-        if changed:
-            differences = ", ".join(f"{name} {was.get(name)!r} -> {arguments[name]!r}" for name in changed)
-            raise SystemExit(f"--resume: the run in {args.out} was started with other flags: {differences}")
 
     # ---- Data
-    wanted_classes = args.classes.split(",") if args.classes else None
-    train_data = read_data(args.data, args.format, args.train_split, wanted_classes)
+    train_data = read_data(args.data, args.format, args.train_split, split_class_names(args.classes))
     eval_data = read_data(args.data, args.format, args.eval_split, train_data.class_names)
-    if resumed is not None and resumed["class_names"] != train_data.class_names:
-        raise SystemExit(
-            f"--resume: the run learned {resumed['class_names']}, the data now has {train_data.class_names}"
+    note_small_objects(train_data, args.image_size)
+    data_mark = {"images": len(train_data.images), "fingerprint": data_fingerprint(train_data)}
+    if resumed is not None:
+        check_resumed(resumed, checkpoint_file, arguments, train_data.class_names, data_mark)
+    if not any((~image.crowd).any() for image in train_data.images):
+        raise ValueError(
+            f"{args.data}: no object to train on in split {train_data.name!r}\n{train_data.defects.report()}"
         )
     say(f"training on {train_data.summary()}\nevaluating on {eval_data.summary()}")
     decoded = decode_all(train_data) if args.cache else None
@@ -280,23 +354,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     sampler = TrainingSampler(
         len(train_data.images), args.epochs, args.batch, args.seed, rank, num_processes, start_step
     )
-    loader = DataLoader(
-        TrainingImages(train_data, TrainingTransform(args.image_size), args.seed, decoded),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_trainer,
-    )
     num_steps = sampler.num_steps
+    if start_step > num_steps:
+        raise ValueError(f"--resume: {checkpoint_file} is of step {start_step}, and this run has {num_steps}")
 
     # ---- Model, averaged weights, optimiser
     torch.manual_seed(args.seed)
     model = make_detector(args.model, args.backbone, args.image_size, len(train_data.class_names), args.anchor_size)
+    if not (args.sync_batch_norm and num_processes > 1):
+        check_batch_norm(model, sampler.smallest_share(), args)
     if resumed is None:
         load_backbone_weights(model.backbone, args.backbone, args.backbone_weights)
     else:
-        model.load_state_dict(resumed["model"])
+        load_entry(model, resumed, "model", checkpoint_file)
     model.to(device)
     if args.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -304,7 +374,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.ema:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
         if resumed is not None:
-            average.module.load_state_dict(resumed["ema"])
+            load_entry(average.module, resumed, "ema", checkpoint_file)
             average.n_averaged.fill_(start_step)
     weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
@@ -316,8 +386,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     autocast_type = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     if resumed is not None:
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        for entry, target in (("optimizer", optimizer), ("scaler", scaler)):
+            try:
+                target.load_state_dict(resumed[entry])
+            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+                raise ValueError(f"--resume: {checkpoint_file}: entry {entry!r} does not fit: {error!r}") from error
         say(f"continuing {args.out} at step {start_step} of {num_steps}")
     network: nn.Module = model
     if distributed:
@@ -337,6 +410,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 "scaler": scaler.state_dict(),
                 "arguments": arguments,
                 "class_names": train_data.class_names,
+                "data": data_mark,
             }
             save_atomically(content, checkpoint_file)
 
@@ -351,21 +425,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             amp=autocast_type,
         )
 
-    # ---- Logs: one JSON line an entry, and TensorBoard
-    log_file = args.out / "log.jsonl"
-    writer = None
-    if is_first:
-        kept = [line for line in read_log(log_file) if resumed is not None and line["step"] < start_step]
-        log_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        writer = SummaryWriter(str(args.out / "tensorboard"), purge_step=start_step)
+    if is_first:  # what is done with the results of hours is tried before them
+        ground_truth = to_coco_ground_truth(eval_data)
+        strict_json([ground_truth, format_metrics(score(ground_truth, [])), arguments])
+    run_log = RunLog(args.out, start_step) if is_first else None
 
     def log(entry: dict[str, Any], step: int) -> None:
-        if writer is not None:
-            with log_file.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            for name, value in entry.items():
-                if isinstance(value, (int, float)):
-                    writer.add_scalar(name, value, step)
+        if run_log is not None:
+            run_log.add(entry, step)
 
     # ---- SIGTERM and SIGINT: finish the step, save, exit
     received: list[int] = []
@@ -401,14 +468,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     network.train()
-    batches = iter(loader)
+    batches = load_batches(
+        TrainingImages(train_data, TrainingTransform(args.image_size), args.seed, decoded),
+        sampler,
+        collate,
+        args.workers,
+        pin_memory=device.type == "cuda",
+    )
     try:
         for step in range(start_step, num_steps):
             wait_start = time.perf_counter()
-            batch: TrainingBatch = next(batches)
+            with saving_on_error(save, step) if step > start_step else contextlib.nullcontext():
+                batch: TrainingBatch = next(batches)
             waiting += time.perf_counter() - wait_start
             step_time.start()
-            torch.manual_seed(((args.seed * 1_000_003) + step) * 1_000_003 + rank)  # nothing random to save or restore
+            torch.manual_seed(combine_seed(args.seed, step, rank))  # nothing random to save or restore
             images = batch.images.to(device, non_blocking=True)  # (B, 3, S, S) uint8
             gt_boxes = batch.gt_boxes.to(device, non_blocking=True)  # (N, 4) pixels of the input
             gt_labels = batch.gt_labels.to(device, non_blocking=True)  # (N,)
@@ -503,12 +577,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 raise SystemExit(128 + number)
             epochs_before, epochs_done = images_before // len(train_data.images), images_done // len(train_data.images)
             if args.eval_every and not is_last and epochs_done // args.eval_every > epochs_before // args.eval_every:
-                metrics, _ = run_evaluation()
+                with saving_on_error(save, step + 1):
+                    metrics, _ = run_evaluation()
                 log({"step": step, "epoch": epochs_done, **{f"eval_{name}": metrics[name] for name in EVALUATED}}, step)
                 logged_at = time.perf_counter()
     finally:
         progress.close()
-        del batches  # ends the workers
+        batches.close()
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
@@ -528,16 +603,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "train": {**train_data.defects.counts(), **met.counts()},
         "eval": eval_data.defects.counts(),
     }
+    if run_log is not None:
+        run_log.close()
+        write_json(args.out / "detections.json", detections)
+        write_json(args.out / "results.json", metrics, indent=1)  # its presence says that the run is complete
     say(format_metrics(metrics))
     if met.found:
         say(f"met while training:\n{met.report()}")
-    if writer is not None:
-        writer.close()
-        (args.out / "detections.json").write_text(json.dumps(detections))
-        unfinished = args.out / ".results.json.unfinished"
-        unfinished.write_text(json.dumps(metrics, indent=1))
-        unfinished.replace(args.out / "results.json")  # its presence says that the run is complete
-        say(f"written to {args.out}")
+    say(f"written to {args.out}")
     if distributed:
         torch.distributed.destroy_process_group()
     return metrics
@@ -546,25 +619,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 EVALUATED = ("AP", "AP50", "AP75", "VOC_AP50")
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """A worker that dies of a signal meant for the whole job would keep the trainer from finishing its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a run's log.jsonl; an entry cut off by a crash is left out."""
-    entries = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
-    return entries
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FloatingPointError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_program(main)

@@ -19,9 +19,12 @@ from torchvision.transforms import v2
 
 import mg_ops
 from detector.checkpoint import load_detector
-from detector.data import AnnotatedImage, AnnotatedImages, decode_image, default_splits, read_data
-from detector.evaluate import Detections, detect
-from detector.train import read_log
+from detector.data import AnnotatedImage, AnnotatedImages, LoadedImage, default_splits, load_image, read_data
+from detector.images import OTHER_PROPORTIONS, decode
+from detector.inference import Detections, detect
+from detector.outputs import prepare_folder
+from detector.program import real_number, run_program, whole_number
+from detector.run_log import read_log
 
 RED, GREEN, YELLOW = "#e6194b", "#3cb44b", "#ffe119"
 
@@ -78,6 +81,14 @@ def show_image(axis: Axes, image: Tensor, title: str) -> None:
     axis.set_axis_off()
 
 
+def load(annotated: AnnotatedImage) -> LoadedImage:
+    """The pixels of an image and its objects; an OSError that names it if they cannot be brought together."""
+    loaded = load_image(annotated, decode(annotated.path))
+    if loaded is None:
+        raise OSError(f"{annotated.path}: {OTHER_PROPORTIONS}")
+    return loaded
+
+
 @torch.no_grad()
 def plot_assignment(
     model: torch.nn.Module, image_size: int, data: AnnotatedImages, positions: list[int], sigma: float
@@ -90,9 +101,10 @@ def plot_assignment(
     device = model.anchors.device
     for row, position in enumerate(positions):
         annotated = data.images[position]
-        image = resize(decode_image(annotated.path))
-        scale = torch.tensor([image_size / annotated.width, image_size / annotated.height]).repeat(2)
-        gt_boxes = annotated.boxes * scale
+        loaded = load(annotated)
+        height, width = loaded.pixels.shape[-2:]
+        image = resize(loaded.pixels)
+        gt_boxes = loaded.boxes * torch.tensor([image_size / width, image_size / height]).repeat(2)
         cls_logits, box_deltas = model(image[None].to(device))
         positives = {}
         for strategy in ("iou", "mutual"):
@@ -101,8 +113,8 @@ def plot_assignment(
                 box_deltas,
                 cls_logits,
                 [gt_boxes.to(device)],
-                [annotated.labels.to(device)],
-                gt_crowd=[annotated.crowd.to(device)],
+                [loaded.labels.to(device)],
+                gt_crowd=[loaded.crowd.to(device)],
                 box_coder=mg_ops.BoxCoder(),
                 strategy=strategy,
                 sigma=sigma,
@@ -164,12 +176,12 @@ def plot_detections(
     palette = mpl.colormaps["tab10" if len(present) <= 10 else "tab20"].colors
     color_of = {name: mpl.colors.to_hex(palette[place % len(palette)]) for place, name in enumerate(present)}
     for row, annotated in enumerate(images):
-        image = decode_image(annotated.path)
+        loaded = load(annotated)
         for column, name in enumerate(names):
             axis = axes[row, column]
             detections = found[column][row]
-            show_image(axis, image, f"{name}: {len(detections.labels)} detections in {annotated.name}")
-            draw_objects(axis, annotated.boxes)
+            show_image(axis, loaded.pixels, f"{name}: {len(detections.labels)} detections in {annotated.name}")
+            draw_objects(axis, loaded.boxes)
             for box, score, label in zip(
                 detections.boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True
             ):
@@ -237,6 +249,8 @@ def choose_images(data: AnnotatedImages, names: list[str] | None, count: int) ->
             raise ValueError(f"--images: not in split {data.name!r}: {', '.join(unknown)}")
         return [position_of[name] for name in names]
     with_objects = [position for position, image in enumerate(data.images) if len(image.labels) > 0]
+    if not with_objects:
+        raise ValueError(f"no image in split {data.name!r} has an object; name some with --images")
     count = min(count, len(with_objects))
     return [with_objects[index * len(with_objects) // count] for index in range(count)]
 
@@ -247,70 +261,72 @@ def main(argv: list[str] | None = None) -> None:
     figures = parser.add_subparsers(dest="figure", required=True)
 
     amplification = figures.add_parser("amplification", help="Figure 3: how a score amplifies an anchor's IoU")
-    amplification.add_argument("--sigmas", nargs="+", type=float, default=[1.5, 2.0, 3.0], help="one panel each")
+    amplification.add_argument(
+        "--sigmas", nargs="+", type=real_number(1, above=True), default=[1.5, 2.0, 3.0], help="one panel each"
+    )
 
     assignment = figures.add_parser("assignment", help="Figure 4: which anchors each strategy chooses")
     assignment.add_argument("--checkpoint", type=Path, required=True, help="whose predictions guide the matching")
-    assignment.add_argument("--sigma", type=float, default=2.0, help="degree of amplification")
+    assignment.add_argument("--sigma", type=real_number(1, above=True), default=2.0, help="degree of amplification")
 
     detections = figures.add_parser("detections", help="Figure 5: detections of checkpoints side by side")
     detections.add_argument("--checkpoints", nargs="+", type=Path, required=True, help="one column each")
-    detections.add_argument("--threshold", type=float, default=0.3, help="lowest score shown")
+    detections.add_argument("--threshold", type=real_number(0, 1), default=0.3, help="lowest score shown")
 
     for figure in (assignment, detections):
         figure.add_argument("--data", type=Path, required=True, help="folder of the data set")
         figure.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out")
         figure.add_argument("--split", help="by default VOC2007/test, val2017 or val")
         figure.add_argument("--images", nargs="+", help="names of images; by default some spread over the split")
-        figure.add_argument("--count", type=int, default=4, help="how many images, without --images")
+        figure.add_argument("--count", type=whole_number(1), default=4, help="how many images, without --images")
 
     curves = figures.add_parser("curves", help="loss, learning rate and AP of runs over epochs")
     curves.add_argument("--runs", nargs="+", type=Path, required=True, help="folders of detector.train")
 
     for figure in (amplification, assignment, detections, curves):
         figure.add_argument("--out", type=Path, required=True, help="file to write: .png, .jpg, .pdf or .svg")
-        figure.add_argument("--dpi", type=int, default=150, help="of a .png or .jpg")
+        figure.add_argument("--dpi", type=whole_number(1), default=150, help="of a .png or .jpg")
     args = parser.parse_args(argv)
 
-    try:
-        if args.figure == "amplification":
-            drawing = plot_amplification(args.sigmas)
-        elif args.figure == "curves":
-            drawing = plot_curves(args.runs)
+    suffixes = sorted(plt.Figure().canvas.get_supported_filetypes())
+    if args.out.suffix[1:].lower() not in suffixes:
+        raise ValueError(f"--out: expected a name that ends in .{', .'.join(suffixes)}, got {args.out}")
+    prepare_folder(args.out.parent, [args.out.name])
+    if args.figure == "amplification":
+        drawing = plot_amplification(args.sigmas)
+    elif args.figure == "curves":
+        drawing = plot_curves(args.runs)
+    else:
+        checkpoints = [args.checkpoint] if args.figure == "assignment" else args.checkpoints
+        loaded = [load_detector(checkpoint, "cpu") for checkpoint in checkpoints]
+        split = args.split or default_splits(args.data, args.format)[1]
+        data = read_data(args.data, args.format, split, loaded[0][1]["class_names"])
+        positions = choose_images(data, args.images, args.count)
+        if args.figure == "assignment":
+            model, content = loaded[0]
+            drawing = plot_assignment(model, content["arguments"]["image_size"], data, positions, args.sigma)
         else:
-            checkpoints = [args.checkpoint] if args.figure == "assignment" else args.checkpoints
-            loaded = [load_detector(checkpoint, "cpu") for checkpoint in checkpoints]
-            split = args.split or default_splits(args.data, args.format)[1]
-            data = read_data(args.data, args.format, split, loaded[0][1]["class_names"])
-            positions = choose_images(data, args.images, args.count)
-            if args.figure == "assignment":
-                model, content = loaded[0]
-                drawing = plot_assignment(model, content["arguments"]["image_size"], data, positions, args.sigma)
-            else:
-                images = [data.images[position] for position in positions]
-                found = [
-                    detect(
-                        model,
-                        [image.path for image in images],
-                        content["arguments"]["image_size"],
-                        "cpu",
-                        num_workers=0,
-                        score_threshold=args.threshold,
-                        show_progress=False,
-                    )[0]
-                    for model, content in loaded
-                ]
-                names = [content["arguments"]["strategy"] for _, content in loaded]
-                if len(set(names)) < len(names):
-                    names = [path.parent.name if path.suffix else path.name for path in checkpoints]
-                drawing = plot_detections(names, found, [content["class_names"] for _, content in loaded], images)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+            images = [data.images[position] for position in positions]
+            found = [
+                detect(
+                    model,
+                    [image.path for image in images],
+                    content["arguments"]["image_size"],
+                    "cpu",
+                    num_workers=0,
+                    score_threshold=args.threshold,
+                    show_progress=False,
+                )[0]
+                for model, content in loaded
+            ]
+            names = [content["arguments"].get("strategy") for _, content in loaded]
+            if None in names or len(set(names)) < len(names):
+                names = [path.parent.name if path.suffix else path.name for path in checkpoints]
+            drawing = plot_detections(names, found, [content["class_names"] for _, content in loaded], images)
     drawing.savefig(args.out, dpi=args.dpi)
     plt.close(drawing)
     print(f"written to {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,7 +1,7 @@
-"""MkDocs hook: the tables of the performance page, from the JSON files that `make bench` wrote.
+"""MkDocs hook: tables made from JSON files, of times that `make bench` wrote and of the wheels that nox tested.
 
-Stands in for the line `<!-- measured -->` of a page. Nothing is rounded but for display, and nothing left out: methods
-that were skipped say why.
+They stand in for the lines `<!-- measured -->` and `<!-- tested wheels -->` of a page. Nothing is rounded but for
+display, and nothing left out: methods that were skipped say why.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # the tests make the tables without MkDocs
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 MARK = "<!-- measured -->"
+WHEELS = Path(__file__).with_name("wheel_matrix.json")
+WHEELS_MARK = "<!-- tested wheels -->"
 SWEEP = "sweep"
 
 
@@ -59,11 +61,12 @@ def method_row(method: dict[str, Any]) -> str:
 def case_section(name: str, case: dict[str, Any]) -> list[str]:
     """The table of one case."""
     sizes, objects = case["sizes"], case["objects_per_image"]
+    mean = f"{objects['mean']:,.0f}" if objects["mean"] >= 100 else f"{objects['mean']:.3g}"
     return [
         f"#### {name}",
         "",
-        f"B = {sizes['B']} images, A = {sizes['A']:,} anchors, C = {sizes['C']} classes; {objects['mean']:.3g} "
-        f"objects an image (at most {objects['max']:,}), {case['objects_from']}. "
+        f"B = {sizes['B']} images, A = {sizes['A']:,} anchors, C = {sizes['C']} classes; {mean} "
+        f"objects per image (at most {objects['max']:,}), {case['objects_from']}. "
         f"Checked before it was timed: {case['checked']}.",
         "",
         "| method | median | quartiles | against (a) | extra memory | notes |",
@@ -128,9 +131,21 @@ def machine_section(path: Path) -> str:
     return "\n".join(lines)
 
 
+def wheel_table() -> str:
+    """What the tests said of the wheel, a row per environment."""
+    lines = ["| torch | Python | passed | failed | skipped | when |", "|---|---|---:|---:|---:|---|"]
+    for tested in json.loads(WHEELS.read_text()):
+        counts = " | ".join(f"{tested[outcome]:,}" for outcome in ("passed", "failed", "skipped"))
+        when = f"{tested['date']}, commit {tested['commit']}"
+        lines.append(f"| {tested['torch']} | {tested['python']} | {counts} | {when} |")
+    return "\n".join(lines)
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Puts the tables of all machines, GPUs among them as soon as one was measured, in place of the mark."""
-    if MARK not in markdown:
-        return markdown
-    sections = [machine_section(path) for path in sorted(RESULTS.glob("*/match_speed.json"))]
-    return markdown.replace(MARK, "\n\n".join(sections))
+    """Puts the tables in place of their marks: those of all machines, GPUs among them once one is measured."""
+    if MARK in markdown:
+        sections = [machine_section(path) for path in sorted(RESULTS.glob("*/match_speed.json"))]
+        markdown = markdown.replace(MARK, "\n\n".join(sections))
+    if WHEELS_MARK in markdown:
+        markdown = markdown.replace(WHEELS_MARK, wheel_table())
+    return markdown.replace(" ± ", "\u00a0±\u00a0")  # a value and its error stay on one line

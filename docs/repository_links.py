@@ -71,7 +71,8 @@ def source_page(path: str) -> str:
         )
         return f"# `{path}`\n\nThis folder of the repository holds\n\n" + "".join(f"- `{name}`\n" for name in names)
     language = LANGUAGES.get(Path(path).suffix, "text")
-    return f"---\nhide: [toc]\n---\n# `{path}`\n\n````{language}\n{(ROOT / path).read_text()}\n````\n"
+    settings = "hide: [toc]\nsearch: {boost: 0.2}"  # found after the pages that explain it
+    return f"---\n{settings}\n---\n# `{path}`\n\n````{language}\n{(ROOT / path).read_text()}\n````\n"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -104,6 +104,21 @@ class BoxCoder:
             return reference.decode(anchors, deltas, self.weights, clip)
 
 
+def anchors_from_points(points: Tensor, strides: Tensor, size: float) -> Tensor:
+    """The square anchor boxes of anchor points.
+
+    Args:
+        points: (A, 2) floating, their centers (x, y) in pixels.
+        strides: (A,) floating, the stride of each point's feature level in pixels.
+        size: side of an anchor box, in strides.
+
+    Returns:
+        (A, 4) float32, (x1, y1, x2, y2) in pixels.
+    """
+    half = (strides.float() * (size / 2)).unsqueeze(1)
+    return torch.cat([points.float() - half, points.float() + half], dim=1)
+
+
 def box_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
     """IoU of every pair of boxes, exactly as the matching computes it.
 

@@ -1,4 +1,4 @@
-"""Small assignments worked out on paper: one or more for every clause of the definition (docs/matching.md).
+"""Small assignments worked out on paper: one or more for every clause of the definition (docs/definition.md).
 
 Plain data, no test framework: the same cases check every backend on every device, emulators included. Most boxes are
 strips of height 1, `strip(x1, x2)`, so that an IoU is the overlap of two intervals over their union: strip(0, 6)

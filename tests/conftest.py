@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -21,6 +22,9 @@ hypothesis.settings.register_profile(
     "mg_ops", deadline=None, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 hypothesis.settings.load_profile("mg_ops")
+
+OPTIONAL = ("matplotlib", "PIL", "pycocotools", "rich", "scipy", "tensorboard", "torchvision", "tqdm", "yaml")
+"""Packages that a test file may need and an installed mg_ops does not."""
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -47,6 +51,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """A file that imports an optional package that is not here is skipped; the others run."""
+    report = yield
+    cause = getattr(getattr(report.call.excinfo, "value", None), "__cause__", None)
+    if report.failed and isinstance(cause, ModuleNotFoundError) and str(cause.name).split(".")[0] in OPTIONAL:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 1, f"needs {cause.name}")
+    return report
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
@@ -55,19 +69,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
+def as_parameter(target: Target) -> Any:
+    """A target as a parameter of a test, marked where it needs a GPU."""
+    marks = [pytest.mark.gpu] if target.device == "cuda" else []
+    return pytest.param(target, marks=marks, id=f"{target.backend}-{target.device}")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
-        targets = usable_targets()
-        metafunc.parametrize("target", targets, ids=[f"{target.backend}-{target.device}" for target in targets])
+        metafunc.parametrize("target", [as_parameter(target) for target in usable_targets()])
     if "compiled_target" in metafunc.fixturenames:
-        targets = [target for target in usable_targets() if target.backend != "eager"]
-        if targets:
-            marks = [pytest.mark.gpu if target.device == "cuda" else () for target in targets]
-            params = [
-                pytest.param(target, marks=mark, id=f"{target.backend}-{target.device}")
-                for target, mark in zip(targets, marks, strict=True)
-            ]
-        else:
+        params = [as_parameter(target) for target in usable_targets() if target.backend != "eager"]
+        if not params:
             reason = "no backend but eager is usable here: " + "; ".join(
                 f"{name}: {status.detail}" for name, status in mg_ops.backends().items() if not status.usable
             )

@@ -106,6 +106,39 @@ def test_a_head_without_predictions_is_told_so() -> None:
         mmdet.MutualAssigner().assign(SimpleNamespace(priors=predictions.priors), objects)
 
 
+POINTS = torch.tensor([[4.0, 4.0, 8.0, 8.0], [12.0, 4.0, 8.0, 8.0], [8.0, 8.0, 16.0, 16.0]])
+"""(cx, cy, stride, stride), as RTMDet's and YOLOX's heads give them."""
+SQUARES = torch.tensor([[-12.0, -12.0, 20.0, 20.0], [-4.0, -12.0, 28.0, 20.0], [-24.0, -24.0, 40.0, 40.0]])
+"""Their anchors of 4 strides."""
+
+
+def test_points_get_squares_of_their_strides() -> None:
+    """The object is the second square: IoU 24 * 32 / (2 * 32 * 32 - 24 * 32) = 0.6, 1 and 32 * 32 / 64 / 64 = 0.25."""
+    predictions = SimpleNamespace(priors=POINTS, bboxes=SQUARES.clone(), scores=torch.full((3, 8), 0.5))
+    objects = SimpleNamespace(bboxes=SQUARES[1:2], labels=torch.tensor([5]))
+    result = mmdet.MutualAssigner(anchor_size=4.0).assign(predictions, objects)
+    assert result.gt_inds.tolist() == [1, 1, 0]
+    assert result.get_extra_property("loc_gt_inds").tolist() == [1, 1, 0]
+    assert result.labels.tolist() == [5, 5, -1]
+    assert result.max_overlaps.tolist() == pytest.approx([0.6, 1.0, 0.0])
+    # Half the side, around the same points: IoU 8 * 16 / (2 * 16 * 16 - 8 * 16) = 0.33, 1 and 0.25.
+    predictions.bboxes = torch.tensor([[-4.0, -4.0, 12.0, 12.0], [4.0, -4.0, 20.0, 12.0], [-8.0, -8.0, 24.0, 24.0]])
+    objects.bboxes = predictions.bboxes[1:2]
+    assert mmdet.MutualAssigner(anchor_size=2.0).assign(predictions, objects).gt_inds.tolist() == [0, 1, 0]
+
+
+def test_points_are_not_taken_for_boxes_nor_boxes_for_points() -> None:
+    predictions, objects, _ = image()
+    predictions.priors = ANCHORS[:2]
+    with pytest.raises(ValueError, match=r"priors: expected points .*, got .* 9.0\]; .* leave out anchor_size"):
+        mmdet.MutualAssigner(anchor_size=4.0).assign(predictions, objects)
+    predictions.priors = POINTS
+    with pytest.raises(ValueError, match=r"priors: expected boxes .*, got \[12.0, .* pass anchor_size=4.0"):
+        mmdet.MutualAssigner().assign(predictions, objects)
+    with pytest.raises(ValueError, match="anchor_size: expected a positive number of strides or None, got 0"):
+        mmdet.MutualAssigner(anchor_size=0)
+
+
 def load_real_assign_result(monkeypatch: pytest.MonkeyPatch) -> Any:
     """mmdetection's own class, from its two files, past the `__init__`s that need the compiled mmcv."""
     spec = importlib.util.find_spec("mmdet")
@@ -136,3 +169,52 @@ def test_the_real_assign_result_takes_it(monkeypatch: pytest.MonkeyPatch) -> Non
     check_contract(result)
     result.add_gt_(objects.labels)
     assert result.gt_inds.tolist() == [1, 2, 2, 2, -1, 1, -1]
+
+
+SMALL_HEAD = {"num_classes": 3, "in_channels": 8, "feat_channels": 8, "stacked_convs": 1}
+RTMDET_HEAD = {
+    "type": "RTMDetHead",
+    "norm_cfg": {"type": "BN"},
+    "anchor_generator": {"type": "MlvlPointGenerator", "offset": 0, "strides": [8, 16, 32]},
+    "bbox_coder": {"type": "DistancePointBBoxCoder"},
+    "loss_cls": {"type": "QualityFocalLoss", "use_sigmoid": True},
+    "loss_bbox": {"type": "GIoULoss"},
+    "train_cfg": {
+        "assigner": {"type": mmdet.MutualAssigner, "anchor_size": 4.0, "scores_are_logits": True},
+        "allowed_border": -1,
+        "pos_weight": -1,
+    },
+}
+YOLOX_HEAD = {
+    "type": "YOLOXHead",
+    "strides": [8, 16, 32],
+    "train_cfg": {"assigner": {"type": mmdet.MutualAssigner, "anchor_size": 4.0}},
+}
+
+
+@pytest.mark.parametrize("config", [RTMDET_HEAD, YOLOX_HEAD], ids=["RTMDet", "YOLOX"])
+def test_the_real_heads_of_points_train(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mmcv.ops", reason="mmcv is not installed with its operators")
+    models = pytest.importorskip("mmdet.models", reason="mmdet is not installed")
+    structures = pytest.importorskip("mmengine.structures")
+    torch.manual_seed(0)
+    config = {**SMALL_HEAD, **config}
+    head = getattr(models.dense_heads, config.pop("type"))(**importlib.import_module("mmengine").ConfigDict(config))
+    results = []
+    assign = head.assigner.assign
+    monkeypatch.setattr(
+        head.assigner, "assign", lambda *args, **kwargs: results.append(assign(*args, **kwargs)) or results[-1]
+    )
+    objects = [
+        structures.InstanceData(
+            bboxes=torch.tensor([[4.0, 4.0, 40.0, 36.0], [30.0, 20.0, 62.0, 60.0]]), labels=torch.tensor([0, 2])
+        ),
+        structures.InstanceData(bboxes=torch.tensor([[10.0, 10.0, 30.0, 30.0]]), labels=torch.tensor([1])),
+    ]
+    outputs = head([torch.randn(2, 8, 64 // stride, 64 // stride) for stride in (8, 16, 32)])
+    losses = head.loss_by_feat(*outputs, objects, [{"img_shape": (64, 64), "pad_shape": (64, 64)}] * 2)
+    total = sum(torch.stack(loss).sum() if isinstance(loss, list) else loss for loss in losses.values())
+    total.backward()
+    assert total.isfinite()
+    assert [set(result.gt_inds.tolist()) - {0, -1} for result in results] == [{1, 2}, {1}]
+    assert all(parameter.grad is not None for parameter in head.parameters())

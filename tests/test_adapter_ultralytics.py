@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from small_data import draw_image, random_objects
 from torch import Tensor, nn
 
 import mg_ops
-from mg_ops.adapters.ultralytics import MutualAssigner, use_mutual_guidance
+from mg_ops.adapters.ultralytics import MutualAssigner, guide_trainer, use_mutual_guidance
 
+ROOT = Path(__file__).parent.parent
 CLASSES = 3
 
 
-def anchor_points(size: int = 64, strides: tuple[int, ...] = (8, 16, 32)) -> tuple[Tensor, Tensor]:
+SIZES = [(8, 8), (4, 4), (2, 2)]
+"""The feature maps of an image of 64 pixels."""
+
+
+def anchor_points(
+    sizes: list[tuple[int, int]] = SIZES, strides: tuple[int, ...] = (8, 16, 32)
+) -> tuple[Tensor, Tensor]:
     """The centres of the cells of all levels (A, 2) and their strides (A, 1), as ultralytics lays them."""
     points, steps = [], []
-    for stride in strides:
-        centers = (torch.arange(size // stride) + 0.5) * stride
-        y, x = torch.meshgrid(centers, centers, indexing="ij")
+    for (height, width), stride in zip(sizes, strides, strict=True):
+        y, x = torch.meshgrid(
+            (torch.arange(height) + 0.5) * stride, (torch.arange(width) + 0.5) * stride, indexing="ij"
+        )
         points.append(torch.stack([x, y], dim=-1).reshape(-1, 2))
         steps.append(torch.full((len(points[-1]), 1), float(stride)))
     return torch.cat(points), torch.cat(steps)
@@ -41,21 +57,33 @@ def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     return scores.to(dtype), boxes.to(dtype), points, labels, gt_boxes, mask
 
 
+def small_assigner(**options: Any) -> MutualAssigner:
+    """An assigner of the small images."""
+    assigner = MutualAssigner(CLASSES, **options)
+    assigner.level_sizes = SIZES
+    return assigner
+
+
 def test_points_get_boxes_of_their_stride() -> None:
-    points, steps = anchor_points(strides=(8, 16, 64))
-    anchors = MutualAssigner(stride=[8, 16, 64], anchor_size=5.0).anchors(points)
+    sizes = [(3, 5), (2, 3), (1, 1)]
+    points, steps = anchor_points(sizes, (8, 16, 64))
+    assigner = MutualAssigner(stride=[8, 16, 64], anchor_size=5.0)
+    assigner.level_sizes = sizes
+    anchors = assigner.anchors()
+    assert anchors.shape == (15 + 6 + 1, 4)
     assert torch.equal(anchors[:, 2:] - anchors[:, :2], (5 * steps).expand(-1, 2))
     assert torch.equal((anchors[:, 2:] + anchors[:, :2]) / 2, points)
+    assert anchors[16].tolist() == [-16.0, -32.0, 64.0, 48.0]  # the second cell of the second level, around (24, 8)
 
 
 def test_the_results_say_the_mutual_match() -> None:
     scores, boxes, points, labels, gt_boxes, mask = batch()
-    assigner = MutualAssigner(CLASSES, sigma=1.1)
+    assigner = small_assigner(sigma=1.1)
     target_labels, target_bboxes, target_scores, fg_mask, target_gt_idx = assigner(
         scores, boxes, points, labels, gt_boxes, mask
     )
     match = mg_ops.mutual_match(
-        assigner.anchors(points),
+        assigner.anchors(),
         boxes,
         torch.logit(scores),
         [gt_boxes[0, :2], gt_boxes[1, :0]],
@@ -77,10 +105,37 @@ def test_the_results_say_the_mutual_match() -> None:
             )
 
 
-def test_strides_that_cannot_be_told_apart_are_refused() -> None:
-    with pytest.raises(ValueError, match="stride: expected positive strides, each an even multiple"):
-        MutualAssigner(stride=[8, 24])
-    with pytest.raises(TypeError, match="criterion: expected ultralytics' v8DetectionLoss, got Linear"):
+def test_logits_in_place_of_the_scores_say_the_same() -> None:
+    scores, *arguments = batch()
+    expected = small_assigner(sigma=1.1)(scores, *arguments)
+    assigner = small_assigner(sigma=1.1)
+    assigner.logits = torch.logit(scores)
+    # Scores that say nothing: the logits are read.
+    for actual, wanted in zip(assigner(torch.zeros_like(scores), *arguments), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_levels_that_are_not_told_are_asked_for() -> None:
+    arguments = batch()
+    assigner = MutualAssigner(CLASSES)
+    with pytest.raises(
+        ValueError, match=r"level_sizes: expected \(height, width\) for each of 3 levels, got None; set"
+    ):
+        assigner(*arguments)
+    assigner.level_sizes = SIZES[:2]
+    with pytest.raises(ValueError, match=r"level_sizes: .* for each of 3 levels, got \[\(8, 8\), \(4, 4\)\]"):
+        assigner(*arguments)
+    assigner.level_sizes = [(4, 8), (2, 4), (1, 2)]
+    with pytest.raises(ValueError, match=r"level_sizes: expected levels of 84 cells in all, .* with 42"):
+        assigner(*arguments)
+
+
+def test_wrong_options_and_losses_are_refused() -> None:
+    with pytest.raises(ValueError, match="stride: expected positive numbers of pixels"):
+        MutualAssigner(stride=[8, 0])
+    with pytest.raises(ValueError, match="anchor_size: expected a positive number of strides"):
+        MutualAssigner(anchor_size=-1.0)
+    with pytest.raises(TypeError, match=r"criterion: expected the v8DetectionLoss or E2ELoss .*, got Linear"):
         use_mutual_guidance(nn.Linear(1, 1))
 
 
@@ -92,49 +147,215 @@ def test_the_call_and_the_results_are_those_of_the_real_assigner() -> None:
     scores, boxes, points, *objects = batch()
     for padded_to in (3, 0):
         padded = [part[:, :padded_to] for part in objects]
-        results = MutualAssigner(CLASSES)(scores, boxes, points, *padded)
+        results = small_assigner()(scores, boxes, points, *padded)
         for actual, expected in zip(results, real(scores, boxes, points, *padded), strict=True):
             assert actual.shape == expected.shape
             # Without objects the real one's labels and indices have the dtype of the scores.
             assert actual.dtype == expected.dtype or padded_to == 0
 
 
-@pytest.mark.parametrize("num_objects", [3, 0])
-def test_the_real_detection_loss_trains(num_objects: int) -> None:
-    loss_module = pytest.importorskip("ultralytics.utils.loss", reason="ultralytics is not installed")
-    reg_max, size = 4, 64
+class Detect(nn.Module):
+    """What the losses read of a detection head."""
 
-    class Detect(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stride, self.nc, self.reg_max = torch.tensor([8.0, 16.0, 32.0]), CLASSES, reg_max
-            self.bias = nn.Parameter(torch.zeros(1))
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride, self.nc, self.reg_max = torch.tensor([8.0, 16.0, 32.0]), CLASSES, 4
+        self.bias = nn.Parameter(torch.zeros(1))
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = nn.ModuleList([Detect()])
-            self.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)
 
-    criterion = use_mutual_guidance(loss_module.v8DetectionLoss(Model()))
+class Model(nn.Module):
+    """What the losses read of a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleList([Detect()])
+        self.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5, epochs=10)
+
+
+@pytest.fixture
+def losses() -> Any:
+    return pytest.importorskip("ultralytics.utils.loss", reason="ultralytics is not installed")
+
+
+def outputs(
+    sizes: list[tuple[int, int]] = SIZES, dtype: torch.dtype = torch.float32, images: int = 2
+) -> dict[str, Any]:
+    """What a head gives its loss."""
     generator = torch.Generator().manual_seed(0)
-    num_anchors = sum((size // stride) ** 2 for stride in (8, 16, 32))
-    predictions: dict[str, Any] = {
-        "boxes": torch.randn(2, 4 * reg_max, num_anchors, generator=generator).requires_grad_(),
-        "scores": torch.randn(2, CLASSES, num_anchors, generator=generator).requires_grad_(),
-        "feats": [torch.zeros(2, 1, size // stride, size // stride) for stride in (8, 16, 32)],
+    num_anchors = sum(height * width for height, width in sizes)
+    return {
+        "boxes": torch.randn(images, 16, num_anchors, generator=generator).to(dtype).requires_grad_(),
+        "scores": torch.randn(images, CLASSES, num_anchors, generator=generator).to(dtype).requires_grad_(),
+        "feats": [torch.zeros(images, 1, *size, dtype=dtype) for size in sizes],
     }
-    objects = {
+
+
+def objects(num_objects: int = 3) -> dict[str, Tensor]:
+    """The objects of two images, as the data loader gives them: centre and size in shares of the image."""
+    return {
         "batch_idx": torch.tensor([0.0, 0.0, 1.0])[:num_objects],
         "cls": torch.tensor([1.0, 2.0, 0.0])[:num_objects],
         "bboxes": torch.tensor([[0.4, 0.4, 0.5, 0.5], [0.7, 0.6, 0.3, 0.4], [0.5, 0.5, 0.9, 0.8]])[:num_objects],
     }
-    loss, _ = criterion(predictions, objects)
+
+
+@pytest.mark.parametrize("num_objects", [3, 0])
+@pytest.mark.parametrize("sizes", [SIZES, [(8, 12), (4, 6), (2, 3)], [(7, 9), (4, 5), (2, 3)]])
+def test_the_real_detection_loss_trains(losses: Any, sizes: list[tuple[int, int]], num_objects: int) -> None:
+    criterion = use_mutual_guidance(losses.v8DetectionLoss(Model()))
+    predictions = outputs(sizes)
+    loss, _ = criterion(predictions, objects(num_objects))
     loss.sum().backward()
     assert loss.isfinite().all() and loss[1] > 0
+    points, steps = anchor_points(sizes)
+    anchors = criterion.assigner.anchors()
+    assert torch.equal((anchors[:, :2] + anchors[:, 2:]) / 2, points)
+    assert torch.equal(anchors[:, 2:] - anchors[:, :2], (4 * steps).expand(-1, 2))
     has_gradient = (predictions["boxes"].grad != 0).any(1)  # (B, A)
     # Every positive of localisation is trained, also one that is none for classification; nothing else is.
     assert torch.equal(has_gradient, criterion.assigner.match.loc_match >= 0)
     assert bool(has_gradient.any()) == (num_objects > 0)
     if num_objects:
         assert (has_gradient & (criterion.assigner.match.cls_match < 0)).any()
+
+
+def test_every_positive_of_localization_weighs_1_in_the_real_box_loss(losses: Any) -> None:
+    """Whatever its class target is: as if the real loss had one-hot class targets of these positives."""
+    criterion = use_mutual_guidance(losses.v8DetectionLoss(Model()))
+    generator = torch.Generator().manual_seed(0)
+    points, steps = anchor_points()
+    points = points / steps
+    fg_mask = torch.rand(2, len(points), generator=generator) < 0.1
+    near = torch.rand(2, len(points), 4, generator=generator) + 0.5
+    boxes = torch.cat([points - near[..., :2], points + near[..., 2:]], dim=-1)
+    arguments = (torch.randn(2, len(points), 16, generator=generator), boxes + 0.1, points, boxes)
+    rest = (fg_mask, torch.tensor([64.0, 64.0]), steps)
+    one_hot = nn.functional.one_hot(fg_mask.long(), CLASSES).float() * fg_mask.unsqueeze(-1)
+    expected = losses.BboxLoss(4)(*arguments, one_hot, one_hot.sum(), *rest)
+    soft = torch.rand(2, len(points), CLASSES, generator=generator)
+    actual = criterion.bbox_loss(*arguments, soft, soft.sum(), *rest)
+    assert actual[0] > 0 and actual[1] > 0
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_finds_the_same_anchors_in_large_images(losses: Any, dtype: torch.dtype) -> None:
+    """bfloat16 holds no position beyond 1024 pixels, where most of these objects are."""
+    sizes = [(168, 176), (84, 88), (42, 44)]  # 1344 by 1408 pixels
+    generator = torch.Generator().manual_seed(1)
+    small = {
+        "batch_idx": torch.zeros(40),
+        "cls": torch.zeros(40),
+        "bboxes": torch.cat(
+            [torch.randint(96, 124, (40, 2), generator=generator) / 128, torch.full((40, 2), 1 / 44)], 1
+        ),
+    }
+    matches = []
+    for precision in (torch.float32, dtype):
+        criterion = use_mutual_guidance(losses.v8DetectionLoss(Model()), strategy="iou")
+        criterion(outputs(sizes, precision, images=1), small)
+        matches.append(criterion.assigner.match)
+        anchors = criterion.assigner.anchors()
+        assert (anchors[:, 2:] > anchors[:, :2]).all()
+    assert (matches[0].loc_match >= 0).sum() >= 40
+    assert torch.equal(matches[0].loc_match, matches[1].loc_match)
+
+
+@pytest.mark.parametrize("name", ["E2ELoss", "E2EDetectLoss"])
+def test_of_an_end_to_end_loss_one_half_is_guided(losses: Any, name: str) -> None:
+    tal = pytest.importorskip("ultralytics.utils.tal")
+    criterion = getattr(losses, name)(Model())
+    assert use_mutual_guidance(criterion, sigma=1.5) is criterion
+    assert isinstance(criterion.one2many.assigner, MutualAssigner)
+    assert criterion.one2many.assigner.options == {"sigma": 1.5}
+    assert type(criterion.one2one.assigner) is tal.TaskAlignedAssigner
+    halves = {"one2many": outputs(), "one2one": outputs()}
+    loss, _ = criterion(halves, objects())
+    loss.sum().backward()
+    has_gradient = (halves["one2many"]["boxes"].grad != 0).any(1)
+    assert torch.equal(has_gradient, criterion.one2many.assigner.match.loc_match >= 0)
+    # One box per object.
+    assert (halves["one2one"]["boxes"].grad != 0).any(1).sum(1).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["E2ELoss", "E2EDetectLoss"])
+def test_the_half_of_one_box_per_object_is_refused(losses: Any, name: str) -> None:
+    criterion = getattr(losses, name)(Model())
+    with pytest.raises(
+        ValueError, match="criterion: expected a loss that learns many boxes per object, got the one2one"
+    ):
+        use_mutual_guidance(criterion.one2one)
+    assert not isinstance(criterion.one2one.assigner, MutualAssigner)
+
+
+def test_a_copy_of_the_loss_tells_its_own_assigner(losses: Any) -> None:
+    criterion = use_mutual_guidance(losses.v8DetectionLoss(Model()))
+    duplicate = copy.deepcopy(criterion)
+    duplicate(outputs(), objects())
+    assert duplicate.assigner.match is not None and criterion.assigner.match is None
+    assert duplicate.assigner.logits is None  # which would keep the step's memory
+
+
+def test_the_callback_guides_the_model_inside_its_wrappers(losses: Any) -> None:
+    class Whole(Model):
+        def init_criterion(self) -> Any:
+            return losses.v8DetectionLoss(self)
+
+    for wrap in (nn.Identity, nn.DataParallel, torch.compile):
+        model = Whole()
+        wrapped = model if wrap is nn.Identity else wrap(model)
+        callback = functools.partial(guide_trainer, anchor_size=5.0)
+        pickle.loads(pickle.dumps(callback))(SimpleNamespace(model=wrapped))  # ultralytics pickles it for DDP
+        assert model.criterion.assigner.anchor_size == 5.0
+
+
+TRAINING = """
+import functools, sys
+from ultralytics import YOLO
+from mg_ops.adapters import ultralytics as adapter
+
+calls = []
+forward = adapter.MutualAssigner.forward
+adapter.MutualAssigner.forward = lambda self, *arguments: calls.append(self) or forward(self, *arguments)
+options = dict(data="data.yaml", imgsz=64, batch=2, workers=0, device="cpu", plots=False)
+model = YOLO(sys.argv[1] + ".yaml")
+model.add_callback("on_pretrain_routine_end", functools.partial(adapter.guide_trainer, sigma=1.5))
+model.train(epochs=2, project=sys.argv[2], name="run", **options)
+assert calls and all(assigner.options == {"sigma": 1.5} for assigner in calls)
+print("calls", len(calls))
+"""
+
+LOADING = """
+import sys
+sys.modules["mg_ops"] = None  # importing it fails
+from ultralytics import YOLO
+
+for name in ("last", "best"):
+    model = YOLO(f"{sys.argv[1]}/run/weights/{name}.pt")
+    model.predict("images/0.png", imgsz=64, device="cpu", verbose=False)
+print("classes", sorted(model.names.values()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_checkpoints_of_a_guided_training_load_without_mg_ops(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("ultralytics", reason="ultralytics is not installed")
+    for index in range(4):
+        drawn = random_objects((64, 64), index)
+        draw_image(tmp_path / "images" / f"{index}.png", drawn, (64, 64), index)
+        lines = [
+            f"{int(kind == 'disc')} {(x1 + x2) / 128} {(y1 + y2) / 128} {(x2 - x1) / 64} {(y2 - y1) / 64}"
+            for kind, (x1, y1, x2, y2) in drawn
+        ]
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / "labels" / f"{index}.txt").write_text("\n".join(lines))
+    (tmp_path / "data.yaml").write_text(
+        f"path: {tmp_path}\ntrain: images\nval: images\nnames: {{0: square, 1: disc}}\n"
+    )
+    environment = {**os.environ, "YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "true", "PYTHONPATH": str(ROOT)}
+    for script, arguments, said in ((TRAINING, [name], "calls 4"), (LOADING, [], "classes ['disc', 'square']")):
+        command = [sys.executable, "-c", script, *arguments, str(tmp_path / "runs")]
+        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert said in finished.stdout

@@ -17,7 +17,7 @@ import mg_ops
 
 pytest.importorskip("torchvision")
 
-from benchmarks import anchors, baselines
+from benchmarks import baselines
 from benchmarks.cases import CASES, CODER, Batch, best_overlaps, fit_to_case, make_batches
 from benchmarks.objects import (
     ImageObjects,
@@ -30,6 +30,7 @@ from benchmarks.objects import (
     measure_shapes,
     read_objects,
 )
+from detector.checkpoint import make_detector
 
 LEVELS = [0.1, 0.25, 0.5, 0.75, 0.9]
 
@@ -113,7 +114,7 @@ def test_coco_json_is_read_with_crowds_empty_images_and_labels_by_category_id(tm
     file.write_text(json.dumps(COCO))
     read = read_objects(file)
     assert read.classes == ["car", "dog"]
-    assert read.notes == ["left out 1 of 3 images: no width and height"]
+    assert read.notes == ["  1 x image without a width and a height: left out (image 9)"]
     first, second = read.images
     assert (first.width, first.height) == (100, 50)
     assert first.boxes.tolist() == [[10, 20, 40, 25], [0, 0, 100, 50]]
@@ -126,7 +127,7 @@ def test_a_folder_of_json_passes_over_other_json_and_says_so(tmp_path: Path) -> 
     (tmp_path / "b.json").write_text(json.dumps({"000001": 3}))
     read = read_objects(tmp_path)
     assert len(read.images) == 2
-    assert read.notes[0].startswith("passed over b.json")
+    assert read.notes[0] == '  1 x file without "images" and "annotations": passed over (b.json)'
 
 
 @pytest.mark.parametrize("folder", ["", "Annotations"])
@@ -137,17 +138,17 @@ def test_voc_xml_is_read_from_its_folder_or_the_one_above(tmp_path: Path, folder
     assert read.classes == ["cat", "dog"]
     (image,) = read.images
     assert (image.width, image.height) == (60, 40)
-    assert image.boxes.tolist() == [[1, 2, 30, 40], [5.5, 6, 7, 8]] and image.labels.tolist() == [1, 0]
+    assert image.boxes.tolist() == [[0, 1, 30, 40], [4.5, 5, 7, 8]] and image.labels.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.json", "{", "is not JSON"),
-        ("a.json", "{}", "not COCO-style"),
+        ("a.json", "{}", "expected COCO's list of images"),
         ("a.json", '{"images": [], "annotations": []}', "no image with a width"),
-        ("a.xml", "<annotation>", "not a VOC annotation"),
-        ("a.xml", VOC.replace("<ymax>40</ymax>", ""), "not a VOC annotation"),
+        ("a.xml", "<annotation>", "annotation file that is not XML"),
+        ("a.xml", "<svg/>", "XML file that is not a VOC annotation"),
         ("a.txt", "", "holds no"),
     ],
 )
@@ -155,6 +156,18 @@ def test_what_is_not_annotations_is_refused_by_name(tmp_path: Path, name: str, c
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_objects(tmp_path / name if name.endswith("json") else tmp_path)
+
+
+def test_one_bad_file_or_object_does_not_cost_the_others(tmp_path: Path) -> None:
+    (tmp_path / "a.xml").write_text(VOC.replace("<ymax>40</ymax>", "<ymax>forty</ymax>"))
+    (tmp_path / "b.xml").write_text("<annotation>")
+    (tmp_path / "c.xml").write_text(VOC)
+    read = read_objects(tmp_path)
+    assert [len(image.labels) for image in read.images] == [1, 2]
+    assert read.notes == [
+        "  1 x object with a coordinate that is not a number: left out (a.xml object 0)",
+        "  1 x annotation file that is not XML: image skipped (b.xml)",
+    ]
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -167,12 +180,16 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_anchor_grids_have_the_sizes_the_cases_state() -> None:
-    ssd, retinanet, dense = anchors.make_ssd_anchors(), anchors.make_retinanet_anchors(), anchors.make_dense_anchors()
-    assert (len(ssd), len(retinanet), len(dense)) == (12_750, 201_600, 121_515)
-    # The first cell of stride 8: centre (4, 4), sides 24 and 24 sqrt 2 by 24 / sqrt 2, clipped at 0.
-    torch.testing.assert_close(ssd[0], torch.tensor([0.0, 0.0, 16.0, 16.0]))
-    torch.testing.assert_close(ssd[1], torch.tensor([0.0, 0.0, 4 + 12 * 2**0.5, 4 + 6 * 2**0.5]))
+    retinanet, dense = CASES["coco800"].make_anchors(), CASES["dense"].make_anchors()
+    assert (len(retinanet), len(dense)) == (201_600, 121_515)
+    # The second cell of stride 8, its anchor of ratio 1: centre (12, 4), side 32.
     torch.testing.assert_close(retinanet[9 + 1], torch.tensor([12.0 - 16, 4.0 - 16, 12.0 + 16, 4.0 + 16]))
+
+
+def test_the_cases_at_320_have_the_anchors_that_the_detectors_train_with() -> None:
+    trained = make_detector("fssd", "resnet18", 320, 20).anchors
+    for name in ("voc320", "coco320"):
+        assert torch.equal(CASES[name].make_anchors(), trained)
 
 
 def test_objects_are_stretched_to_the_square_and_fitted_to_the_large_image() -> None:
@@ -185,7 +202,7 @@ def test_objects_are_stretched_to_the_square_and_fitted_to_the_large_image() -> 
 
 
 def test_best_overlaps_in_bands_are_those_of_all_pairs() -> None:
-    grid = anchors.make_ssd_anchors()
+    grid = CASES["coco320"].make_anchors()
     image = generate_dense(1, 300, 5, np.random.default_rng(4))[0]
     boxes = fit_to_case(image, CASES["coco320"])
     quality, owner = best_overlaps(grid, boxes)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import wheel_matrix
 
 import mg_ops
 
@@ -261,15 +260,3 @@ def test_a_compile_error_is_never_passed_over(source_tree: Path) -> None:
     result = build_wheel(source_tree, CMAKE_ARGS="-DMG_OPS_CUDA=OFF")
     assert result.returncode != 0
     assert "#error broken" in result.stdout + result.stderr
-
-
-def test_the_readme_shows_the_environments_the_wheel_was_last_tested_in() -> None:
-    results = wheel_matrix.read_results()
-    assert [result["environment"] for result in results] == [list(environment) for environment in wheel_matrix.MATRIX]
-    assert wheel_matrix.render_table(results) in wheel_matrix.README.read_text()
-
-
-def test_the_workflow_tests_the_wheel_in_the_same_environments() -> None:
-    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
-    environments = re.findall(r'\{ torch: "?([\w.]+)"?, python: "([\d.]+)" \}', workflow)
-    assert environments == [tuple(environment) for environment in wheel_matrix.MATRIX]

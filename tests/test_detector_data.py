@@ -12,7 +12,8 @@ from small_data import draw_image, voc_object, write_coco, write_voc, write_voc_
 from torch.utils.data import DataLoader
 
 from detector.augment import TrainingTransform
-from detector.data import TrainingImages, TrainingSampler, collate, decode_all, default_splits, read_coco, read_voc
+from detector.batches import TrainingImages, TrainingSampler, collate, decode_all
+from detector.data import default_splits, read_coco, read_voc
 
 
 def write_defective_voc(root: Path) -> Path:

@@ -178,7 +178,7 @@ def test_the_command_line_takes_a_mirror(
     assert (tmp_path / "val2017" / "1.jpg").read_bytes() == b"image"
     assert "detector.train" in capsys.readouterr().out
     monkeypatch.setitem(download.ARCHIVES, "coco", [Archive("http://elsewhere.invalid/absent.zip", "0")])
-    with pytest.raises(SystemExit, match="404"):
+    with pytest.raises(OSError, match="404"):
         download.main(["coco", "--to", str(tmp_path), "--mirror", server.url])
 
 

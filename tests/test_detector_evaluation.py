@@ -10,22 +10,13 @@ import pytest
 import torch
 from small_data import write_coco, write_voc
 
-from detector.checkpoint import make_detector, save_atomically
+from detector.annotations import Defects
+from detector.checkpoint import save_atomically
 from detector.data import read_voc
-from detector.evaluate import (
-    Detections,
-    coco_scores,
-    evaluate,
-    evaluate_boxes,
-    format_metrics,
-    main,
-    score,
-    score_iou_agreement,
-    select_detections,
-    to_coco_detections,
-    to_coco_ground_truth,
-    voc_average_precision,
-)
+from detector.detectors import make_detector
+from detector.evaluate import evaluate, main
+from detector.inference import Detections, select_detections
+from detector.scores import format_metrics, score, to_coco_detections, to_coco_ground_truth
 
 
 def annotation(number: int, image: int, box: list[float], **flags: int) -> dict[str, Any]:
@@ -52,22 +43,20 @@ def test_a_ranking_worked_out_by_hand() -> None:
         detection(1, [100, 100, 40, 40], 0.8),
         detection(2, [50, 50, 40, 40], 0.7),
     ]
-    area, eleven = voc_average_precision(TWO_OBJECTS, found)[5]
-    assert area == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-    assert eleven == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)  # recalls 0 to 0.5, and 0.6 to 1
-    overall, per_category = coco_scores(evaluate_boxes(TWO_OBJECTS, found))
+    overall = score(TWO_OBJECTS, found)
+    of_class = overall["per_class"]["thing"]
+    assert overall["VOC_AP50"] == of_class["VOC_AP50"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert overall["VOC07_AP50"] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)  # recalls 0 to 0.5, and 0.6 to 1
     # COCO reads 101 recalls: 0 to 0.50 at precision 1, 0.51 to 1 at 2/3.
     assert overall["AP50"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101)
-    for value in (overall["AP75"], overall["AP"], overall["AP_medium"], per_category[5]["AP"], per_category[5]["AP75"]):
+    for value in (overall["AP75"], overall["AP"], overall["AP_medium"], of_class["AP"], of_class["AP75"]):
         assert value == pytest.approx(overall["AP50"])
     assert overall["AP_small"] is None and overall["AP_large"] is None
 
 
 def test_the_overlap_decides() -> None:
     # IoU 40 * 32 / (40 * 40) = 0.8 with object 1: right up to the threshold 0.80, wrong from 0.85 on.
-    overall, _ = coco_scores(
-        evaluate_boxes(ground_truth(annotation(1, 1, [10, 10, 40, 40])), [detection(1, [10, 10, 40, 32], 0.9)])
-    )
+    overall = score(ground_truth(annotation(1, 1, [10, 10, 40, 40])), [detection(1, [10, 10, 40, 32], 0.9)])
     assert overall["AP50"] == pytest.approx(1) and overall["AP75"] == pytest.approx(1)
     assert overall["AP"] == pytest.approx(0.7)
 
@@ -78,8 +67,7 @@ def test_a_second_detection_of_an_object_is_wrong() -> None:
         detection(1, [11, 10, 40, 40], 0.8),
         detection(2, [50, 50, 40, 40], 0.7),
     ]
-    area, _ = voc_average_precision(TWO_OBJECTS, found)[5]
-    assert area == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert score(TWO_OBJECTS, found)["VOC_AP50"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
 
 @pytest.mark.parametrize("flag", ["difficult", "iscrowd"])
@@ -101,10 +89,10 @@ def test_a_crowd_takes_any_number_of_detections_and_a_difficult_object_one() -> 
     inside = [detection(1, [100, 100, 30, 60], 0.9), detection(1, [130, 100, 30, 60], 0.8)]
     right = detection(1, [10, 10, 40, 40], 0.5)
     crowd = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 1, [100, 100, 60, 60], iscrowd=1))
-    assert coco_scores(evaluate_boxes(crowd, [*inside, right]))[0]["AP50"] == pytest.approx(1)
+    assert score(crowd, [*inside, right])["AP50"] == pytest.approx(1)
     difficult = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 1, [100, 100, 60, 60], difficult=1))
     # Each overlaps it by exactly half; only the first may.
-    assert coco_scores(evaluate_boxes(difficult, [*inside, right]))[0]["AP50"] == pytest.approx(0.5)
+    assert score(difficult, [*inside, right])["AP50"] == pytest.approx(0.5)
 
 
 def in_a_row(ious: list[float], scores: list[float]) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
@@ -119,11 +107,9 @@ def in_a_row(ious: list[float], scores: list[float]) -> tuple[dict[str, list[dic
 def test_agreement_of_scores_and_boxes_worked_out_by_hand() -> None:
     # Ranks 1 2 3 4 against 1 3 2 4: 1 - 6 * (1 + 1) / (4 * (16 - 1)) = 0.8.
     truth, found = in_a_row([0.6, 0.7, 0.8, 0.9], [0.1, 0.3, 0.2, 0.4])
-    overall, by_category = score_iou_agreement(evaluate_boxes(truth, found))
-    assert overall == by_category[5]
-    assert overall["score_iou_correlation"] == pytest.approx(0.8)
-    assert overall["matched_iou"] == pytest.approx(0.75)
     metrics = score(truth, found)
+    assert metrics["score_iou_correlation"] == pytest.approx(0.8)
+    assert metrics["matched_iou"] == pytest.approx(0.75)
     assert metrics["score_iou_correlation"] == metrics["per_class"]["thing"]["score_iou_correlation"]
     assert "mean IoU 0.750, its rank correlation with the score 0.800" in format_metrics(metrics)
     # Only the order of the scores counts, also that in which they come.
@@ -168,6 +154,113 @@ def test_without_an_order_there_is_no_agreement(ious: list[float], scores: list[
     assert metrics["score_iou_correlation"] is None
     assert metrics["matched_iou"] == (pytest.approx(sum(ious) / len(ious)) if ious else None)
     assert "score -" in format_metrics(metrics)
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [7, 7], [None, None], [2**60 + 1, 2**60 + 2], ["a", "b"], [0.0, "0"]])
+def test_the_ids_of_annotations_do_not_matter(ids: list[Any]) -> None:
+    truth = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 2, [50, 50, 40, 40]))
+    for entry, number in zip(truth["annotations"], ids, strict=True):
+        entry["id"] = number
+        if number is None:
+            del entry["id"]
+    found = [detection(1, [10, 10, 40, 40], 0.9), detection(2, [50, 50, 40, 40], 0.7)]
+    metrics = score(truth, found)
+    assert metrics["AP"] == metrics["VOC_AP50"] == pytest.approx(1)
+    assert metrics["matched_iou"] == pytest.approx(1)
+
+
+def test_what_annotations_may_leave_out_or_write_as_text() -> None:
+    truth = ground_truth(annotation(1, 1, [10, 10, 40, 40]), annotation(2, 2, [50, 50, 40, 40], iscrowd="0"))
+    del truth["annotations"][0]["area"], truth["annotations"][0]["iscrowd"]
+    truth["images"][0]["id"] = "1"
+    found = [{**detection(1, [10, 10, 40, 40], 0.9), "score": "0.9"}, detection(2, [50, 50, 40, 40], 0.7)]
+    metrics = score(truth, found)
+    assert metrics["AP"] == pytest.approx(1) and metrics["AP_medium"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "x"])
+def test_a_detection_that_is_not_a_number_is_wrong(bad: Any) -> None:
+    right = [detection(1, [10, 10, 40, 40], 0.9), detection(2, [50, 50, 40, 40], 0.7)]
+    for wrong in ({**right[1], "bbox": [bad, 50, 40, 40], "score": 0.8}, {**right[1], "bbox": [50, 50, 40, bad]}):
+        defects = Defects()
+        metrics = score(TWO_OBJECTS, [right[0], wrong], defects)
+        assert metrics["VOC_AP50"] == pytest.approx(0.5) and metrics["AP50"] == pytest.approx(51 / 101)
+        assert sum(defects.counts().values()) == 1
+        json.dumps(metrics, allow_nan=False)
+    # A score that is no number comes after all others; a wrong detection before the right one costs precision.
+    metrics = score(TWO_OBJECTS, [right[0], {**right[1], "score": bad}, right[1]])
+    assert metrics["VOC_AP50"] == pytest.approx(1)
+    metrics = score(TWO_OBJECTS, [{**right[0], "bbox": [bad] * 4, "score": 1.0}, *right])
+    assert metrics["VOC_AP50"] == pytest.approx(2 / 3)
+
+
+def test_detections_of_unknown_images_and_classes_are_left_out_and_counted() -> None:
+    right = [detection(1, [10, 10, 40, 40], 0.9), detection(2, [50, 50, 40, 40], 0.7)]
+    strangers = [detection(77, [10, 10, 40, 40], 1.0), {**detection(1, [10, 10, 40, 40], 1.0), "category_id": 6}]
+    defects = Defects()
+    assert score(TWO_OBJECTS, [*strangers, *right], defects)["AP"] == pytest.approx(1)
+    assert defects.counts() == {
+        "detection of an image that is not in the annotations: left out": 1,
+        "detection of a class that is not in the annotations: left out": 1,
+    }
+    with pytest.raises(ValueError, match="none of the 2 detections is of an image and a category of the annotations"):
+        score(TWO_OBJECTS, strangers)
+
+
+@pytest.mark.parametrize(
+    ("detections", "message"),
+    [
+        ({"annotations": []}, "expected COCO's results, a list of .* got an object"),
+        ([{"image_id": 1, "category_id": 5, "bbox": [1, 2, 3, 4]}], r"\[0\]: score: expected a number"),
+        ([{"image_id": 1, "category_id": 5, "score": 1}], r"\[0\]: expected a box as bbox, and there is none"),
+        ([detection(1, [1, 2, 3], 1.0)], r"\[0\]: bbox: expected \[x, y, width, height\], got \[1, 2, 3\]"),
+        ([detection(1, [1, 2, 3, 4], 1.0), 7], r"\[1\]: expected an id as image_id"),
+        ([{**detection(1, [1, 2, 3, 4], 1.0), "image_id": 1.5}], r"expected an id as image_id, got 1\.5"),
+    ],
+)
+def test_results_that_are_not_cocos_are_named_in_one_line(detections: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        score(TWO_OBJECTS, detections, sources=("a.json", "d.json"))
+    assert str(raised.value).startswith("d.json") and "\n" not in str(raised.value)
+
+
+def crowded(count: int) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """So many objects of one class in an image, and each found exactly."""
+    boxes = [[10 * (k % 20), 10 * (k // 20), 8, 8] for k in range(count)]
+    truth = ground_truth(*[annotation(k + 1, 1, box) for k, box in enumerate(boxes)])
+    return truth, [detection(1, box, 1 - k / 1000) for k, box in enumerate(boxes)]
+
+
+def test_cocos_limit_of_100_detections_is_said_where_it_matters() -> None:
+    metrics = score(*crowded(100))
+    assert metrics["AP"] == pytest.approx(1) and metrics["max_detections"] == 100 and "AP_at_100" not in metrics
+    truth, found = crowded(250)
+    metrics = score(truth, found)
+    # 100 of 250: recall 0.4, so 41 of the 101 recalls that COCO reads have precision 1.
+    assert metrics["AP"] == pytest.approx(1) and metrics["AP_at_100"] == pytest.approx(41 / 101)
+    assert metrics["AR100"] == pytest.approx(0.4) and metrics["max_detections"] == 300
+    text = format_metrics(metrics)
+    assert "the best 300 detections per image and class (an image has 250 objects of one class)" in text
+    assert "with the best 100, COCO's limit, it is 40.6" in text
+    as_coco = score(truth, found, max_detections=100)
+    assert as_coco["AP"] == pytest.approx(41 / 101)
+    assert "no detector can find them all" in format_metrics(as_coco)
+
+
+def test_classes_of_one_name_are_told_apart() -> None:
+    truth = ground_truth(annotation(1, 1, [10, 10, 40, 40]))
+    truth["categories"].append({"id": 6, "name": "thing"})
+    assert list(score(truth, [])["per_class"]) == ["thing (id 5)", "thing (id 6)"]
+
+
+def test_the_command_line_says_what_is_wrong_with_its_files(tmp_path: Path) -> None:
+    good, cut, absent = tmp_path / "a.json", tmp_path / "cut.json", tmp_path / "none.json"
+    good.write_text(json.dumps(TWO_OBJECTS))
+    cut.write_text(json.dumps([detection(1, [10, 10, 40, 40], 0.9)])[:30])
+    for truth, found in ((good, cut), (good, absent), (absent, cut), (good, good)):
+        wrong = truth if truth == absent else found
+        with pytest.raises(ValueError, match=f"^{wrong}: expected"):
+            main(["--annotations", str(truth), "--detections", str(found)])
 
 
 def test_no_detection_and_no_object() -> None:

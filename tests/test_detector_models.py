@@ -11,8 +11,7 @@ import torch
 import torchvision
 
 from detector.backbone import load_backbone_weights, make_backbone
-from detector.checkpoint import make_detector
-from detector.heads import flatten_levels
+from detector.detectors import flatten_levels, make_detector
 
 PARAMETERS = {
     ("fssd", "resnet18"): 16_276_096,

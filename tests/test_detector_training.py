@@ -22,11 +22,15 @@ from torchvision.transforms import v2
 
 import detector.train
 import mg_ops
-from detector.checkpoint import ADDED_LATER, load_detector, make_detector, read_checkpoint, save_atomically
-from detector.data import decode_image, read_voc
+from detector.batches import TrainingImages
+from detector.checkpoint import ADDED_LATER, load_detector, read_checkpoint, save_atomically
+from detector.data import read_voc
+from detector.detectors import make_detector
 from detector.evaluate import evaluate
+from detector.images import decode_image
 from detector.loss import BOX_LOSSES, detection_loss
-from detector.train import learning_rate, read_log
+from detector.run_log import read_log
+from detector.train import learning_rate
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -168,6 +172,39 @@ def test_a_run_that_was_terminated_and_resumed_equals_one_that_was_not(voc: Path
     assert whole["AP"] == metrics["AP"] and whole["per_class"] == metrics["per_class"]
 
 
+def test_a_run_whose_data_went_away_is_saved_and_continues_as_if_it_had_not(
+    voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector.train.main(flags(voc, tmp_path / "whole", epochs=4))
+
+    def gone_in_epoch_2(self: TrainingImages, key: tuple[int, int]) -> Any:
+        if key[1] == 2:
+            raise OSError("the disk of the images is gone")
+        return read(self, key)
+
+    read = TrainingImages.__getitem__
+    monkeypatch.setattr(TrainingImages, "__getitem__", gone_in_epoch_2)
+    with pytest.raises(OSError, match="disk of the images is gone"):
+        detector.train.main(flags(voc, tmp_path / "stopped", epochs=4))
+    # Batches of 3 of 7 images an epoch: the fifth is the first with an image of epoch 2.
+    assert read_checkpoint(tmp_path / "stopped")["step"] == 4
+    monkeypatch.setattr(TrainingImages, "__getitem__", read)
+    detector.train.main(flags(voc, tmp_path / "stopped", epochs=4, resume=True))
+    assert_same_training(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_an_evaluation_that_fails_on_the_way_costs_no_step(
+    voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise OSError("the images to evaluate on are gone")
+
+    monkeypatch.setattr(detector.train, "evaluate", fails)
+    with pytest.raises(OSError, match="to evaluate on are gone"):
+        detector.train.main(flags(voc, tmp_path, **{"eval-every": 1}))
+    assert read_checkpoint(tmp_path)["step"] == 3  # the first step that ends an epoch
+
+
 def test_fused_and_eager_matching_give_the_same_loss_curve(voc: Path, tmp_path: Path) -> None:
     status = mg_ops.backends()["cpp"]
     if not status.usable:
@@ -218,9 +255,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_images(voc: Path, tmp_path: Pa
 def test_a_run_is_not_overwritten_and_not_resumed_as_another(voc: Path, tmp_path: Path) -> None:
     detector.train.main(flags(voc, tmp_path, epochs=1))
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(SystemExit, match="--resume"):
+    with pytest.raises(ValueError, match="--resume"):
         detector.train.main(flags(voc, tmp_path, epochs=1))
-    with pytest.raises(SystemExit, match=r"sigma 2\.0 -> 3\.0"):
+    with pytest.raises(ValueError, match=r"sigma 2\.0 -> 3\.0"):
         detector.train.main(flags(voc, tmp_path, epochs=1, sigma=3.0, resume=True))
     assert (tmp_path / "last.pt").read_bytes() == before
 
@@ -231,7 +268,7 @@ def test_a_run_from_before_a_flag_existed_is_resumed_as_what_it_was(voc: Path, t
     for flag in ADDED_LATER:
         del content["arguments"][flag]
     save_atomically(content, tmp_path / "last.pt")
-    with pytest.raises(SystemExit, match="box_loss 'balanced_l1' -> 'released_balanced_l1'"):
+    with pytest.raises(ValueError, match="box_loss 'balanced_l1' -> 'released_balanced_l1'"):
         detector.train.main(flags(voc, tmp_path, epochs=1, resume=True, **{"box-loss": "released_balanced_l1"}))
     metrics = detector.train.main(flags(voc, tmp_path, epochs=1, resume=True))
     assert metrics["arguments"]["box_loss"] == "balanced_l1"

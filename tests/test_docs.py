@@ -1,5 +1,7 @@
 """What the pages say can be relied on: their code runs and shows its true results, their links, names and pages exist.
 
+So do the files that comments and docstrings cite; the figures of the README are those recorded.
+
 A block fenced as `python` is run, the blocks of a page one after the other; a line that is an expression followed by a
 comment with a value must have that value. A block fenced as `py` is a fragment, which need only be Python. The site
 itself is built and checked by `make docs`.
@@ -9,11 +11,16 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
+import io
 import json
 import pkgutil
 import re
 import runpy
+import subprocess
+import sys
 import textwrap
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +167,23 @@ def test_the_performance_page_shows_every_method_measured(path: Path) -> None:
             assert all(method["label"] in rows for method in case["methods"].values())
 
 
+def test_the_installation_page_shows_every_environment_the_wheel_is_tested_in() -> None:
+    pytest.importorskip("nox")
+    environments = runpy.run_path(str(ROOT / "noxfile.py"))["ENVIRONMENTS"]
+    hook = runpy.run_path(str(ROOT / "docs/measured_tables.py"))
+    page = hook["on_page_markdown"]((ROOT / "docs/installation.md").read_text(), None, None, None)
+    rows = re.findall(r"^\| (2\.\d+)\.\S+ \| (3\.\d+)\.\d+ \|", page, re.MULTILINE)
+    tested = [(torch, python) for torch, python in environments if torch != "newest"]
+    assert [(".".join(torch.split(".")[:2]), python) for torch, python in tested] == rows[: len(tested)]
+    assert rows[-1][1] == environments[-1][1]
+    assert len(rows) == len(environments)
+
+
+def test_the_citation_file_names_this_version() -> None:
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == mg_ops.__version__
+
+
 @pytest.mark.parametrize(
     "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/results/NOTES.md"], ids=name_of
 )
@@ -167,3 +191,123 @@ def test_links_to_files_lead_to_files(page: Path) -> None:
     text = BLOCK.sub("", page.read_text())
     for link in re.findall(r"\]\((?![a-z]+:|#)([^)\s#]+)", text):
         assert (page.parent / link).exists(), link
+
+
+# What is cited in comments, docstrings and pages: a path, or the bare name of a source file.
+CITED = re.compile(
+    r"(?<![\w./<>*:\\$-])(?:\.\./)*((?:[\w.<>*-]+/)+[\w.<>*-]*|[\w-]+\.(?:md|py|h|cpp|cu|cuh))(?![\w/(])"
+)
+NOT_OURS = {"Python.h", "assign_result.py", "util_mixins.py"}  # Python's, mmdetection's
+COMMENT = {".md": r"(?s).+", **dict.fromkeys((".h", ".cpp", ".cu", ".cuh"), r"//.*")}  # others: what follows a #
+
+
+def repository_files() -> list[Path]:
+    """What git keeps or would keep; skips where there is no git."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs a git checkout: {error}")
+    return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
+
+
+def comments_of(path: Path) -> list[str]:
+    """What a file says to its reader."""
+    if path.suffix in (".json", ".png", ".jpg"):
+        return []
+    text = path.read_text()
+    if path.suffix != ".py":
+        return re.findall(COMMENT.get(path.suffix, r"(?<!\S)#.*"), text)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    statements = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr))
+    return comments + [
+        node.value for node in statements if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+def wrong_citations(text: str, files: list[Path]) -> list[str]:
+    """Cited files that are not there; paths into folders that the repository does not have are not ours to check."""
+    folders = {path.relative_to(ROOT).parts[0] for path in files}
+    names = {path.name for path in files} | NOT_OURS
+    wrong = []
+    for cited in (match[1].rstrip(".") for match in CITED.finditer(text)):
+        if "/" not in cited:
+            found = cited in names
+        else:
+            pattern = re.sub(r"<[^>]*>|MACHINE|STUDY", "*", cited)
+            found = cited.split("/")[0] not in folders or any(ROOT.glob(pattern.rstrip("/")))
+        if not found:
+            wrong.append(cited)
+    return wrong
+
+
+def test_every_file_cited_in_the_repository_exists() -> None:
+    files = repository_files()
+    wrong = {name_of(path): wrong_citations("\n".join(comments_of(path)), files) for path in files}
+    assert {name: cited for name, cited in wrong.items() if cited} == {}
+
+
+def test_a_citation_of_a_page_that_does_not_exist_would_be_seen() -> None:
+    files = repository_files()
+    text = "written from docs/no_such_page.md, no_such_file.py, docs/figures/nothing and ../docs/api/nothing.md."
+    cited = ["docs/no_such_page.md", "no_such_file.py", "docs/figures/nothing", "docs/api/nothing.md"]
+    assert wrong_citations(text, files) == cited
+    assert wrong_citations("docs/api/*.md, csrc/cpu, box.h, benchmarks/results/<gpu>/, a/b, runs/x.json", files) == []
+
+
+def imported_distributions(folder: Path) -> set[str]:
+    """What pip must install for the modules of a folder, beside torch and mg_ops."""
+    modules = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules.add(node.module)
+    if "torch.utils.tensorboard" in modules:  # imports a package that torch does not bring
+        modules.add("tensorboard")
+    packages = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"torch", "mg_ops", folder.name}
+    distributions = importlib.metadata.packages_distributions()
+    return {distributions.get(package, [package])[0].lower() for package in packages}
+
+
+def test_the_install_line_of_the_detectors_brings_what_they_import() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    assert "pip install --editable '.[detector]'" in (ROOT / "docs/detector.md").read_text()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extra = set(settings["project"]["optional-dependencies"]["detector"])
+    assert extra == imported_distributions(ROOT / "detector")
+    # `make` installs torchvision with torch.
+    assert extra - set(settings["dependency-groups"]["dev"]) == {"torchvision"}
+
+
+def recorded_row(name: str, case: dict[str, Any]) -> str:
+    """The README's row of a case."""
+    sizes, methods, mean = case["sizes"], case["methods"], case["objects_per_image"]["mean"]
+    subject = next(iter(methods))
+    ours = methods[subject]
+
+    def cell(method: str, mark: str | None = None) -> str:
+        if method not in methods:
+            return "not measured" if method.endswith("-lists") else "skipped"
+        seconds = methods[method]["median_seconds"]
+        if seconds is None:
+            return "skipped"
+        text = f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+        return text if mark is None else f"{text}, {mark}{seconds / ours['median_seconds']:.0f}x{mark}"
+
+    size = f"{name}: {sizes['B']} x {sizes['A']:,}, {f'{mean:,.0f}' if mean >= 100 else f'{mean:.1f}'}"
+    memory = f"{ours['extra_bytes_per_image_and_anchor']:.1f} B"
+    cells = [f"**{cell(subject)}**", cell(f"{subject}-lists"), cell("loop", "**"), cell("tuned-loop", "")]
+    cells += [cell(method) for method in ("batched", "compiled", f"{subject}-iou", "torchvision")]
+    return f"| {' | '.join([size, *cells, memory])} |"
+
+
+def test_the_figures_of_the_readme_are_those_recorded() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/match_speed.json").read_text())
+    machine, readme = recorded["machine"], (ROOT / "README.md").read_text()
+    names = ("voc320", "coco320", "coco800", "dense", "dense5000")
+    rows = [recorded_row(name, recorded["cases"][name]) for name in names]
+    assert [row for row in rows if row not in readme] == []
+    assert f"torch {machine['torch'].split('+')[0]}, commit {machine['commit']}, {machine['date'][:10]}" in readme

@@ -1,6 +1,6 @@
 """What only a GPU can show: the same integers from every backend, on any stream, in a graph, without synchronising.
 
-`make gpu-check` runs this file by itself, under compute-sanitizer (`-k short_selection`), and then the benchmark.
+`make gpu-check` runs this file, and of it `-k short_selection` under compute-sanitizer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The eager reference against a second reading of the definition: plain loops over float32 scalars.
 
-Slow and simple on purpose, a sentence at a time, and written from the text (docs/matching.md), not from the reference.
+Slow and simple on purpose, a sentence at a time, and written from docs/definition.md, not from the reference.
 Only exp, sigmoid and log2 are the reference's own, because the definition fixes them by their bits; test_det_math.py
 checks those against float64.
 """

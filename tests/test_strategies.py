@@ -1,4 +1,4 @@
-"""The tables of docs/results.md say what the runs found: nothing else, nothing less, and no path of the machine."""
+"""The tables of docs/results.md, and those beside the paper's, say what the runs found: nothing else, nothing less."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,78 +19,69 @@ from pyramid_batches import pyramid_batch
 from small_data import write_voc
 
 import mg_ops
-from benchmarks.strategies import compare, figure, records, tables
-from benchmarks.strategies.studies import STUDIES, Row, Run, Setting, Study, find_runs
+from benchmarks.strategies import compare, figure
+from benchmarks.strategies.studies import STUDIES
+from detector import reproduce, runs
+from detector.runs import Row, Run, Setting, Study, parse_flags
 from detector.train import parse_arguments
 
-ROOT = Path(__file__).parents[1]
 TINY = Setting(
     "tiny-64",
     "Tiny",
     "voc",
-    {"train-split": "train", "eval-split": "val", "image-size": "64", "batch": "4", "epochs": "1"},
+    parse_flags("--train-split train --eval-split val --image-size 64 --batch 4 --epochs 1"),
 )
-STUDY = Study("Tiny", TINY, tuple(Row("fssd", "resnet18", strategy) for strategy in ("iou", "mutual")), (0, 1))
+STUDY = Study("tiny", "Tiny", TINY, tuple(Row("fssd", "resnet18", strategy) for strategy in ("iou", "mutual")), (0, 1))
+IOU, MUTUAL = STUDY.rows
+DOCUMENT, RECORD, RUNS = Path("results.md"), Path("results/tiny.json"), Path("runs/strategies")
+FOLDER = RUNS / "tiny-64"
+COLLECT = ["--study", "tiny", "--record", "--collect"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test runs: runs/, results/ and results.md are here, in place of the checkout."""
     torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(STUDIES, "tiny", STUDY)
-
-
-@pytest.fixture
-def outputs(tmp_path: Path) -> list[str]:
-    """Flags that keep what a test writes out of the checkout."""
-    document = tmp_path / "results.md"
-    document.write_text(f"above\n<!-- begin tiny: written by {tables.SCRIPT} -->\nold\n<!-- end tiny -->\nbelow\n")
-    return ["--results", str(tmp_path / "results"), "--document", str(document), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(compare, "RECORDS", Path("results"))
+    monkeypatch.setattr(compare, "DOCUMENT", DOCUMENT)
+    marks = f"<!-- begin tiny: written by {compare.SCRIPT} -->\nold\n<!-- end tiny -->"
+    DOCUMENT.write_text(f"above\n{marks}\nbelow\n")
 
 
 def scores(ap: float | None) -> dict[str, Any]:
     """Metrics as detector.evaluate writes them; AP50 and AP75 follow from AP."""
     values = {"AP": ap, "AP50": None if ap is None else ap + 0.2, "AP75": None if ap is None else ap - 0.1}
-    agreement = {"score_iou_correlation": ap, "matched_iou": 0.75}
-    return {
-        **values,
-        **agreement,
-        "images": 7,
-        "per_class": {"disc": {**values, "objects": 3}, "square": {**values, "objects": 4}},
-    }
+    classes = {"disc": {**values, "objects": 3}, "square": {**values, "objects": 4}}
+    return {**values, "score_iou_correlation": ap, "matched_iou": 0.75, "images": 7, "per_class": classes}
 
 
-def finish_run(folder: Path, strategy: str, seed: int, ap: float, changed: dict[str, object] | None = None) -> Path:
-    """A run's folder as detector.train and detector.evaluate leave it."""
-    row = next(row for row in STUDY.rows if row.strategy == strategy)
-    run = Run(TINY, row, seed, folder / TINY.name / f"{row.name}-seed{seed}")
-    arguments = vars(parse_arguments(["--data", str(folder), *records.join_flags(dict(run.flags()))]))
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
-    arguments |= {"backbone_weights": "none", "out": str(run.folder), **(changed or {})}
-    (run.folder / "test").mkdir(parents=True)
-    (run.folder / "results.json").write_text(json.dumps({**scores(ap + 0.01), "arguments": arguments}))
-    log = [{"step": 0, "epoch": 0.5, "images_per_second": 2.0}, {"step": 9, "epoch": 1, "images_per_second": 12.0}]
-    log.append({"step": 10, "epoch": 1, "eval_AP": ap})
+def finish(run: Run, ap: float, changed: dict[str, object] | None = None) -> Path:
+    """A run's folder as `detector.runs` leaves it, after 90 seconds of training with `changed` arguments."""
+    arguments = {**run.arguments(), **(changed or {})}
+    (run.folder / "test").mkdir(parents=True, exist_ok=True)
+    (run.folder / "results.json").write_text(json.dumps({**scores(ap + 0.01), "arguments": arguments}, default=str))
+    log = [{"step": 0, "images_per_second": 2.0}, {"step": 9, "images_per_second": 36 / 88}, {"step": 10}]
     (run.folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
-    metrics = {**scores(ap), "split": "test", "step": 10, "checkpoint": str(run.folder)}
-    (run.folder / "test" / "metrics.json").write_text(json.dumps(metrics))
+    (run.folder / "test/metrics.json").write_text(json.dumps({**scores(ap), "split": "test", "step": 10}))
+    start = {"device": "Abacus", "torch": "2", "mg_ops": "1", "commit": "abc", "threads": 1, "date": "2026-01-02T"}
+    (run.folder / "provenance.json").write_text(json.dumps([start]))
     return run.folder
 
 
-def content_of(aps: dict[str, dict[int, float]]) -> dict[str, Any]:
-    """A study's records, from AP on test by strategy and seed."""
-    provenance = {"device": "Abacus", "torch": "2", "mg_ops": "1", "commit": "abc", "threads": 1, "date": "2026-01-02T"}
-    rows = [
-        {
-            "name": row.name,
-            **{key: value for key, value in row._asdict().items() if key != "flags"},
-            "runs": [
-                {"seed": seed, **provenance, "training_seconds": 90.0, "val": scores(ap + 0.01), "test": scores(ap)}
-                for seed, ap in aps.get(row.strategy, {}).items()
-            ],
-        }
-        for row in STUDY.rows
-    ]
-    return {"study": "tiny", "split": "test", "setting": TINY._asdict(), "rows": rows}
+def finish_all(folder: Path, aps: dict[Row, dict[int, float]], study: Study = STUDY) -> None:
+    """Runs from AP on test by row and seed."""
+    for row, by_seed in aps.items():
+        for run in runs.find_runs(study, [row], list(by_seed), folder):
+            finish(run, by_seed[run.seed])
+
+
+def content_of(aps: dict[Row, dict[int, float]], study: Study = STUDY) -> dict[str, Any]:
+    """The records of such runs."""
+    folder = Path(tempfile.mkdtemp(dir="."))
+    finish_all(folder, aps, study)
+    return runs.collect(study, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +89,7 @@ def content_of(aps: dict[str, dict[int, float]]) -> dict[str, Any]:
 
 
 def test_a_row_is_mean_and_standard_deviation_over_its_seeds() -> None:
-    text = tables.render(content_of({"iou": {0: 0.30, 1: 0.32, 2: 0.34}, "mutual": {5: 0.5}}), STUDY)
+    text = compare.render(content_of({IOU: {0: 0.30, 1: 0.32, 2: 0.34}, MUTUAL: {5: 0.5}}), STUDY)
     row = "| FSSD ResNet-18 | iou | 0, 1, 2 | 32.0 ± 2.0 | 52.0 ± 2.0 | 22.0 ± 2.0 | 33.0 ± 2.0 | 1.5 |"
     assert f"{row} `fssd-resnet18-iou` |" in text
     assert "| FSSD ResNet-18 | mutual | 5 | 50.0 | 70.0 | 40.0 | 51.0 | 1.5 | `fssd-resnet18-mutual` |" in text
@@ -105,132 +97,128 @@ def test_a_row_is_mean_and_standard_deviation_over_its_seeds() -> None:
 
 
 def test_agreement_of_scores_and_boxes_is_of_runs_that_know_it() -> None:
-    content = content_of({"iou": {0: 0.30, 1: 0.32, 2: 0.34}, "mutual": {5: 0.5}})
-    text = tables.render(content, STUDY)
+    content = content_of({IOU: {0: 0.30, 1: 0.32, 2: 0.34}, MUTUAL: {5: 0.5}})
+    text = compare.render(content, STUDY)
     assert "| FSSD ResNet-18 | iou | 0.320 ± 0.020 |  | 0.750 ± 0.000 |" in text
     assert "| FSSD ResNet-18 | mutual | 0.500 | - | 0.750 |" in text  # no seed in common
-    paired = tables.render(content_of({"iou": {0: 0.30, 1: 0.31, 2: 0.32}, "mutual": {0: 0.31, 1: 0.34}}), STUDY)
+    paired = compare.render(content_of({IOU: {0: 0.30, 1: 0.31, 2: 0.32}, MUTUAL: {0: 0.31, 1: 0.34}}), STUDY)
     assert "| FSSD ResNet-18 | mutual | 0.325 ± 0.021 | +0.020 ± 0.010 | 0.750 ± 0.000 |" in paired
-    for row in content["rows"]:
-        for run in row["runs"]:  # as of runs scored by an older detector.evaluate
-            del run["test"]["score_iou_correlation"], run["test"]["matched_iou"]
-    assert tables.render(content, STUDY) == text[: text.index("\nDo the scores know")]
+    for run in (run for row in content["rows"] for run in row["runs"]):  # as scored by an older detector.evaluate
+        del run["test"]["score_iou_correlation"], run["test"]["matched_iou"]
+    assert compare.render(content, STUDY) == text[: text.index("\nDo the scores know")]
 
 
 def test_a_row_without_runs_stays_with_its_command() -> None:
-    text = tables.render(content_of({}), STUDY)
+    text = compare.render(content_of({}), STUDY)
     assert "| FSSD ResNet-18 | iou | - | - | - | - | - | - | `fssd-resnet18-iou` |" in text
     assert "python benchmarks/strategies/compare.py --study tiny --data Tiny" in text
     assert "Paired" not in text and "class by class" not in text
 
 
-def test_differences_are_of_seeds_that_both_have() -> None:
-    aps = {"iou": {0: 0.28, 1: 0.30, 2: 0.35, 3: 0.9}, "mutual": {0: 0.30, 1: 0.33, 2: 0.36, 4: 0.1}}
-    text = tables.render(content_of(aps), STUDY)  # 2, 3 and 1 points: standard deviation 1, over the root of 3
-    difference = "+2.0 ± 0.6"
-    assert f"| FSSD ResNet-18 | mutual - iou | 0, 1, 2 | {difference} | {difference} | {difference} |" in text
-    text = tables.render(content_of({"iou": {0: 0.3}, "mutual": {0: 0.2}}), STUDY)
-    assert "| mutual - iou | 0 | -10.0 | -10.0 | -10.0 |" in text
-    assert "Paired" not in tables.render(content_of({"iou": {0: 0.3}, "mutual": {1: 0.2}}), STUDY)
+@pytest.mark.parametrize(
+    ("iou", "mutual", "expected"),
+    [
+        # 2, 3 and 1 points: standard deviation 1, over the root of 3
+        ({0: 0.28, 1: 0.30, 2: 0.35, 3: 0.9}, {0: 0.30, 1: 0.33, 2: 0.36, 4: 0.1}, "0, 1, 2 |" + " +2.0 ± 0.6 |" * 3),
+        ({0: 0.3}, {0: 0.2}, "0 | -10.0 | -10.0 | -10.0 |"),
+        ({0: 0.3}, {1: 0.2}, None),
+    ],
+)
+def test_differences_are_of_seeds_that_both_have(
+    iou: dict[int, float], mutual: dict[int, float], expected: str | None
+) -> None:
+    text = compare.render(content_of({IOU: iou, MUTUAL: mutual}), STUDY)
+    assert (f"| FSSD ResNet-18 | mutual - iou | {expected}" in text) if expected else ("Paired" not in text)
 
 
 def test_a_baseline_without_a_note_is_the_one_of_the_same_note() -> None:
-    rows = tuple(row._replace(note=note) for note in ("", "other losses") for row in STUDY.rows[:2])
-    study = STUDY._replace(rows=rows, baseline=("iou", None))
-    content = content_of({"iou": {0: 0.3}, "mutual": {0: 0.2}})
-    others = content_of({"iou": {0: 0.4}, "mutual": {0: 0.5}})["rows"]
-    content["rows"] = content["rows"][:2] + [{**row, "note": "other losses"} for row in others[:2]]
-    text = tables.render(content, study)
+    others = [row._replace(flags=(("lr", "0.5"),), note="other losses") for row in STUDY.rows]
+    study = STUDY._replace(rows=(*STUDY.rows, *others), baseline=("iou", None))
+    aps = {IOU: {0: 0.3}, MUTUAL: {0: 0.2}, others[0]: {0: 0.4}, others[1]: {0: 0.5}}
+    text = compare.render(content_of(aps, study), study)
     assert "| mutual - iou | 0 | -10.0 | -10.0 | -10.0 |" in text
     assert "| mutual, other losses - iou, other losses | 0 | +10.0 | +10.0 | +10.0 |" in text
     assert text.count(" - iou") == 2
 
 
 def test_a_class_without_objects_has_no_ap() -> None:
-    content = content_of({"iou": {0: 0.3, 1: 0.3}})
+    content = content_of({IOU: {0: 0.3, 1: 0.3}})
     for run in content["rows"][0]["runs"]:
         run["test"]["per_class"]["square"] = scores(None)
-    assert "| FSSD ResNet-18 | iou | 30.0 ± 0.0 | - |" in tables.render(content, STUDY)
+    assert "| FSSD ResNet-18 | iou | 30.0 ± 0.0 | - |" in compare.render(content, STUDY)
 
 
 def test_only_what_is_between_the_markers_is_replaced() -> None:
-    document = f"a\n<!-- begin x: written by {tables.SCRIPT} -->\nold\n<!-- end x -->\nb\n"
-    once = tables.replace_section(document, "x", "new\n")
-    assert once.startswith("a\n<!-- begin x") and once.endswith("<!-- end x -->\nb\n") and "\nnew\n" in once
-    assert "old" not in once and tables.replace_section(once, "x", "new\n") == once
+    document = DOCUMENT.read_text()
+    once = compare.replace_section(document, "tiny", "new\n")
+    assert (
+        once.startswith("above\n<!-- begin tiny") and once.endswith("<!-- end tiny -->\nbelow\n") and "\nnew\n" in once
+    )
+    assert "old" not in once and compare.replace_section(once, "tiny", "new\n") == once
     with pytest.raises(ValueError, match="begin y"):
-        tables.replace_section(document, "y", "new\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The picture
+        compare.replace_section(document, "y", "new\n")
 
 
 def test_a_lead_is_mutual_less_iou_seed_by_seed_and_each_run_is_drawn_once() -> None:
-    content = content_of({"iou": {0: 0.28, 1: 0.30, 3: 0.9}, "mutual": {0: 0.30, 1: 0.33, 4: 0.1}})
+    content = content_of({IOU: {0: 0.28, 1: 0.30, 3: 0.9}, MUTUAL: {0: 0.30, 1: 0.33, 4: 0.1}})
     (lead,) = figure.find_leads([content, content])
     assert (lead.data, lead.label) == ("Tiny 64", "FSSD ResNet-18")
     for metric in ("AP", "AP75", "score_iou_correlation"):
         assert lead.differences[metric] == pytest.approx({0: 0.02, 1: 0.03})
     assert figure.find_leads([{**content, "split": "val"}]) == []  # it has tuned something
-    assert figure.find_leads([content_of({"iou": {0: 0.3}, "mutual": {1: 0.3}})]) == []
+    assert figure.find_leads([content_of({IOU: {0: 0.3}, MUTUAL: {1: 0.3}})]) == []
 
 
 def test_a_lead_is_over_iou_with_the_same_flags() -> None:
-    aps = {"iou": {0: 0.28}, "mutual": {0: 0.30}}
-    content, other, alone = content_of(aps), content_of(aps), content_of(aps)
+    content, other, alone = (content_of({IOU: {0: 0.28}, MUTUAL: {0: 0.30}}) for _ in range(3))
     for row in other["rows"]:
         row |= {"name": f"{row['name']}-focal-gamma1", "note": "gamma 1"}
     alone["rows"] = [{**alone["rows"][1], "name": "fssd-resnet18-mutual-sigma3", "note": "sigma 3"}]
-    assert [lead.label for lead in figure.find_leads([content, other, alone])] == [
-        "FSSD ResNet-18",
-        "FSSD ResNet-18, gamma 1",
-    ]
+    labels = [lead.label for lead in figure.find_leads([content, other, alone])]
+    assert labels == ["FSSD ResNet-18", "FSSD ResNet-18, gamma 1"]
 
 
-def test_the_picture_is_drawn_from_the_json_files(
-    tmp_path: Path, outputs: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    plot = ["--plot", str(tmp_path / "figures" / "leads.png"), *outputs]
-    assert compare.main(plot) == 1
-    assert "run a study first" in " ".join(capsys.readouterr().out.split())
-    for strategy, seed, ap in (("iou", 0, 0.2), ("iou", 7, 0.4), ("mutual", 7, 0.5)):
-        finish_run(tmp_path / "runs", strategy, seed, ap)
-    assert compare.main(["--study", "tiny", "--collect", *outputs]) == 0
-    assert compare.main(plot) == 0
-    assert (tmp_path / "figures" / "leads.png").read_bytes().startswith(b"\x89PNG")
+def test_the_picture_is_drawn_from_the_json_files() -> None:
+    with pytest.raises(ValueError, match="run a study first"):
+        compare.main(["--plot", "figures/leads.png"])
+    finish_all(RUNS, {IOU: {0: 0.2, 7: 0.4}, MUTUAL: {7: 0.5}})
+    assert compare.main(COLLECT) == 0
+    assert compare.main(["--plot", "figures/leads.png"]) == 0
+    assert Path("figures/leads.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Collection
 
 
-def test_finished_runs_are_collected_whatever_their_seeds_and_unfinished_ones_are_not(
-    tmp_path: Path, outputs: list[str]
-) -> None:
-    for strategy, seed, ap in (("iou", 0, 0.2), ("iou", 7, 0.4), ("mutual", 7, 0.5)):
-        finish_run(tmp_path / "runs", strategy, seed, ap)
-    unfinished = finish_run(tmp_path / "runs", "mutual", 0, 0.9)
-    (unfinished / "test" / "metrics.json").unlink()
-    assert compare.main(["--study", "tiny", "--collect", "--commit", "c0ffee", *outputs]) == 0
-    content = json.loads((tmp_path / "results" / "tiny.json").read_text())
-    assert [[run["seed"] for run in row["runs"]] for row in content["rows"]] == [[0, 7], [7]]
-    run = content["rows"][1]["runs"][0]
+def test_finished_runs_are_collected_whatever_their_seeds_and_unfinished_ones_are_not() -> None:
+    finish_all(RUNS, {IOU: {0: 0.2, 7: 0.4}, MUTUAL: {7: 0.5, 0: 0.9}})
+    (FOLDER / "fssd-resnet18-mutual-seed0/test/metrics.json").unlink()
+    (FOLDER / "fssd-resnet18-iou-seed0/provenance.json").unlink()  # as of a run by hand
+    assert compare.main(COLLECT) == 0
+    text = RECORD.read_text()
+    rows = json.loads(text)["rows"]
+    assert [[run["seed"] for run in row["runs"]] for row in rows] == [[0, 7], [7]]
+    run = rows[1]["runs"][0]
     assert run["test"]["AP"] == 0.5 and run["val"]["AP"] == 0.51 and run["test"]["per_class"]["disc"]["AP75"] == 0.4
-    assert run["commit"] == "c0ffee" and run["device"] and run["torch"] == torch.__version__ and run["steps"] == 10
-    assert run["training_seconds"] == pytest.approx(4 / 2.0 + 36 / 12.0)  # 4 images at 2 a second, then 36 at 12
-    document = (tmp_path / "results.md").read_text()
+    assert run["commit"] == "abc" and rows[0]["runs"][0]["commit"] == "not recorded" and run["steps"] == 10
+    # 4 images at 2 per second, then 36 in 88 seconds
+    assert run["training_seconds"] == pytest.approx(90) and run["images_per_second"] == pytest.approx(40 / 90)
+    document = DOCUMENT.read_text()
     assert document.startswith("above\n") and document.endswith("below\n") and "30.0 ± 14.1" in document
+    assert rows[0]["command"].startswith("python -m detector.train") and "--out RUN" in rows[0]["command"]
+    for path in (Path.cwd(), compare.ROOT, Path.home(), Path(sys.prefix)):  # nobody learns where the runs lay
+        assert f"{path}/" not in text + document
 
 
-def test_neither_the_json_nor_the_document_knows_where_the_runs_lay(tmp_path: Path, outputs: list[str]) -> None:
-    finish_run(tmp_path / "runs", "iou", 0, 0.2)
-    assert compare.main(["--study", "tiny", "--collect", *outputs]) == 0
-    command = json.loads((tmp_path / "results" / "tiny.json").read_text())["rows"][0]["command"]
-    assert command.startswith("python -m detector.train") and "--data Tiny" in command and "--out RUN" in command
-    for file in (tmp_path / "results" / "tiny.json", tmp_path / "results.md"):
-        for path in (tmp_path, ROOT, Path.home(), Path(sys.prefix)):
-            assert f"{path}/" not in file.read_text()
+def test_without_record_results_stay_beside_the_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    finish_all(RUNS, {MUTUAL: {0: 0.2}})
+    document = DOCUMENT.read_text()
+    assert compare.main(["--study", "tiny", "--collect"]) == 0
+    assert json.loads(Path("runs/strategies/tiny.json").read_text())["study"] == "tiny"
+    text = Path("runs/strategies/tiny.md").read_text()
+    assert "| mutual | 0 | 20.0 |" in text and text in capsys.readouterr().out
+    assert not Path("results").exists() and DOCUMENT.read_text() == document
 
 
 @pytest.mark.parametrize(
@@ -242,36 +230,33 @@ def test_neither_the_json_nor_the_document_knows_where_the_runs_lay(tmp_path: Pa
         ({"backbone_weights": "imagenet"}, "--backbone-weights"),
     ],
 )
-def test_a_run_with_other_flags_is_refused(
-    changed: dict[str, object], message: str, tmp_path: Path, outputs: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    finish_run(tmp_path / "runs", "iou", 0, 0.2, changed)
-    assert compare.main(["--study", "tiny", "--collect", *outputs]) == 1
-    said = " ".join(capsys.readouterr().out.split())
-    assert "fssd-resnet18-iou-seed0 was started with other flags" in said and message in said
-    assert not (tmp_path / "results" / "tiny.json").exists()
+def test_a_run_with_other_flags_is_refused_before_anything_is_run(changed: dict[str, object], message: str) -> None:
+    finish(Run(STUDY, IOU, 0, FOLDER / "fssd-resnet18-iou-seed0"), 0.2, changed)
+    for command in (COLLECT, ["--study", "tiny", "--record", "--data", "."]):
+        with pytest.raises(ValueError, match=f"fssd-resnet18-iou-seed0 was started with other flags.*{message}"):
+            compare.main(command)
+    assert not Path("results").exists()
 
 
-def test_test_scores_of_another_checkpoint_are_refused(
-    tmp_path: Path, outputs: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    metrics = finish_run(tmp_path / "runs", "iou", 0, 0.2) / "test" / "metrics.json"
-    metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "step": 4}))
-    assert compare.main(["--study", "tiny", "--collect", *outputs]) == 1
-    assert "at the last step 10" in " ".join(capsys.readouterr().out.split())
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"split": "test", "step": 4, ', "at the last step 10"), ("{", "metrics.json: expected")]
+)
+def test_test_scores_of_another_checkpoint_are_refused(text: str, message: str) -> None:
+    folder = finish(Run(STUDY, IOU, 0, FOLDER / "fssd-resnet18-iou-seed0"), 0.2)
+    (folder / "test/metrics.json").write_text(text + (json.dumps(scores(0.2))[1:] if "," in text else ""))
+    with pytest.raises(ValueError, match=message):
+        compare.main(COLLECT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Running
 
 
-def test_a_dry_run_prints_what_is_left_to_do_and_writes_nothing(
-    tmp_path: Path, outputs: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    finish_run(tmp_path / "runs", "iou", 0, 0.2)
-    (finish_run(tmp_path / "runs", "mutual", 0, 0.2) / "test" / "metrics.json").unlink()
-    before = sorted(tmp_path.rglob("*"))
-    flags = ["--study", "tiny", "--data", str(tmp_path), "--dry-run", "--device", "cpu", *outputs]
+def test_a_dry_run_prints_what_is_left_to_do_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    finish_all(RUNS, {IOU: {0: 0.2}, MUTUAL: {0: 0.2}})
+    (FOLDER / "fssd-resnet18-mutual-seed0/test/metrics.json").unlink()
+    before = sorted(Path().rglob("*"))
+    flags = ["--study", "tiny", "--record", "--data", ".", "--dry-run", "--device", "cpu"]
     assert compare.main([*flags, "--seeds", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["# fssd-resnet18-iou-seed0: complete", "# fssd-resnet18-mutual-seed0: trained"]
@@ -279,103 +264,162 @@ def test_a_dry_run_prints_what_is_left_to_do_and_writes_nothing(
     assert compare.main([*flags, "--strategies", "mutual", "--seeds", "3"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[1])
     assert words[2] == "detector.train" and "--resume" in words and words[words.index("--strategy") + 1] == "mutual"
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(Path().rglob("*")) == before
 
 
-def finish_quickly(run: Run, args: object, split: str, num_cores: int) -> list[list[str]]:
+def finish_quickly(run: Run, args: object, num_cores: int) -> list[list[str]]:
     """Two commands that leave what a training and an evaluation leave; seed 1 of iou fails."""
-    ap = 0.2 + 0.1 * (run.row.strategy == "mutual") + 0.01 * run.seed
     if run.row.strategy == "iou" and run.seed == 1:
-        return [[sys.executable, "-c", "raise SystemExit(3)"], ["no-such-command"]]
-    made = finish_run(run.folder.parents[1] / f"scratch-{run.name}", run.row.strategy, run.seed, ap)
+        return [[sys.executable, "-c", "print('no data here'); raise SystemExit(3)"], ["no-such-command"]]
+    made = Run(run.study, run.row, run.seed, Path(tempfile.mkdtemp(dir=Path.cwd())))
+    finish(made, 0.2 + 0.1 * (run.row.strategy == "mutual") + 0.01 * run.seed)
+    (made.folder / "provenance.json").unlink()
     code = (
         "import os, sys; from pathlib import Path; made, folder = map(Path, sys.argv[1:]);"
-        "assert os.environ['OMP_NUM_THREADS'] and len(os.sched_getaffinity(0)) >= 1;"
+        "assert int(os.environ['OMP_NUM_THREADS']) == len(os.sched_getaffinity(0));"
         "[file.rename(folder / file.name) for file in made.iterdir()]"
     )
-    return [[sys.executable, "-c", "print('first')"], [sys.executable, "-c", code, str(made), str(run.folder)]]
+    return [[sys.executable, "-c", "print('first')"], [sys.executable, "-c", code, str(made.folder), str(run.folder)]]
 
 
 def test_runs_go_side_by_side_and_a_failure_stops_no_other(
-    tmp_path: Path, outputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare, "commands_of", finish_quickly)
-    flags = ["--study", "tiny", "--data", str(tmp_path), "--device", "cpu", "--parallel", "2", "--poll-seconds", "0.05"]
-    assert compare.main([*flags, *outputs]) == 1
+    monkeypatch.setattr(runs, "commands_of", finish_quickly)
+    flags = ["--study", "tiny", "--record", "--data", ".", "--device", "cpu", "--parallel", "2"]
+    assert compare.main(flags) == 1
     said = capsys.readouterr().out
     assert said.count("started ") == 4 and said.count("finished ") == 3
-    assert re.search(r"failed fssd-resnet18-iou-seed1, exit status 3", said)
-    assert "| mutual | 0, 1 | 30.5 ± 0.7 |" in (tmp_path / "results.md").read_text()
-    starts = json.loads((tmp_path / "runs/tiny-64/fssd-resnet18-mutual-seed0/provenance.json").read_text())
-    assert len(starts) == 1 and starts[0]["commit"] != "unknown" and starts[0]["threads"] >= 1
+    assert "failed fssd-resnet18-iou-seed1, exit status 3: no data here" in said
+    assert "| mutual | 0, 1 | 30.5 ± 0.7 |" in DOCUMENT.read_text()
+    (start,) = json.loads((FOLDER / "fssd-resnet18-mutual-seed0/provenance.json").read_text())
+    assert start["commit"] != "unknown" and start["threads"] >= 1
     # Again: only what failed is started.
-    assert compare.main([*flags, *outputs]) == 1
+    assert compare.main(flags) == 1
     assert capsys.readouterr().out.count("started ") == 1
 
 
 def test_a_signal_ends_every_run_and_waits_for_it(
-    tmp_path: Path, outputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = (
         "import signal, sys, time; from pathlib import Path\n"
         "def save(number, frame): time.sleep(0.3); Path(sys.argv[1], 'saved').touch(); sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, save); Path(sys.argv[1], 'ready').touch(); time.sleep(600)"
     )
-    monkeypatch.setattr(
-        compare, "commands_of", lambda run, *rest: [[sys.executable, "-c", code, str(run.folder)], ["no-such-command"]]
-    )
-    runs = find_runs(STUDY, STUDY.rows, [0], tmp_path / "runs")
+    python = [sys.executable, "-c", code]
+    monkeypatch.setattr(runs, "commands_of", lambda run, *_: [[*python, str(run.folder)], ["no-such-command"]])
+    started = runs.find_runs(STUDY, STUDY.rows, [0], RUNS)
 
     def interrupt_when_ready() -> None:
-        while not all((run.folder / "ready").exists() for run in runs):
+        while not all((run.folder / "ready").exists() for run in started):
             threading.Event().wait(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
     watcher = threading.Thread(target=interrupt_when_ready)
     watcher.start()
-    flags = ["--study", "tiny", "--data", str(tmp_path), "--device", "cpu", "--parallel", "2", "--poll-seconds", "0.05"]
-    assert compare.main([*flags, "--seeds", "0", *outputs]) == 130
+    assert compare.main(["--study", "tiny", "--record", "--data", ".", "--device", "cpu", "--parallel", "2"]) == 130
     watcher.join()
-    assert all((run.folder / "saved").exists() for run in runs)
+    assert all((run.folder / "saved").exists() for run in started)
     assert "the same command continues" in capsys.readouterr().out
+    assert not list(FOLDER.glob("*seed1"))  # what waited for its turn is not started
+
+
+PAPER = "table1 --data . --models fssd --backbones resnet18 --strategies iou mutual --device cpu".split()
+
+
+def test_a_row_is_trained_once_and_stands_beside_the_papers_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "commands_of", finish_quickly)
+    assert reproduce.main([*PAPER, "--seeds", "0", "1"]) == 1  # seed 1 of iou fails
+    table = Path("runs/reproduce/table1/table.md").read_text()
+    assert "| fssd resnet18 | iou | 1 | 21.0 (50.3) | 41.0 (75.5) | 11.0 (53.7) |" in table
+    assert "| fssd resnet18 | mutual | 2 | 31.5 ± 0.7 (52.1) | 51.5 ± 0.7 (76.2) | 21.5 ± 0.7 (55.9) |" in table
+    assert "| FSSD ResNet-18 | mutual - iou | 0 | +10.0 | +10.0 | +10.0 |" in table
+    assert table.count("fssd resnet18") == 2 and table in capsys.readouterr().out
+    content = json.loads(Path("runs/reproduce/table1/table.json").read_text())
+    assert [[run["seed"] for run in row["runs"]] for row in content["rows"][:4]] == [[0], [], [], [0, 1]]
+    # Another command keeps the rows that are there, and a dry run writes nothing.
+    assert reproduce.main([*PAPER[:3], "--strategy", "classify_to_localize", "--dry-run"]) == 0
+    assert Path("runs/reproduce/table1/table.md").read_text() == table
+    said = capsys.readouterr().out
+    assert said.count("classify_to_localize-seed0: to do") == 5 and "| fssd resnet18 | mutual | 2 |" in said
+    assert reproduce.main(PAPER) == 0
+    assert "started" not in capsys.readouterr().out
+
+
+def test_the_papers_rows_are_trained_with_the_released_losses_and_what_the_user_adds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    extra = ["--dry-run", "--image-size=160", "--cache", "--focal-gamma", "1.5", "--workers=3", "--processes", "2"]
+    assert reproduce.main([*PAPER, *extra, "--backbone-weights", "none"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[3])
+    assert "torch.distributed.run" in words and "--nproc-per-node=2" in words
+    arguments = vars(parse_arguments(words[words.index("detector.train") + 1 :]))
+    expected = {"box_loss": "released_balanced_l1", "focal_gamma": 1.5, "image_size": 160, "cache": True, "workers": 3}
+    expected |= {"strategy": "mutual", "backbone_weights": "none", "resume": True, "seed": 0, "format": "voc"}
+    assert expected.items() <= arguments.items()
+    reproduce.main([*PAPER, "--dry-run"])
+    assert "--focal-gamma 1 --box-loss released_balanced_l1 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("table1 --data . --strategies iou mutaul", "--strategies: mutaul not in table1; it has iou, localize_to"),
+        ("table2 --data . --strategies localize_to_classify", "not in table2; it has iou, mutual"),
+        ("table1 --data . --models rfbnet --backbones resnet18", "no row with all of these"),
+        ("table1 --data . --parallel 0", "argument --parallel: expected a whole number, 1 or more"),
+        ("table1 --data . --image-sise 160", "unrecognized arguments: --image-sise"),
+        ("table1", "--data is needed"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_before_anything_is_run(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        reproduce.main(flags.split())
+    assert message in str(caught.value) + capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_the_tables_are_the_papers() -> None:
+    for table, strategies in ((reproduce.TABLES["table1"], 4), (reproduce.TABLES["table2"], 2)):
+        assert len(table) == 5
+        for row in table.values():  # Mutual Guidance has the paper's best AP in every block
+            assert len(row) == strategies and max(row) == row[-1] and all(len(numbers) == 3 for numbers in row)
 
 
 @pytest.mark.slow
-def test_the_detectors_own_runs_fill_the_table(tmp_path: Path, outputs: list[str]) -> None:
-    data = write_voc(tmp_path / "voc", {"train": 4, "val": 2, "test": 2})
-    flags = [
-        "--study",
-        "tiny",
-        "--data",
-        str(data),
-        "--device",
-        "cpu",
-        "--seeds",
-        "0",
-        "--rows",
-        "fssd-resnet18-mutual",
-    ]
-    assert compare.main([*flags, *outputs]) == 0
-    folder = tmp_path / "runs" / "tiny-64" / "fssd-resnet18-mutual-seed0"
-    trained = json.loads((folder / "results.json").read_text())
-    record = json.loads((tmp_path / "results" / "tiny.json").read_text())["rows"][1]["runs"][0]
+def test_the_detectors_own_runs_fill_the_tables() -> None:
+    data = ["--data", str(write_voc(Path("voc"), {"train": 4, "val": 2, "test": 2})), "--device", "cpu"]
+    assert compare.main(["--study", "tiny", "--record", *data, "--seeds", "0", "--rows", "fssd-resnet18-mutual"]) == 0
+    trained = json.loads((FOLDER / "fssd-resnet18-mutual-seed0/results.json").read_text())
+    record = json.loads(RECORD.read_text())["rows"][1]["runs"][0]
     assert record["val"]["AP"] == trained["AP"] and record["training_seconds"] > 0 and record["steps"] == 1
-    assert f"{100 * record['test']['AP']:.1f}" in (tmp_path / "results.md").read_text()
+    assert f"{100 * record['test']['AP']:.1f}" in DOCUMENT.read_text()
+    flags = "--backbone-weights none --image-size 64 --batch 4 --epochs 1 --models fssd --backbones resnet18"
+    assert reproduce.main(["table2", *data, "--format", "voc", "--strategies", "iou", *flags.split()]) == 0
+    trained = json.loads(Path("runs/reproduce/table2/fssd-resnet18-iou-seed0/results.json").read_text())
+    table = Path("runs/reproduce/table2/table.md").read_text()
+    assert f"| fssd resnet18 | iou | 1 | {100 * trained['AP']:.1f} (26.1) |" in table
+    assert trained["arguments"]["box_loss"] == "released_balanced_l1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is committed
 
 
-def test_the_page_holds_what_the_json_files_say(tmp_path: Path) -> None:
-    document = (ROOT / "docs" / "results.md").read_text()
+def test_the_page_holds_what_the_json_files_say() -> None:
+    document = (compare.ROOT / "docs" / "results.md").read_text()
     studies = [name for name in STUDIES if name != "tiny"]
-    results = ROOT / "benchmarks" / "strategies" / "results"
+    results = compare.ROOT / "benchmarks" / "strategies" / "results"
     assert sorted(file.stem for file in results.glob("*.json")) == sorted(studies)
     for name in studies:
         content = json.loads((results / f"{name}.json").read_text())
         assert [row["name"] for row in content["rows"]] == [row.name for row in STUDIES[name].rows]
-        assert tables.replace_section(document, name, tables.render(content, STUDIES[name])) == document
+        assert compare.replace_section(document, name, compare.render(content, STUDIES[name])) == document
         assert not re.search(r"\"[^\" ]*(/home|/root|/tmp|/work)/", json.dumps(content))
 
 

@@ -11,7 +11,8 @@ import torch
 from small_data import write_voc
 
 from benchmarks import training_step
-from detector.data import TrainingBatch, read_data
+from detector.batches import TrainingBatch
+from detector.data import read_data
 
 TINY = ["--detectors", "fssd-resnet18", "--image-size", "64", "--batch", "2", "--steps", "2", "--threads", "1"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.strategies.studies import PRETRAINED
-from benchmarks.strategies.tables import label_model, mean_and_error, pair_differences, read_values
+from benchmarks.strategies.studies import STUDIES
+from detector.tables import label_model, mean_and_error, pair_differences, read_values
 
 PANELS = (
     ("AP", "AP, points", 100.0, 0),
@@ -34,25 +34,21 @@ def find_leads(contents: Sequence[dict[str, Any]]) -> list[Lead]:
     Args:
         contents: of the studies' JSON files. Those that report val have tuned something, and are left out.
     """
-    contents = [content for content in contents if content["split"] == "test"]
-    rows = {(content["setting"]["name"], row["name"]): row for content in contents for row in content["rows"]}
-    leads: dict[tuple[str, str], Lead] = {}
-    for content in contents:
-        setting = content["setting"]
+    rows: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
+    for content in (content for content in contents if content["split"] == "test"):
         for row in content["rows"]:
-            key = (setting["name"], row["name"])
-            against = rows.get((setting["name"], row["name"].replace("-mutual", "-iou", 1)))
-            if row["strategy"] != "mutual" or against is None or key in leads:
-                continue
-            differences = {}
-            for metric, *_ in PANELS:
-                values, baseline = (read_values(each, "test", metric) for each in (row, against))
-                differences[metric] = pair_differences(values, baseline)
-            if differences["AP"]:
-                pretrained = "pretrained" if row["backbone"] in PRETRAINED else ""
-                label = ", ".join(filter(None, [label_model(row), pretrained, row["note"]]))
-                leads[key] = Lead(f"{setting['data']} {setting['flags']['image-size']}", label, differences)
-    return list(leads.values())
+            rows.setdefault((content["setting"]["name"], row["name"]), (content, row))
+    leads = []
+    for (setting, name), (content, row) in rows.items():
+        _, against = rows.get((setting, name.replace("-mutual", "-iou", 1)), (None, None))
+        if row["strategy"] == "mutual" and against is not None:
+            pairs = [[read_values(each, "test", metric) for each in (row, against)] for metric, *_ in PANELS]
+            differences = {metric: pair_differences(*pair) for (metric, *_), pair in zip(PANELS, pairs, strict=True)}
+            pretrained = "pretrained" if row["backbone"] in STUDIES[content["study"]].pretrained else ""
+            label = ", ".join(filter(None, [label_model(row), pretrained, row["note"]]))
+            data = f"{content['setting']['data']} {content['setting']['flags']['image-size']}"
+            leads += [Lead(data, label, differences)] if differences["AP"] else []
+    return leads
 
 
 def draw_leads(leads: Sequence[Lead], path: Path) -> None:

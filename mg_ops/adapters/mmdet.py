@@ -6,8 +6,8 @@ contract.
     # in the config: assigner=dict(type="MutualAssigner")
 
 The head must hand over its predictions: `pred_instances` with `priors`, `bboxes` and `scores`. DDOD's head does, and
-asks an assigner for each task, so that both matches are used; TOOD's does, and asks one for both. A head that gives
-priors alone (RetinaNet's) cannot be guided. Importable without mmdetection.
+asks an assigner for each task, so that both matches are used; TOOD's, RTMDet's and YOLOX's do, and ask one for both. A
+head that gives priors alone (RetinaNet's) cannot be guided. Importable without mmdetection.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mg_ops.adapters.labels import to_mmdet
+from mg_ops.boxes import anchors_from_points
 from mg_ops.matching import mutual_match
 
 try:
@@ -59,24 +60,30 @@ class MutualAssigner:
     """Assigns the anchors of one image by mutual guidance.
 
     Args:
-        scores_are_logits: whether `pred_instances.scores` are logits (DDOD) or probabilities (TOOD).
+        scores_are_logits: whether `pred_instances.scores` are logits (DDOD, RTMDet) or probabilities (TOOD, YOLOX).
         task: which match `gt_inds`, `labels` and `max_overlaps` say, for heads that ask an assigner for each.
+        anchor_size: for heads whose priors are points (cx, cy, stride, stride), as RTMDet's, YOLOX's and NanoDet's are:
+            the side of a point's square anchor, in strides. None where priors are boxes.
         **options: strategy, sigma, iou_positive, iou_ignored, crowd_overlap and backend of `mg_ops.mutual_match`.
 
     Raises:
-        ValueError: task is neither "classification" nor "localization".
+        ValueError: task is neither "classification" nor "localization", or anchor_size is not positive.
     """
 
     def __init__(
         self,
         scores_are_logits: bool = False,
         task: Literal["classification", "localization"] = "classification",
+        anchor_size: float | None = None,
         **options: Any,
     ) -> None:
         if task not in ("classification", "localization"):
             raise ValueError(f"task: expected 'classification' or 'localization', got {task!r}")
         self.scores_are_logits = scores_are_logits
+        if anchor_size is not None and not anchor_size > 0:
+            raise ValueError(f"anchor_size: expected a positive number of strides or None, got {anchor_size}")
         self.task = task
+        self.anchor_size = anchor_size
         self.options = options
 
     def assign(
@@ -85,8 +92,8 @@ class MutualAssigner:
         """Assigns the anchors of an image to its objects.
 
         Args:
-            pred_instances: `priors` (A, 4) anchors, `bboxes` (A, 4) regressed boxes, both (x1, y1, x2, y2), and
-                `scores` (A, C).
+            pred_instances: `priors` (A, 4), the anchors (x1, y1, x2, y2), or with `anchor_size` the points
+                (cx, cy, stride, stride); `bboxes` (A, 4), the regressed boxes (x1, y1, x2, y2); `scores` (A, C).
             gt_instances: `bboxes` (G, 4) and `labels` (G,).
             gt_instances_ignore: `bboxes` (K, 4), crowd regions: background that they cover is ignored.
             *args: what else heads pass (alpha and beta of TOOD); not used.
@@ -99,7 +106,8 @@ class MutualAssigner:
             convention, is `result.get_extra_property("loc_gt_inds")`, whatever the task.
 
         Raises:
-            ValueError: pred_instances lacks priors, bboxes or scores, or as `mg_ops.mutual_match`.
+            ValueError: pred_instances lacks priors, bboxes or scores, or has points where boxes are expected or boxes
+                where points are, or as `mg_ops.mutual_match`.
             TypeError: as `mg_ops.mutual_match`.
         """
         missing = [name for name in ("priors", "bboxes", "scores") if not hasattr(pred_instances, name)]
@@ -108,7 +116,8 @@ class MutualAssigner:
                 f"pred_instances: expected priors, bboxes and scores, got no {', '.join(missing)}; "
                 "mutual guidance needs a head that hands its predictions to its assigner"
             )
-        anchors = _as_tensor(pred_instances.priors)
+        anchors = self._anchors(_as_tensor(pred_instances.priors))
+        pred_boxes = _as_tensor(pred_instances.bboxes)
         scores = pred_instances.scores if self.scores_are_logits else torch.logit(pred_instances.scores.float())
         boxes, labels = _as_tensor(gt_instances.bboxes), gt_instances.labels
         num_gt = boxes.shape[0]
@@ -121,7 +130,7 @@ class MutualAssigner:
             crowd = [torch.arange(len(all_boxes), device=boxes.device) >= num_gt]
         match = mutual_match(
             anchors,
-            _as_tensor(pred_instances.bboxes).unsqueeze(0),
+            pred_boxes.unsqueeze(0),
             scores.unsqueeze(0),
             [all_boxes],
             [all_labels],
@@ -138,6 +147,23 @@ class MutualAssigner:
         result.assign_metrics = (task_match >= 0).float()
         result.set_extra_property("loc_gt_inds", to_mmdet(loc_match))
         return result
+
+    def _anchors(self, priors: Tensor) -> Tensor:
+        """The anchor boxes of priors; ValueError unless these are what `anchor_size` says."""
+        if self.anchor_size is None:
+            wrong = (priors[:, 2:] <= priors[:, :2]).any(1)
+            wanted = "boxes (x1, y1, x2, y2) with x2 > x1 and y2 > y1"
+            remedy = "for a head whose priors are points (RTMDet, YOLOX), pass anchor_size=4.0"
+        else:
+            wrong = (priors[:, 2] != priors[:, 3]) | (priors[:, 2] <= 0)
+            wanted = "points (cx, cy, stride, stride)"
+            remedy = "for a head whose priors are boxes, leave out anchor_size"
+        if wrong.any():
+            found = priors[wrong][0].tolist()
+            raise ValueError(f"pred_instances.priors: expected {wanted}, got {found}; {remedy}")
+        return (
+            priors if self.anchor_size is None else anchors_from_points(priors[:, :2], priors[:, 2], self.anchor_size)
+        )
 
 
 def _as_tensor(boxes: Any) -> Tensor:

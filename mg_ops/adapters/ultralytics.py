@@ -1,9 +1,11 @@
 """Mutual guidance in ultralytics' detectors (YOLOv8 to YOLO26), in place of their `TaskAlignedAssigner`.
 
-    criterion = v8DetectionLoss(model)
-    mg_ops.adapters.ultralytics.use_mutual_guidance(criterion)
+    model = YOLO("yolo11n.yaml")
+    model.add_callback("on_pretrain_routine_end", mg_ops.adapters.ultralytics.guide_trainer)
+    model.train(data="your_data.yaml", epochs=100)
 
-Imports nothing of ultralytics. What its losses are made for differs from the paper in three ways:
+Needs ultralytics 8.4 or newer and imports nothing of it. What its losses are made for differs from the paper in three
+ways:
 
 - They have anchor points, not anchor boxes: each point gets a square of `anchor_size` times its stride.
 - They have one foreground mask. `MutualAssigner` answers for the two tasks apart all the same: `target_labels` and
@@ -17,13 +19,14 @@ They have no ignored anchors either: an ignored anchor is trained as background;
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mg_ops.boxes import anchors_from_points
 from mg_ops.matching import MutualMatch, mutual_match
 
 
@@ -32,18 +35,20 @@ class MutualAssigner(nn.Module):
 
     Args:
         num_classes: C.
-        stride: the strides of the feature levels in pixels, ascending, each an even multiple of the one before (8, 16,
-            32), which is how the stride of an anchor point is told from its position.
+        stride: the strides of the feature levels in pixels, in the order of the anchor points.
         anchor_size: side of a point's anchor box, in strides.
         **options: strategy, sigma, iou_positive, iou_ignored and backend of `mg_ops.mutual_match`.
 
     Attributes:
+        level_sizes: (height, width) of each level's feature map. Set it before each call: the anchor points do not
+            tell, as bfloat16 cannot hold positions beyond 1024 pixels. `use_mutual_guidance` sets it.
+        logits: (B, A, C) floating, the logits of the next call's pd_scores, None to compute them from these.
+            `use_mutual_guidance` sets it.
         match: the `MutualMatch` of the last batch, None before the first; its objects are all rows of gt_bboxes,
             padding too.
-        localization_scores: (B, A, C), the one-hot classes of the last batch's positives for localisation.
 
     Raises:
-        ValueError: strides that are not even multiples of each other, or a size that is not positive.
+        ValueError: a stride or a size that is not positive.
     """
 
     def __init__(
@@ -55,36 +60,42 @@ class MutualAssigner(nn.Module):
     ) -> None:
         super().__init__()
         strides = [float(step) for step in stride]
-        if not strides or strides[0] <= 0 or any(b % (2 * a) != 0 or b <= a for a, b in itertools.pairwise(strides)):
-            raise ValueError(
-                f"stride: expected positive strides, each an even multiple of the one before, got {strides}"
-            )
+        if not strides or not all(step > 0 for step in strides):
+            raise ValueError(f"stride: expected positive numbers of pixels, got {strides}")
         if not anchor_size > 0:
             raise ValueError(f"anchor_size: expected a positive number of strides, got {anchor_size}")
         self.num_classes = num_classes
         self.stride = strides
         self.anchor_size = anchor_size
         self.options = options
+        self.level_sizes: Sequence[tuple[int, int]] | None = None
+        self.logits: Tensor | None = None
         self.match: MutualMatch | None = None
-        self.localization_scores: Tensor | None = None
 
-    def anchors(self, anc_points: Tensor) -> Tensor:
-        """The anchor boxes of anchor points.
-
-        A level of stride s has points at odd multiples of s / 2, where no level of another stride has any.
+    def anchors(self, device: torch.device | str = "cpu") -> Tensor:
+        """The anchor boxes of the levels in `level_sizes`: a square around the centre of each cell.
 
         Args:
-            anc_points: (A, 2) floating, (x, y) in pixels, the centres of the cells of all levels.
+            device: where to put them.
 
         Returns:
-            (A, 4) float32, (x1, y1, x2, y2) in pixels; of no size where a point belongs to no level.
+            (A, 4) float32, (x1, y1, x2, y2) in pixels, level by level and row by row.
+
+        Raises:
+            ValueError: level_sizes is not set, or has not one size for each stride.
         """
-        points = anc_points.float()
-        side = torch.zeros_like(points[:, :1])
-        for step in self.stride:
-            cell = points[:, :1] / step - 0.5
-            side = torch.where(cell == cell.round(), self.anchor_size * step, side)
-        return torch.cat([points - side / 2, points + side / 2], dim=1)
+        if self.level_sizes is None or len(self.level_sizes) != len(self.stride):
+            raise ValueError(
+                f"level_sizes: expected (height, width) for each of {len(self.stride)} levels, got {self.level_sizes}; "
+                "set assigner.level_sizes before each call, or let use_mutual_guidance do it"
+            )
+        levels = []
+        for (height, width), step in zip(self.level_sizes, self.stride, strict=True):
+            y = torch.arange(0.5, height, device=device) * step
+            x = torch.arange(0.5, width, device=device) * step
+            points = torch.cartesian_prod(y, x).flip(1)
+            levels.append(anchors_from_points(points, points.new_full((len(points),), step), self.anchor_size))
+        return torch.cat(levels)
 
     @torch.no_grad()
     def forward(
@@ -101,7 +112,7 @@ class MutualAssigner(nn.Module):
         Args:
             pd_scores: (B, A, C) floating, probabilities.
             pd_bboxes: (B, A, 4) floating, predicted boxes (x1, y1, x2, y2) in pixels.
-            anc_points: (A, 2) floating, in pixels.
+            anc_points: (A, 2) floating; only their number is read, `level_sizes` says where they are.
             gt_labels: (B, M, 1) numbers, classes.
             gt_bboxes: (B, M, 4) floating, (x1, y1, x2, y2) in pixels.
             mask_gt: (B, M, 1) numbers or bool, which objects are not padding.
@@ -114,17 +125,24 @@ class MutualAssigner(nn.Module):
             target_gt_idx: (B, A) int64, the object of a positive for localisation; 0 elsewhere.
 
         Raises:
-            TypeError, ValueError: as `mg_ops.mutual_match`.
+            ValueError: level_sizes does not fit the anchor points, or as `mg_ops.mutual_match`.
+            TypeError: as `mg_ops.mutual_match`.
         """
         batch_size, max_objects = gt_bboxes.shape[:2]
+        anchors = self.anchors(pd_bboxes.device)
+        if len(anchors) != len(anc_points):
+            raise ValueError(
+                f"level_sizes: expected levels of {len(anc_points)} cells in all, one for each anchor point, "
+                f"got {self.level_sizes} with {len(anchors)}"
+            )
         valid = mask_gt.reshape(batch_size, max_objects).bool()
         # Padding is a box of no size, which takes no part.
         boxes = torch.where(valid.unsqueeze(-1), gt_bboxes, 0.0)
         labels = gt_labels.reshape(batch_size, max_objects).long()
         self.match = mutual_match(
-            self.anchors(anc_points),
+            anchors,
             pd_bboxes,
-            torch.logit(pd_scores.float()),
+            torch.logit(pd_scores.float()) if self.logits is None else self.logits,
             boxes.flatten(0, 1),
             labels.flatten(),
             torch.arange(batch_size + 1, device=boxes.device) * max_objects,
@@ -138,7 +156,6 @@ class MutualAssigner(nn.Module):
         fg_mask = loc_match >= 0
         objects = torch.where(fg_mask, loc_match, max_objects)
         target_bboxes = boxes.gather(1, objects.unsqueeze(-1).expand(-1, -1, 4))
-        self.localization_scores = self._one_hot(labels.gather(1, objects), pd_scores)
         return target_labels, target_bboxes, self._one_hot(target_labels, pd_scores), fg_mask, loc_match.clamp(min=0)
 
     def _one_hot(self, labels: Tensor, like: Tensor) -> Tensor:
@@ -153,10 +170,9 @@ class MutualAssigner(nn.Module):
 class _GuidedBoxLoss(nn.Module):
     """ultralytics' box loss, weighing its boxes by the match of localisation instead of the class targets."""
 
-    def __init__(self, bbox_loss: nn.Module, assigner: MutualAssigner) -> None:
+    def __init__(self, bbox_loss: nn.Module) -> None:
         super().__init__()
         self.bbox_loss = bbox_loss
-        self.assigner = assigner
 
     def forward(
         self,
@@ -166,13 +182,14 @@ class _GuidedBoxLoss(nn.Module):
         target_bboxes: Tensor,
         target_scores: Tensor,
         target_scores_sum: Tensor,
+        fg_mask: Tensor,
         *rest: Any,
     ) -> tuple[Tensor, Tensor]:
-        weights = self.assigner.localization_scores
-        assert weights is not None, "the criterion calls its assigner before its box loss"
-        total = weights.sum().clamp(min=1)
+        # It sums the class targets of each anchor: one column of ones says the same as C columns.
+        weights = fg_mask.unsqueeze(-1).to(target_scores.dtype)
+        total = fg_mask.sum().clamp(min=1)
         losses: tuple[Tensor, Tensor] = self.bbox_loss(
-            pred_dist, pred_bboxes, anchor_points, target_bboxes, weights, total, *rest
+            pred_dist, pred_bboxes, anchor_points, target_bboxes, weights, total, fg_mask, *rest
         )
         return losses
 
@@ -181,7 +198,9 @@ def use_mutual_guidance(criterion: Any, *, anchor_size: float = 4.0, **options: 
     """Makes an ultralytics detection loss assign by mutual guidance.
 
     Args:
-        criterion: a `v8DetectionLoss` (YOLOv8 to YOLO11; of an end-to-end detector its `one2many`), changed in place.
+        criterion: a `v8DetectionLoss` (YOLOv8 to YOLO12), or the `E2ELoss` of an end-to-end detector (YOLOv10, YOLO26),
+            whose `one2many` half is guided. Its `one2one` half keeps its own assigner: it learns one box per object,
+            which inference without NMS needs. Changed in place.
         anchor_size: side of a point's anchor box, in strides.
         **options: strategy, sigma, iou_positive, iou_ignored and backend of `mg_ops.mutual_match`.
 
@@ -189,15 +208,64 @@ def use_mutual_guidance(criterion: Any, *, anchor_size: float = 4.0, **options: 
         The criterion itself.
 
     Raises:
-        TypeError: criterion is no detection loss with a `TaskAlignedAssigner`; those of masks, poses and rotated boxes
+        TypeError: criterion is no detection loss of ultralytics 8.4 or newer; those of masks, poses and rotated boxes
             are not supported.
+        ValueError: criterion is the `one2one` half of an end-to-end detector.
     """
-    if type(criterion).__name__ != "v8DetectionLoss":
-        raise TypeError(f"criterion: expected ultralytics' v8DetectionLoss, got {type(criterion).__name__}")
-    assigner = MutualAssigner(criterion.nc, [float(step) for step in criterion.stride], anchor_size, **options)
-    bbox_loss = criterion.bbox_loss
-    criterion.assigner = assigner
-    criterion.bbox_loss = _GuidedBoxLoss(
-        bbox_loss.bbox_loss if isinstance(bbox_loss, _GuidedBoxLoss) else bbox_loss, assigner
+    if hasattr(criterion, "one2many"):
+        use_mutual_guidance(criterion.one2many, anchor_size=anchor_size, **options)
+        return criterion
+    if type(criterion).__name__ != "v8DetectionLoss" or not hasattr(criterion, "get_assigned_targets_and_loss"):
+        raise TypeError(
+            "criterion: expected the v8DetectionLoss or E2ELoss of ultralytics 8.4 or newer, "
+            f"got {type(criterion).__name__}"
+        )
+    if 1 in (getattr(criterion.assigner, "topk", None), getattr(criterion.assigner, "topk2", None)):
+        raise ValueError(
+            "criterion: expected a loss that learns many boxes per object, got the one2one half of an end-to-end "
+            "detector; pass the whole criterion, or its one2many"
+        )
+    criterion.assigner = MutualAssigner(
+        criterion.nc, [float(step) for step in criterion.stride], anchor_size, **options
     )
+    if not isinstance(criterion.bbox_loss, _GuidedBoxLoss):
+        criterion.bbox_loss = _GuidedBoxLoss(criterion.bbox_loss)
+    # A partial, unlike a closure, belongs to the copy when the criterion is copied.
+    criterion.get_assigned_targets_and_loss = functools.partial(_guided_loss, criterion)
     return criterion
+
+
+def _guided_loss(criterion: Any, preds: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """The criterion's own `get_assigned_targets_and_loss`, its assigner told what the loss does not pass."""
+    assigner = criterion.assigner
+    assigner.level_sizes = [tuple(features.shape[-2:]) for features in preds["feats"]]
+    assigner.logits = preds["scores"].detach().transpose(1, 2)
+    try:
+        return type(criterion).get_assigned_targets_and_loss(criterion, preds, *args, **kwargs)
+    finally:
+        assigner.logits = None
+
+
+def guide_trainer(trainer: Any, **options: Any) -> None:
+    """Makes an ultralytics trainer assign by mutual guidance; a callback for `on_pretrain_routine_end`.
+
+    Checkpoints hold nothing of it: they load where mg_ops is not installed. Add the callback again to resume one. The
+    losses that validation reports are those of ultralytics' own assigner.
+
+    Args:
+        trainer: a `DetectionTrainer` whose model is made, also inside DDP or torch.compile.
+        **options: anchor_size and the options of `use_mutual_guidance`; `functools.partial` binds them.
+
+    Raises:
+        TypeError: as `use_mutual_guidance`.
+
+    Examples:
+        >>> callback = functools.partial(guide_trainer, anchor_size=5.0)
+        >>> model.add_callback("on_pretrain_routine_end", callback)
+    """
+    model = trainer.model
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    # A resumed end-to-end detector has its criterion already, which knows the epoch.
+    criterion = getattr(model, "criterion", None)
+    model.criterion = use_mutual_guidance(model.init_criterion() if criterion is None else criterion, **options)

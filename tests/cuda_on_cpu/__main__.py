@@ -19,20 +19,11 @@ import cuda_on_cpu  # noqa: E402
 def count(emulator: cuda_on_cpu.Emulator, name: str, images: int) -> None:
     """Prints what the kernels move for a benchmark case, and how many scores they read; checks the answer first."""
     import mg_ops
-    from benchmarks.cases import CASES, CODER, make_batches
+    from benchmarks.cases import CASES, make_batches
 
     case = dataclasses.replace(CASES[name], batch_size=images)
     batch = make_batches(case, None, 1, 0, "cpu")[0]
-    arguments = {
-        "anchors": batch.anchors,
-        "pred_boxes": batch.deltas,
-        "cls_scores": batch.logits,
-        "gt_boxes": batch.gt_boxes,
-        "gt_labels": batch.gt_labels,
-        "gt_offsets": batch.gt_offsets,
-        "gt_crowd": batch.gt_crowd,
-        "box_coder": CODER,
-    }
+    arguments = batch.arguments()
     match = emulator.mutual_match(**arguments)
     backend = "cpp" if mg_ops.backends()["cpp"].usable else "eager"
     cuda_on_cpu.assert_same(match, mg_ops.mutual_match(**arguments, backend=backend), name)

@@ -1,0 +1,429 @@
+"""Scores detections: pycocotools' metrics, VOC's AP at IoU 0.5, and how well the scores rank the boxes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scipy.stats import spearmanr
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from detector.annotations import (
+    AnnotatedObject,
+    CocoAnnotations,
+    Defects,
+    DetectionRecord,
+    Identifier,
+    parse_coco,
+    parse_coco_detections,
+)
+from detector.data import AnnotatedImages
+from detector.inference import Detections
+
+AGREEMENT_METRICS = ("score_iou_correlation", "matched_iou")
+COCO_LIMIT = 100
+"""Detections per image and class that COCO's metrics look at."""
+CROWDED_LIMIT = 300
+"""The same where an image has more objects of a class than that."""
+COCO_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of COCO-style records: ground truth {"images", "annotations", "categories"}, detections a list of {"image_id",
+# "category_id", "bbox": [x, y, width, height], "score"}.
+
+
+def to_coco_ground_truth(data: AnnotatedImages, leave_out: list[int] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """A split as COCO's ground truth; `leave_out` are positions of images that could not be read."""
+    left_out = set(leave_out or ())
+    images, annotations = [], []
+    for position, image in enumerate(data.images):
+        if position in left_out:
+            continue
+        images.append({"id": image.image_id, "file_name": image.name, "width": image.width, "height": image.height})
+        for box, label, crowd, difficult, area in zip(
+            image.boxes.tolist(),
+            image.labels.tolist(),
+            image.crowd.tolist(),
+            image.difficult.tolist(),
+            image.areas.tolist(),
+            strict=True,
+        ):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image.image_id,
+                    "category_id": data.category_ids[label],
+                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                    "area": area,
+                    "iscrowd": int(crowd),
+                    "difficult": int(difficult),
+                }
+            )
+    categories = [
+        {"id": category_id, "name": name} for category_id, name in zip(data.category_ids, data.class_names, strict=True)
+    ]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def to_coco_detections(found: dict[int, Detections], data: AnnotatedImages) -> list[dict[str, Any]]:
+    """Detections by position as COCO's result records."""
+    records = []
+    for position in sorted(found):
+        detections = found[position]
+        for box, score, label in zip(
+            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
+        ):
+            records.append(
+                {
+                    "image_id": data.images[position].image_id,
+                    "category_id": data.category_ids[label],
+                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                    "score": score,
+                }
+            )
+    return records
+
+
+class BoxEvaluation(COCOeval):
+    """COCO's box evaluation, which leaves difficult objects out as it leaves those of another size out.
+
+    A difficult object is not missed when it is not found, and a detection that matches it is neither right nor wrong.
+    Images, categories and annotations are numbered from 1: pycocotools takes an annotation whose id is 0 for a missed
+    one, loses all but one of those that share an id, and rounds ids beyond 2^53.
+
+    Args:
+        annotations: the objects.
+        detections: of these images and categories.
+        max_detections: per image and class, the best by score.
+    """
+
+    def __init__(
+        self, annotations: CocoAnnotations, detections: list[DetectionRecord], max_detections: int = COCO_LIMIT
+    ) -> None:
+        self.category_ids = list(annotations.categories)
+        number_of_image = {image.image_id: number for number, image in enumerate(annotations.images, start=1)}
+        number_of_category = {category: number for number, category in enumerate(self.category_ids, start=1)}
+        objects = [
+            {
+                "image_id": number_of_image[image.image_id],
+                "category_id": number_of_category[entry.category_id],
+                **_xywh(entry),
+                "iscrowd": int(entry.crowd),
+                "difficult": entry.difficult,
+            }
+            for image in annotations.images
+            for entry in image.objects
+            if entry.category_id is not None
+        ]
+        found = [
+            {
+                "image_id": number_of_image[record.image_id],
+                "category_id": number_of_category[record.category_id],
+                **_xywh(record),
+                "iscrowd": 0,
+                "score": record.score,
+            }
+            for record in detections
+        ]
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(
+                _coco(number_of_image.values(), number_of_category.values(), objects),
+                _coco(number_of_image.values(), number_of_category.values(), found),
+                "bbox",
+            )
+            self.params.maxDets = sorted({1, 10, COCO_LIMIT, max_detections})
+            self.limit = self.params.maxDets.index(max_detections)
+            self.evaluate()
+            self.accumulate()
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        for objects in self._gts.values():
+            for annotation in objects:
+                annotation["ignore"] = bool(annotation["iscrowd"]) or bool(annotation["difficult"])
+
+    def average_precision(
+        self, iou: float | None = None, area: str = "all", category: int | None = None, limit: int | None = None
+    ) -> float | None:
+        """The mean of the precision at 101 recalls; None where there is no object to find.
+
+        Args:
+            iou: 0.5, 0.75, ...; the mean over 0.5 to 0.95 by default.
+            area: all, small, medium or large.
+            category: its position in `category_ids`; the mean over all by default.
+            limit: position in params.maxDets; by default that of `max_detections`.
+        """
+        precision = self.eval["precision"]  # (IoU thresholds, recalls, categories, areas, limits)
+        precision = precision[:, :, :, self.params.areaRngLbl.index(area), self.limit if limit is None else limit]
+        if iou is not None:
+            precision = precision[np.isclose(self.params.iouThrs, iou)]
+        return _known_mean(precision if category is None else precision[:, :, category])
+
+    def average_recall(self, max_detections: int) -> float | None:
+        """The mean recall with at most so many detections per image and class (1, 10 or 100)."""
+        return _known_mean(self.eval["recall"][:, :, 0, self.params.maxDets.index(max_detections)])
+
+
+def _xywh(record: AnnotatedObject | DetectionRecord) -> dict[str, Any]:
+    x1, y1, x2, y2 = record.box
+    area = getattr(record, "area", None)
+    return {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1) if area is None else area}
+
+
+def _coco(images: Iterable[int], categories: Iterable[int], entries: list[dict[str, Any]]) -> COCO:
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": number} for number in images],
+        "categories": [{"id": number} for number in categories],
+        "annotations": [{**entry, "id": number} for number, entry in enumerate(entries, start=1)],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _known_mean(values: np.ndarray) -> float | None:
+    known = values[values > -1]
+    return float(known.mean()) if known.size else None
+
+
+def coco_scores(
+    evaluation: BoxEvaluation,
+) -> tuple[dict[str, float | None], dict[Identifier, dict[str, float | None]]]:
+    """COCO's metrics in all, and AP, AP50 and AP75 by category id. None where there is no object to find."""
+    overall = {
+        "AP": evaluation.average_precision(),
+        "AP50": evaluation.average_precision(0.5),
+        "AP75": evaluation.average_precision(0.75),
+        "AP_small": evaluation.average_precision(area="small"),
+        "AP_medium": evaluation.average_precision(area="medium"),
+        "AP_large": evaluation.average_precision(area="large"),
+        "AR1": evaluation.average_recall(1),
+        "AR10": evaluation.average_recall(10),
+        "AR100": evaluation.average_recall(100),
+    }
+    per_category = {
+        category_id: {
+            "AP": evaluation.average_precision(category=position),
+            "AP50": evaluation.average_precision(0.5, category=position),
+            "AP75": evaluation.average_precision(0.75, category=position),
+        }
+        for position, category_id in enumerate(evaluation.category_ids)
+    }
+    return overall, per_category
+
+
+def score_iou_agreement(
+    evaluation: BoxEvaluation,
+) -> tuple[dict[str, float | None], dict[Identifier, dict[str, float | None]]]:
+    """Whether the scores know which boxes are good, which is what Mutual Guidance is for.
+
+    Of the detections that are right at IoU 0.5, as COCO matches them: Spearman's rank correlation of their score with
+    their IoU ("score_iou_correlation"), and the mean of that IoU ("matched_iou"). Difficult objects and crowds are left
+    out.
+
+    Returns:
+        The means over classes, weighted by these detections, and both by category id. None where they are too few, or
+        all of one score or IoU.
+    """
+    matched: dict[Identifier, list[tuple[float, float]]] = {category: [] for category in evaluation.category_ids}
+    for of_image in evaluation.evalImgs:
+        if of_image is None or of_image["aRng"] != evaluation.params.areaRng[0]:
+            continue
+        image, number = of_image["image_id"], of_image["category_id"]
+        ious = evaluation.ious[image, number]  # (detections best first, objects in the order of the annotations)
+        position = {entry["id"]: place for place, entry in enumerate(evaluation._gts[image, number])}
+        for place, (confidence, object_id, ignored) in enumerate(
+            zip(of_image["dtScores"], of_image["dtMatches"][0], of_image["dtIgnore"][0], strict=True)
+        ):
+            if object_id > 0 and not ignored:
+                matched[evaluation.category_ids[number - 1]].append(
+                    (confidence, float(ious[place, position[int(object_id)]]))
+                )
+
+    by_category: dict[Identifier, dict[str, float | None]] = {}
+    for category, pairs in matched.items():
+        scores, ious = np.array(pairs).reshape(-1, 2).T
+        varied = len(np.unique(scores)) > 1 and len(np.unique(ious)) > 1
+        correlation = float(spearmanr(scores, ious).statistic) if varied else None
+        by_category[category] = {
+            "score_iou_correlation": correlation,
+            "matched_iou": float(ious.mean()) if pairs else None,
+        }
+
+    def weighted_mean(metric: str) -> float | None:
+        known = [(values[metric], len(matched[category])) for category, values in by_category.items()]
+        known = [(value, count) for value, count in known if value is not None]
+        total = sum(count for _, count in known)
+        return sum(value * count for value, count in known) / total if total else None
+
+    return {metric: weighted_mean(metric) for metric in AGREEMENT_METRICS}, by_category
+
+
+def voc_average_precision(
+    annotations: CocoAnnotations, detections: list[DetectionRecord], iou_threshold: float = 0.5
+) -> dict[Identifier, tuple[float | None, float | None]]:
+    """PASCAL VOC's AP of each category id: (area under the curve, as from 2010 on; at 11 recalls, as in 2007).
+
+    A detection takes the object it overlaps most, if by iou_threshold or more: it is right if that object was not taken
+    yet, wrong if it was, and neither if the object is difficult (or a crowd region).
+    """
+    objects: dict[tuple[Identifier | None, Identifier], list[AnnotatedObject]] = {}
+    for image in annotations.images:
+        for entry in image.objects:
+            objects.setdefault((entry.category_id, image.image_id), []).append(entry)
+    by_category: dict[Identifier, list[DetectionRecord]] = {}
+    for record in detections:
+        by_category.setdefault(record.category_id, []).append(record)
+
+    def corners(records: Sequence[AnnotatedObject | DetectionRecord]) -> Tensor:
+        return torch.tensor([record.box for record in records], dtype=torch.float64).reshape(-1, 4)
+
+    scores: dict[Identifier, tuple[float | None, float | None]] = {}
+    for category_id in annotations.categories:
+        of_category = {
+            image_id: entries for (category, image_id), entries in objects.items() if category == category_id
+        }
+        boxes = {image_id: corners(entries) for image_id, entries in of_category.items()}
+        skip = {
+            image_id: [entry.difficult or entry.crowd for entry in of_category[image_id]] for image_id in of_category
+        }
+        num_objects = sum(len(flags) - sum(flags) for flags in skip.values())
+        if num_objects == 0:
+            scores[category_id] = (None, None)
+            continue
+        ranked = sorted(by_category.get(category_id, []), key=lambda record: -record.score)
+        taken = {image_id: [False] * len(flags) for image_id, flags in skip.items()}
+        right = np.zeros(len(ranked))
+        wrong = np.zeros(len(ranked))
+        for place, record in enumerate(ranked):
+            if record.image_id not in boxes:
+                wrong[place] = 1
+                continue
+            overlap, index = box_iou(corners([record]), boxes[record.image_id])[0].nan_to_num().max(0)
+            if overlap < iou_threshold:
+                wrong[place] = 1
+            elif skip[record.image_id][index]:
+                continue
+            elif taken[record.image_id][index]:
+                wrong[place] = 1
+            else:
+                right[place] = 1
+                taken[record.image_id][index] = True
+        recall = right.cumsum() / num_objects
+        precision = right.cumsum() / np.maximum(right.cumsum() + wrong.cumsum(), 1e-12)
+        at_recalls = [precision[recall >= level].max(initial=0.0) for level in np.linspace(0, 1, 11)]
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        area = float(np.sum(np.diff(recall, prepend=0.0) * envelope))
+        scores[category_id] = area, float(np.mean(at_recalls))
+    return scores
+
+
+def score(
+    ground_truth: Any,
+    detections: Any,
+    defects: Defects | None = None,
+    *,
+    max_detections: int | None = None,
+    sources: tuple[str, str] = ("annotations", "detections"),
+) -> dict[str, Any]:
+    """Every metric, overall and by class, as written to JSON.
+
+    Args:
+        ground_truth: COCO's object with images, annotations and categories, as read from JSON. An annotation may be
+            "difficult" or "ignore": it is then neither asked for nor punished.
+        detections: COCO's list of results. One with a box or a score that is not a number counts as wrong.
+        defects: takes what is dropped or changed in both.
+        max_detections: per image and class, the best by score; by default 100, as COCO has it, and 300 where an image
+            has more than 100 objects of a class. The metrics then say COCO's AP too ("AP_at_100").
+        sources: the two files, for messages.
+
+    Raises:
+        ValueError: one is not what COCO has, or no detection is of an image and a class of the annotations.
+    """
+    defects = defects if defects is not None else Defects()
+    annotations = parse_coco(ground_truth, sources[0], defects)
+    image_ids = [image.image_id for image in annotations.images]
+    records = parse_coco_detections(detections, sources[1], image_ids, annotations.categories, defects)
+    num_objects: dict[Identifier | None, int] = {}
+    most_objects = 0
+    for image in annotations.images:
+        wanted = Counter(entry.category_id for entry in image.objects if not entry.crowd and not entry.difficult)
+        most_objects = max(most_objects, *wanted.values(), 0)
+        for category, count in wanted.items():
+            num_objects[category] = num_objects.get(category, 0) + count
+    if max_detections is None:
+        max_detections = COCO_LIMIT if most_objects <= COCO_LIMIT else CROWDED_LIMIT
+    evaluation = BoxEvaluation(annotations, records, max_detections)
+    overall, per_category = coco_scores(evaluation)
+    agreement, agreement_per_category = score_iou_agreement(evaluation)
+    voc = voc_average_precision(annotations, records)
+    areas = [area for area, _ in voc.values() if area is not None]
+    elevens = [eleven for _, eleven in voc.values() if eleven is not None]
+    names = Counter(annotations.categories.values())
+    per_class = {}
+    for category_id, name in annotations.categories.items():
+        area, eleven = voc[category_id]
+        per_class[name if names[name] == 1 else f"{name} (id {category_id})"] = {
+            "objects": num_objects.get(category_id, 0),
+            **per_category[category_id],
+            "VOC_AP50": area,
+            "VOC07_AP50": eleven,
+            **agreement_per_category[category_id],
+        }
+    limits = {"max_detections": max_detections, "most_objects_of_a_class": most_objects}
+    if max_detections != COCO_LIMIT:
+        limits["AP_at_100"] = evaluation.average_precision(limit=evaluation.params.maxDets.index(COCO_LIMIT))
+    return {
+        **overall,
+        "VOC_AP50": sum(areas) / len(areas) if areas else None,
+        "VOC07_AP50": sum(elevens) / len(elevens) if elevens else None,
+        **agreement,
+        **limits,
+        "images": len(annotations.images),
+        "per_class": per_class,
+    }
+
+
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """The metrics as a table, class by class and overall."""
+    columns = ("AP", "AP50", "AP75", "VOC_AP50", "VOC07_AP50")
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    def cells(row: dict[str, Any]) -> str:
+        return "".join(f"{percent(row[name]):>12}" for name in columns)
+
+    width = max([len(name) for name in metrics["per_class"]] + [8])
+    lines = [f"{'':{width}}{'objects':>9}" + "".join(f"{name:>12}" for name in columns)]
+    for name, row in metrics["per_class"].items():
+        lines.append(f"{name:{width}}{row['objects']:>9}{cells(row)}")
+    objects = sum(row["objects"] for row in metrics["per_class"].values())
+    lines.append(f"{'all':{width}}{objects:>9}{cells(metrics)}")
+    small, medium, large = (percent(metrics[f"AP_{size}"]) for size in ("small", "medium", "large"))
+    lines.append(f"AP of small objects {small}, medium {medium}, large {large}; {metrics['images']} images")
+    correlation, matched_iou = ("-" if metrics[name] is None else f"{metrics[name]:.3f}" for name in AGREEMENT_METRICS)
+    lines.append(
+        f"detections right at IoU 0.5: mean IoU {matched_iou}, its rank correlation with the score {correlation}"
+    )
+    limit, most = metrics["max_detections"], metrics["most_objects_of_a_class"]
+    if "AP_at_100" in metrics:
+        lines.append(
+            f"AP counts the best {limit} detections per image and class (an image has {most} objects of one class); "
+            f"with the best 100, COCO's limit, it is {percent(metrics['AP_at_100'])}"
+        )
+    if most > limit:
+        lines.append(
+            f"An image has {most} objects of one class, and the best {limit} detections per image and class count: "
+            "no detector can find them all. --max-detections raises the limit"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,411 @@
+"""Annotation files as people have them: read as they are meant, or left out and counted; never wrong in silence."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_data import draw_image, voc_object, write_coco, write_voc, write_voc_annotation
+
+from detector.annotations import (
+    Defects,
+    as_flag,
+    as_identifier,
+    as_name,
+    as_number,
+    as_size,
+    parse_coco,
+    parse_xml,
+    read_json,
+)
+from detector.data import note_small_objects, read_coco, read_voc
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [(3, 3), (2.5, 2.5), ("3", 3), (" 2.5 ", 2.5), ("1e2", 100), (0, 0)]
+    + [(value, None) for value in (True, None, "", "x", [1], float("nan"), "inf", 10**400, "1,5")],
+)
+def test_a_number_may_be_text_and_must_be_finite(value: object, number: float | None) -> None:
+    assert as_number(value) == number
+
+
+@pytest.mark.parametrize(
+    ("value", "flag", "counted"),
+    [(value, False, 0) for value in (0, "0", False, None, 0.0, "false", "No", " 0 ", "")]
+    + [(value, True, 0) for value in (1, "1", True, 1.0, "true", "Yes")]
+    + [(value, False, 1) for value in (2, -1, "maybe", [1], "0.5")],
+)
+def test_a_flag_may_be_text(value: object, flag: bool, counted: int) -> None:
+    defects = Defects()
+    assert as_flag(value, defects, "here") is flag
+    assert sum(defects.counts().values()) == counted
+
+
+@pytest.mark.parametrize(
+    ("value", "identifier"),
+    [(7, 7), ("7", 7), (7.0, 7), (0, 0), ("0", 0), ("007", "007"), ("street_7", "street_7"), (2**60 + 1, 2**60 + 1)]
+    + [("-3", -3), ("9" * 5000, "9" * 5000)]
+    + [(value, None) for value in (None, True, 7.5, float("nan"), [7], {})],
+)
+def test_an_id_is_the_same_as_number_and_as_text(value: object, identifier: int | str | None) -> None:
+    assert as_identifier(value) == identifier
+
+
+def test_names_and_sizes() -> None:
+    assert as_name(" cell ") == "cell" and as_name(3) == "3" and as_name("  ") is None and as_name(None) is None
+    assert as_size("640", 480.0) == (640, 480)
+    for width, height in ((0, 480), (640, None), (float("nan"), 480), ("wide", 480), (-5, 5)):
+        assert as_size(width, height) == (None, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COCO
+
+
+def change_coco(root: Path, change: Callable[[dict[str, Any]], None], count: int = 2) -> Path:
+    """A COCO folder of `count` training images, each with a disc (category 3) and a square (7), its file changed."""
+    write_coco(root, {"train": count})
+    file = root / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return root
+
+
+def test_flags_and_numbers_that_are_text(tmp_path: Path) -> None:
+    def as_text(content: dict[str, Any]) -> None:
+        for entry in content["annotations"]:
+            entry.update(iscrowd="0", image_id=str(entry["image_id"]), category_id=f"{entry['category_id']}")
+            entry["bbox"] = [str(value) for value in entry["bbox"]]
+            entry["area"] = f"{entry['area']}"
+        for image in content["images"]:
+            image.update(width=str(image["width"]), height=str(image["height"]))
+
+    plain = read_coco(write_coco(tmp_path / "plain", {"train": 2}), "train")
+    data = read_coco(change_coco(tmp_path / "text", as_text), "train")
+    assert data.defects.counts() == {}
+    for one, other in zip(data.images, plain.images, strict=True):
+        assert one.image_id == other.image_id and one.boxes.equal(other.boxes) and one.labels.equal(other.labels)
+        assert not one.crowd.any() and one.areas.equal(other.areas)
+
+
+def test_images_that_share_an_id_are_both_left_out_and_so_are_their_annotations(tmp_path: Path) -> None:
+    def merge(content: dict[str, Any]) -> None:
+        content["images"][1]["id"] = content["images"][0]["id"]
+
+    data = read_coco(change_coco(tmp_path, merge, count=3), "train")
+    assert [image.image_id for image in data.images] == [3]
+    # The second image's own id is no longer listed.
+    assert data.defects.counts() == {
+        "images that share an id: left out": 2,
+        "annotation of an image that is not listed: left out": 2,
+    }
+
+
+def test_one_image_file_under_two_ids(tmp_path: Path) -> None:
+    """With the same objects it is read once; with others nobody knows which are right."""
+
+    def repeat(content: dict[str, Any]) -> None:
+        first, second, third = content["images"]
+        second["file_name"] = first["file_name"]
+        boxes = [entry["bbox"] for entry in content["annotations"] if entry["image_id"] == first["id"]]
+        for entry, box in zip((e for e in content["annotations"] if e["image_id"] == second["id"]), boxes, strict=True):
+            entry["bbox"] = box
+        pairs = {
+            number: {e["category_id"] for e in content["annotations"] if e["image_id"] == number} for number in (1, 2)
+        }
+        assert pairs[1] == pairs[2]
+        for entry in content["annotations"]:
+            if entry["image_id"] == second["id"]:
+                twin = next(e for e in content["annotations"] if e["image_id"] == 1 and e["bbox"] == entry["bbox"])
+                entry["category_id"] = twin["category_id"]
+        assert third["id"] == 3
+
+    data = read_coco(change_coco(tmp_path / "same", repeat, count=3), "train")
+    assert [image.image_id for image in data.images] == [1, 3]
+    assert data.defects.counts() == {"image listed twice: the second skipped": 1}
+
+    def other(content: dict[str, Any]) -> None:
+        content["images"][1]["file_name"] = content["images"][0]["file_name"]
+
+    data = read_coco(change_coco(tmp_path / "other", other, count=3), "train")
+    assert [image.image_id for image in data.images] == [3]
+    assert data.defects.counts() == {"image listed twice with other objects: left out": 1}
+
+
+def test_every_bad_annotation_is_counted_also_without_an_id(tmp_path: Path) -> None:
+    def spoil(content: dict[str, Any]) -> None:
+        for entry in content["annotations"]:
+            del entry["id"]
+        content["annotations"] += [{"image_id": 1, "category_id": 3} for _ in range(5)]
+        content["annotations"] += [
+            {"image_id": 1, "category_id": 3, "bbox": [1, 2, None, 4], "id": 1} for _ in range(3)
+        ]
+        content["annotations"] += [None, 7, {"category_id": 3, "bbox": [1, 1, 5, 5]}]
+
+    data = read_coco(change_coco(tmp_path, spoil), "train")
+    assert data.defects.counts() == {
+        "object without a name or a box: left out": 5,
+        "object with a coordinate that is not a number: left out": 3,
+        "annotation of an image that is not listed: left out": 3,
+    }
+    assert data.num_objects() == 4
+
+
+def test_crowds_are_no_objects(tmp_path: Path) -> None:
+    data = read_coco(
+        change_coco(tmp_path, lambda content: [entry.update(iscrowd=1) for entry in content["annotations"]]), "train"
+    )
+    assert data.num_objects() == 0
+    assert data.summary().startswith("train: 2 images, 0 objects, 4 crowd regions, 2 classes")
+    assert data.defects.counts() == {"image with nothing but crowd regions": 2}
+
+
+def test_categories_of_every_kind(tmp_path: Path) -> None:
+    def names(content: dict[str, Any]) -> None:
+        content["categories"] = [{"id": "7", "name": 1}, {"id": 3}, {"name": "lost"}]
+
+    data = read_coco(change_coco(tmp_path / "numbers", names), "train")
+    assert data.class_names == ["3", "1"] and data.category_ids == [3, 7]
+    assert data.defects.counts() == {
+        "category without a name: named by its id": 1,
+        "category without an id: left out": 1,
+    }
+
+    data = read_coco(change_coco(tmp_path / "none", lambda content: content.pop("categories")), "train")
+    assert data.class_names == ["3", "7"]
+    assert data.defects.counts() == {"no list of categories: classes are named by their ids": 1}
+
+    def same_name(content: dict[str, Any]) -> None:
+        content["categories"][0]["name"] = content["categories"][1]["name"]
+
+    data = read_coco(change_coco(tmp_path / "same", same_name), "train")
+    assert data.class_names == ["square"] and data.num_objects() == 4
+    assert data.defects.counts() == {"category ids that share the name 'square': one class": 1}
+
+    def same_id(content: dict[str, Any]) -> None:
+        content["categories"][0]["id"] = content["categories"][1]["id"]
+
+    with pytest.raises(ValueError, match=r"categories\[1\]: id 7 is 'square' and 'disc'"):
+        read_coco(change_coco(tmp_path / "clash", same_id), "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON.*cut off"),
+        (b'{"images": [{"id": 1', "is not JSON.*cut off"),
+        (b"[]", "expected COCO's object with images, annotations and categories, got a list"),
+        (b'{"images": []}', r"annotations: expected COCO's list of annotations, and it has only \['images'\]"),
+        (b'{"images": {}, "annotations": []}', "images: expected COCO's list of images, got an object"),
+        (b"\xff\xfe\x00", "expected COCO's"),
+        (b"[" * 100_000, "nests too deeply"),
+    ],
+)
+def test_a_file_that_is_not_cocos_is_named_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    root = write_coco(tmp_path, {"train": 1})
+    file = root / "annotations" / "instances_train.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_coco(root, "train")
+    assert str(raised.value).startswith(str(file)) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_in_every_encoding_of_unicode(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.json").write_bytes(json.dumps({"name": "Zürich"}, ensure_ascii=False).encode(encoding))
+    assert read_json(tmp_path / "a.json", "a name") == {"name": "Zürich"}
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.json: expected a name, and it cannot be read: No such file"):
+        read_json(tmp_path / "none.json", "a name")
+
+
+def test_random_values_anywhere_never_crash_the_reader() -> None:
+    """Whatever a value is replaced by, the answer is annotations, or a ValueError of one line that names the file."""
+    rng = np.random.default_rng(0)
+    values = [None, True, -1, 2**70, 0.5, float("nan"), float("inf"), "", "x", "1", [], [1, 2, 3, 4], {}, {"id": 1}]
+    for _ in range(3000):
+        content: Any = {
+            "images": [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 48} for n in (1, 2)],
+            "annotations": [
+                {"id": n, "image_id": n, "category_id": 3, "bbox": [1, 2, 3, 4], "area": 9} for n in (1, 2)
+            ],
+            "categories": [{"id": 3, "name": "thing"}, {"id": 4, "name": "other"}],
+        }
+        for _ in range(int(rng.integers(1, 4))):
+            place = content
+            while isinstance(place, (dict, list)) and len(place) > 0:
+                keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+                key = keys[rng.integers(len(keys))]
+                if rng.random() < 0.4 or not isinstance(place[key], (dict, list)):
+                    place[key] = values[rng.integers(len(values))]
+                    break
+                place = place[key]
+        try:
+            parsed = parse_coco(content, "file.json", Defects())
+        except ValueError as error:
+            assert str(error).startswith("file.json: ") and "\n" not in str(error)
+            continue
+        for image in parsed.images:
+            for entry in image.objects:
+                assert np.isfinite(entry.box).all() and entry.category_id in parsed.categories
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VOC
+
+
+def test_names_with_blanks_flags_and_suffixes_in_a_list(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"train": 4})
+    for folder, suffix in (("JPEGImages", "png"), ("Annotations", "xml")):
+        (root / folder / f"image_001.{suffix}").rename(root / folder / f"image 1 copy.{suffix}")
+        (root / folder / f"image_002.{suffix}").rename(root / folder / f"image (1).{suffix}")
+    lines = ["image_000 -1", "  image 1 copy ", "image (1)", "image_003.png", "", "image (2)"]
+    (root / "ImageSets" / "Main" / "train.txt").write_text("\n".join(lines))
+    data = read_voc(root, "train")
+    assert [image.name for image in data.images] == ["image_000", "image 1 copy", "image (1)", "image_003"]
+    assert data.defects.counts() == {"image without an annotation file: skipped": 1}
+    assert "image (2)" in data.summary()
+
+
+def test_an_image_listed_twice_is_read_once(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"train": 2})
+    (root / "ImageSets" / "Main" / "train.txt").write_text("image_000\nimage_001\nimage_000\n")
+    data = read_voc(root, "train")
+    assert [image.name for image in data.images] == ["image_000", "image_001"]
+    assert data.defects.counts() == {"image listed twice: the second skipped": 1}
+
+
+def test_images_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    for year in ("VOC2007", "VOC2012"):
+        root = write_voc(tmp_path / year, {"trainval": 1})
+        write_voc_annotation(root / "Annotations" / "image_000.xml", (128, 96), [voc_object("disc", (9, 9, 9, 9))])
+    data = read_voc(tmp_path, "VOC2007/trainval+VOC2012/trainval", ["disc"])
+    assert [image.name for image in data.images] == ["image_000", "VOC2012/image_000"]
+    assert data.defects.counts()["object without area inside its image: left out"] == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    root = write_voc(tmp_path, {"train": 2})
+    (root / "ImageSets" / "Main" / "train.txt").write_bytes("image_000\r\nimage_001\r\n".encode(encoding))
+    assert len(read_voc(root, "train").images) == 2
+
+
+def test_a_name_that_is_not_utf_8_is_the_same_file(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"train": 1})
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    (root / "JPEGImages" / "image_000.png").rename(root / "JPEGImages" / f"{name}.png")
+    (root / "Annotations" / "image_000.xml").rename(root / "Annotations" / f"{name}.xml")
+    (root / "ImageSets" / "Main" / "train.txt").write_bytes(b"caf\xe9\n")
+    assert [image.name for image in read_voc(root, "train").images] == [name]
+
+
+def test_of_several_image_files_the_one_that_the_annotation_names(tmp_path: Path) -> None:
+    root, size = tmp_path, (64, 48)
+    objects = voc_object("disc", (1, 1, 9, 9))
+    for name, file_name in (("a", "a.png"), ("b", None), ("c", "stale.jpg"), ("d", "elsewhere.png"), ("e", "E.PNG")):
+        tag = f"<filename>{file_name}</filename>" if file_name else ""
+        (root / "Annotations").mkdir(exist_ok=True)
+        sides = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+        (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{tag}{sides}{objects}</annotation>")
+    for file in ("a.jpg", "a.png", "b.png", "b.JPG", "c.png", "stale.jpg", "elsewhere.png", "e.PNG"):
+        draw_image(root / "JPEGImages" / file, [], size, 0)
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("a\nb\nc\nd\ne\n")
+    data = read_voc(root, "train")
+    assert [image.path.name for image in data.images] == ["a.png", "b.JPG", "c.png", "elsewhere.png", "e.PNG"]
+    assert data.defects.counts() == {
+        "several image files of one name: .JPG taken": 1,
+        "annotation that names another image: the image of its own name taken": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ('<?xml version="1.0" encoding="gb2312"?>\n<annotation><a>猫</a></annotation>'.encode("gb2312"), "猫"),
+        ("<?xml version='1.0' encoding='Shift_JIS'?><annotation><a>猫</a></annotation>".encode("shift_jis"), "猫"),
+        (b'<?xml version="1.0" encoding="ANSI"?><annotation><a>cat</a></annotation>', "cat"),
+        ('<?xml version="1.0" encoding="latin-1"?><annotation><a>é</a></annotation>'.encode("latin-1"), "é"),
+        (codecs.BOM_UTF8 + b"<annotation><a>cat</a></annotation>", "cat"),
+        ('<?xml version="1.0" encoding="utf-16"?><annotation><a>cat</a></annotation>'.encode("utf-16"), "cat"),
+        (b'\n  <?xml version="1.0"?><annotation><a>cat</a></annotation>', "cat"),
+        (b'<?xml version="1.0" encoding="ANSI"?><annotation><a>\xff</a></annotation>', None),
+        ('<?xml version="1.0" encoding="gb2312"?><annotation><a>猫</a>'.encode("gb2312"), None),
+        (b'<?xml version="1.0" encoding="hex"?><annotation/>', None),
+        (b"", None),
+        (b"\x00" * 20, None),
+    ],
+)
+def test_xml_in_the_encoding_it_declares(content: bytes, name: str | None) -> None:
+    root = parse_xml(content)
+    assert (root.findtext("a") if root is not None else None) == name
+
+
+def test_one_voc_file_in_an_encoding_that_fails_costs_only_itself(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"train": 3})
+    file = root / "Annotations" / "image_001.xml"
+    file.write_bytes(b'<?xml version="1.0" encoding="ANSI"?>' + file.read_bytes().replace(b"disc", b"\xff\xfe"))
+    data = read_voc(root, "train")
+    assert [image.name for image in data.images] == ["image_000", "image_002"]
+    assert data.defects.counts() == {"annotation file that is not XML: image skipped": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes
+
+
+def test_boxes_that_are_fractions_are_refused(tmp_path: Path) -> None:
+    def divide(content: dict[str, Any]) -> None:
+        for entry in content["annotations"]:
+            x, y, w, h = entry["bbox"]
+            entry["bbox"] = [x / 128, y / 96, w / 128, h / 96]
+
+    with pytest.raises(ValueError, match="expected boxes in pixels, and all 4 lie between 0 and 1"):
+        read_coco(change_coco(tmp_path / "coco", divide), "train")
+    root = write_voc(tmp_path / "voc", {"train": 1})
+    write_voc_annotation(root / "Annotations" / "image_000.xml", (128, 96), [voc_object("disc", (0.1, 0.1, 0.5, 0.6))])
+    with pytest.raises(ValueError, match="expected boxes in pixels"):
+        read_voc(root, "train")
+
+
+def test_objects_under_a_pixel_of_the_input_are_counted(tmp_path: Path) -> None:
+    def add(content: dict[str, Any]) -> None:
+        # At 64 x 64 pixels a box of 2 x 2 in 128 x 96 is 1 x 1.33, one of 1.9 x 40 is under a pixel wide.
+        content["annotations"] = [
+            {"image_id": 1, "category_id": 3, "bbox": [10, 10, 2, 2]},
+            {"image_id": 1, "category_id": 3, "bbox": [10, 10, 1.9, 40]},
+            {"image_id": 1, "category_id": 3, "bbox": [10, 10, 1, 1], "iscrowd": 1},
+        ]
+
+    data = read_coco(change_coco(tmp_path, add, count=1), "train")
+    note_small_objects(data, 64)
+    assert data.defects.counts() == {
+        "object under a pixel of the input of 64: not trained on unless augmentation enlarges it": 1
+    }
+    assert "000000000001.jpg object 1" in data.summary()
+
+
+def test_an_image_without_a_size_is_measured_the_right_way_up(tmp_path: Path) -> None:
+    def turn(content: dict[str, Any]) -> None:
+        del content["images"][0]["width"]
+
+    root = change_coco(tmp_path, turn, count=1)
+    path = root / "train" / "000000000001.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        image.load()
+        image.save(path, exif=exif)
+    (image,) = read_coco(root, "train").images
+    assert (image.width, image.height) == (96, 128)
