@@ -80,9 +80,11 @@ def choose_backend(backend: str | None, device_type: str, device_index: int | No
     """The backend to use for tensors on this device: the one asked for, or the first that can be used."""
     cuda_index = device_index if device_type == "cuda" else None
     if backend is None:
-        # Triton's interpreter takes CPU tensors, but only on request.
-        fitting = (name for name in DEVICES if not DEVICES[name] or DEVICES[name][-1] == device_type)
-        return next(name for name in fitting if not _usage_error(name, cuda_index))
+        for name, device_types in DEVICES.items():
+            # Triton's interpreter takes CPU tensors, but only on request.
+            fits = not device_types or device_types[-1] == device_type
+            if fits and not _usage_error(name, cuda_index):
+                return name
     check_backend(backend)
     if cuda_index is None and torch.cuda.is_available():
         cuda_index = torch.cuda.current_device()
