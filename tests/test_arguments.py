@@ -989,7 +989,7 @@ def test_wrong_call_of_the_function(kind: str) -> None:
 def test_an_explained_error_keeps_nothing_alive() -> None:
     """Neither a second traceback to read, nor a cycle of frames that holds the tensors of a call that failed."""
     arguments = {**packed(), "gt_labels": torch.zeros(2, dtype=torch.int64)}
-    alive = weakref.ref(arguments["cls_scores"])
+    alive = weakref.ref(arguments["cls_logits"])
     gc.collect()
     gc.disable()
     try:
