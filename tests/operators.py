@@ -24,7 +24,7 @@ def backend_is(operator: Operator) -> AbstractContextManager[object]:
 
 
 def operator_arguments(
-    *arguments: Any, function: Callable[..., mg_ops.MutualMatch] = mg_ops.mutual_match, **options: Any
+    *arguments: Any, function: Callable[..., mg_ops.MutualMatch] = matching.mutual_match, **options: Any
 ) -> tuple[Any, ...]:
     """What `mg_ops.mutual_match`, or a matcher, hands to the operator for these arguments, in the operator's order."""
     taken: list[tuple[Any, ...]] = []

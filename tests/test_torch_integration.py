@@ -131,10 +131,8 @@ def test_inputs_are_not_changed(target: Target, seed: int) -> None:
 def test_fake_tensors_have_the_shapes_of_the_result(target: Target) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    arguments = operator_arguments(**packed_arguments("cpu"))
     with FakeTensorMode() as mode:
-        arguments = [
-            mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-            for value in operator_arguments(**packed_arguments("cpu"))
-        ]
+        arguments = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments]
         shapes = [(tuple(value.shape), value.dtype) for value in operator_of(target)(*arguments)]
     assert shapes == [((2, 70), torch.int64)] * 2 + [((4,), torch.int32)] * 2

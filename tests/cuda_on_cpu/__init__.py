@@ -27,7 +27,7 @@ from operators import backend_is, operator_arguments
 from torch import Tensor
 
 import mg_ops
-from mg_ops import library
+from mg_ops import library, matching
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -146,7 +146,7 @@ class Emulator:
             return self.operator(*arguments, seed=seed)
 
         with backend_is(operator):
-            return mg_ops.mutual_match(*arguments, **options)
+            return matching.mutual_match(*arguments, **options)
 
     def operator(
         self,
