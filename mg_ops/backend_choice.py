@@ -85,6 +85,7 @@ def choose_backend(backend: str | None, device_type: str, device_index: int | No
             fits = not device_types or device_types[-1] == device_type
             if fits and not _usage_error(name, cuda_index):
                 return name
+        return "eager"  # which any device takes
     check_backend(backend)
     if cuda_index is None and torch.cuda.is_available():
         cuda_index = torch.cuda.current_device()
