@@ -174,7 +174,7 @@ test-wheels: wheel  ## the test suite with the wheel under every supported torch
 lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format, and linters of the workflows and the citation file, without changing anything
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy mg_ops
+	$(VENV)/bin/mypy mg_ops detector
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml

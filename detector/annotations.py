@@ -173,7 +173,7 @@ def as_name(value: object) -> str | None:
 def as_size(width: object, height: object) -> tuple[int, int] | tuple[None, None]:
     """(width, height) in pixels; None twice unless both are at least 1."""
     sides = as_number(width), as_number(height)
-    if sides[0] is None or sides[1] is None or min(sides) < 1:  # type: ignore[type-var]
+    if sides[0] is None or sides[1] is None or sides[0] < 1 or sides[1] < 1:
         return None, None
     return round(sides[0]), round(sides[1])
 
@@ -196,8 +196,8 @@ def read_lines(path: Path) -> list[str]:
     Bytes that are not UTF-8 are kept as Python keeps them in file names, so that they name the same files.
     """
     content = path.read_bytes()
-    marks = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"))
-    marks += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+    marks = [(codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
+    marks += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
     encoding = next((encoding for mark, encoding in marks if content.startswith(mark)), "utf-8-sig")
     try:
         text = content.decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")

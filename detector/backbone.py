@@ -62,6 +62,7 @@ class VGG16(nn.Module):
         for layer in features:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                assert layer.bias is not None  # make_layers leaves none out, with batch norm neither
                 nn.init.zeros_(layer.bias)
         pools = [index for index, layer in enumerate(features) if isinstance(layer, nn.MaxPool2d)]
         self.normalize = Normalize()

@@ -215,7 +215,8 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
 class EvaluationSample(NamedTuple):
     """An image resized to the network's input, and what it takes to bring detections back; or why there is none."""
 
-    index: int
+    position: int
+    """Of its path."""
     image: Tensor | None
     """(3, S, S) uint8; None if the image cannot be used."""
     placement: Placement | None

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import font_manager
+from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
@@ -67,7 +68,7 @@ def draw_detections(image: Tensor, detections: Detections, class_names: list[str
     """The image (3, H, W) uint8 with a box and a label for each detection, a color for each class."""
     if len(detections.labels) == 0:
         return image
-    palette = mpl.colormaps["tab10" if len(class_names) <= 10 else "tab20"].colors
+    palette = [to_rgb(color) for color in mpl.color_sequences["tab10" if len(class_names) <= 10 else "tab20"]]
     colors = [tuple(int(255 * part) for part in palette[label % len(palette)]) for label in detections.labels.tolist()]
     captions = [
         f"{class_names[label]} {score:.2f}"
@@ -75,9 +76,10 @@ def draw_detections(image: Tensor, detections: Detections, class_names: list[str
     ]
     size = max(round(min(image.shape[1:]) / 32), 10)
     font = font_manager.findfont("DejaVu Sans")
-    return draw_bounding_boxes(
+    drawn: Tensor = draw_bounding_boxes(
         image, detections.boxes, captions, colors, width=max(size // 6, 1), font=font, font_size=size
     )
+    return drawn
 
 
 def save_picture(picture: Tensor, path: Path) -> None:
@@ -140,7 +142,8 @@ def main(argv: list[str] | None = None) -> int:
                     detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
                 )
             ]
-            records[index] = record = {"file": str(path), "objects": objects}
+            record: dict[str, Any] = {"file": str(path), "objects": objects}
+            records[index] = record
             for note in detections.notes:
                 print(f"{path}: {note}")
             try:

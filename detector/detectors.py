@@ -11,7 +11,8 @@ from detector.anchors import ANCHORS_PER_CELL, BASE_SIZE, level_cells, make_anch
 from detector.backbone import VGG16, make_backbone
 from detector.necks import FusionPyramid, ReceptiveFieldPyramid, TopDownPyramid
 
-NECKS = {"fssd": FusionPyramid, "retinanet": TopDownPyramid, "rfbnet": ReceptiveFieldPyramid}
+Neck = FusionPyramid | TopDownPyramid | ReceptiveFieldPyramid
+NECKS: dict[str, type[Neck]] = {"fssd": FusionPyramid, "retinanet": TopDownPyramid, "rfbnet": ReceptiveFieldPyramid}
 MODELS = tuple(NECKS)
 
 
@@ -35,7 +36,8 @@ class OneStageDetector(nn.Module):
         self.register_buffer("anchors", anchors, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(self.neck(self.backbone(images)))
+        cls_logits, box_deltas = self.head(self.neck(self.backbone(images)))
+        return cls_logits, box_deltas
 
 
 def make_detector(
@@ -77,17 +79,14 @@ class Head(nn.Module):
     def __init__(self, level_channels: list[int], num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.classes = nn.ModuleList(
-            nn.Conv2d(channels, ANCHORS_PER_CELL * num_classes, 3, padding=1) for channels in level_channels
-        )
-        self.boxes = nn.ModuleList(
-            nn.Conv2d(channels, ANCHORS_PER_CELL * 4, 3, padding=1) for channels in level_channels
-        )
-        for conv in [*self.classes, *self.boxes]:
-            nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
-        for conv in self.classes:
-            nn.init.constant_(conv.bias, -math.log(99))  # every class starts at p = 0.01
+        classes = [nn.Conv2d(channels, ANCHORS_PER_CELL * num_classes, 3, padding=1) for channels in level_channels]
+        boxes = [nn.Conv2d(channels, ANCHORS_PER_CELL * 4, 3, padding=1) for channels in level_channels]
+        for convs, bias in ((classes, -math.log(99)), (boxes, 0.0)):  # every class starts at p = 0.01
+            for conv in convs:
+                assert conv.bias is not None  # none is left out above
+                nn.init.normal_(conv.weight, std=0.01)
+                nn.init.constant_(conv.bias, bias)
+        self.classes, self.boxes = nn.ModuleList(classes), nn.ModuleList(boxes)
 
     def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The pyramid -> cls_logits (B, A, C) and box_deltas (B, A, 4), in the order of `make_anchors`."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from detector.annotations import Defects, read_json
 from detector.checkpoint import load_detector
 from detector.data import AnnotatedImages, default_splits, read_data
+from detector.detectors import OneStageDetector
 from detector.images import CANNOT_BE_DECODED, OTHER_PROPORTIONS
 from detector.inference import MAX_DETECTIONS, detect
 from detector.outputs import prepare_folder, write_json
@@ -21,7 +21,7 @@ from detector.scores import format_metrics, score, to_coco_detections, to_coco_g
 
 
 def evaluate(
-    model: nn.Module,
+    model: OneStageDetector,
     data: AnnotatedImages,
     image_size: int,
     device: torch.device | str,

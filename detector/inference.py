@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import batched_nms
 from tqdm import tqdm
 
 from detector.batches import EvaluationImages, collate_evaluation, load_batches
+from detector.detectors import OneStageDetector
 from mg_ops import BoxCoder
 
 SCORE_THRESHOLD = 0.005
@@ -70,7 +71,7 @@ def select_detections(
 
 
 def detect(
-    model: nn.Module, paths: list[Path], image_size: int, device: torch.device | str, **options: Any
+    model: OneStageDetector, paths: list[Path], image_size: int, device: torch.device | str, **options: Any
 ) -> tuple[dict[int, Detections], dict[int, str]]:
     """What `detect_each` gives with these arguments: the detections by index, and by index why others were left out."""
     found: dict[int, Detections] = {}
@@ -84,7 +85,7 @@ def detect(
 
 
 def detect_each(
-    model: nn.Module,
+    model: OneStageDetector,
     paths: list[Path],
     image_size: int,
     device: torch.device | str,
@@ -131,7 +132,7 @@ def detect_each(
     )
     try:
         for images, samples in tqdm(batches, "detecting", len(keys), leave=False, disable=not show_progress):
-            yield from ((sample.index, sample.notes[0]) for sample in samples if sample.placement is None)
+            yield from ((sample.position, sample.notes[0]) for sample in samples if sample.placement is None)
             if images is None:
                 continue
             with torch.no_grad(), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
@@ -146,7 +147,7 @@ def detect_each(
                 boxes = of_image.boxes.cpu() * torch.tensor([width / image_size, height / image_size]).repeat(2)
                 notes = sample.notes + (() if is_finite else (NOT_FINITE,))
                 boxes = sample.placement.to_annotation(boxes)
-                yield sample.index, Detections(boxes, of_image.scores.cpu(), of_image.labels.cpu(), notes)
+                yield sample.position, Detections(boxes, of_image.scores.cpu(), of_image.labels.cpu(), notes)
     finally:
         batches.close()
         model.train(was_training)

@@ -55,6 +55,7 @@ def run_program(main: Callable[[], object]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # any file name can be printed
     if "RANK" not in os.environ:  # under torchrun a process that waits for another would not come to the handler
         signal.signal(signal.SIGTERM, exit_by_signal)
+    problem: Exception
     try:
         result = main()
     except (ValueError, OSError, ImportError) as error:

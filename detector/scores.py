@@ -44,7 +44,8 @@ COCO_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1"
 def to_coco_ground_truth(data: AnnotatedImages, leave_out: list[int] | None = None) -> dict[str, list[dict[str, Any]]]:
     """A split as COCO's ground truth; `leave_out` are positions of images that could not be read."""
     left_out = set(leave_out or ())
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for position, image in enumerate(data.images):
         if position in left_out:
             continue
@@ -93,7 +94,7 @@ def to_coco_detections(found: dict[int, Detections], data: AnnotatedImages) -> l
     return records
 
 
-class BoxEvaluation(COCOeval):
+class BoxEvaluation(COCOeval):  # type: ignore[misc]  # pycocotools has no types
     """COCO's box evaluation, which leaves difficult objects out as it leaves those of another size out.
 
     A difficult object is not missed when it is not found, and a detection that matches it is neither right nor wrong.
@@ -260,8 +261,11 @@ def score_iou_agreement(
         }
 
     def weighted_mean(metric: str) -> float | None:
-        known = [(values[metric], len(matched[category])) for category, values in by_category.items()]
-        known = [(value, count) for value, count in known if value is not None]
+        known = [
+            (value, len(matched[category]))
+            for category, values in by_category.items()
+            if (value := values[metric]) is not None
+        ]
         total = sum(count for _, count in known)
         return sum(value * count for value, count in known) / total if total else None
 
@@ -379,7 +383,7 @@ def score(
             "VOC07_AP50": eleven,
             **agreement_per_category[category_id],
         }
-    limits = {"max_detections": max_detections, "most_objects_of_a_class": most_objects}
+    limits: dict[str, float | None] = {"max_detections": max_detections, "most_objects_of_a_class": most_objects}
     if max_detections != COCO_LIMIT:
         limits["AP_at_100"] = evaluation.average_precision(limit=evaluation.params.maxDets.index(COCO_LIMIT))
     return {

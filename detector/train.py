@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ from detector.batches import (
 )
 from detector.checkpoint import check_resumed, data_fingerprint, load_entry, read_checkpoint, save_atomically
 from detector.data import Defects, default_splits, note_small_objects, read_data
-from detector.detectors import MODELS, make_detector
+from detector.detectors import MODELS, OneStageDetector, make_detector
 from detector.evaluate import evaluate
 from detector.loss import BOX_LOSSES, detection_loss
 from detector.outputs import prepare_folder, strict_json, write_json
@@ -211,7 +211,7 @@ class Stopwatch:
         """Seconds since the last reading; waits for the GPU."""
         if self.on_gpu:
             torch.cuda.synchronize()
-            seconds = sum(start.elapsed_time(stop) / 1000 for start, stop in self.pairs)
+            seconds: float = sum(start.elapsed_time(stop) / 1000 for start, stop in self.pairs)
         else:
             seconds = sum(stop - start for start, stop in self.pairs)
         self.pairs.clear()
@@ -386,17 +386,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     autocast_type = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     if resumed is not None:
-        for entry, target in (("optimizer", optimizer), ("scaler", scaler)):
+        for name, target in (("optimizer", optimizer), ("scaler", scaler)):
             try:
-                target.load_state_dict(resumed[entry])
+                target.load_state_dict(resumed[name])
             except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-                raise ValueError(f"--resume: {checkpoint_file}: entry {entry!r} does not fit: {error!r}") from error
+                raise ValueError(f"--resume: {checkpoint_file}: entry {name!r} does not fit: {error!r}") from error
         say(f"continuing {args.out} at step {start_step} of {num_steps}")
     network: nn.Module = model
     if distributed:
         network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if args.compile:
-        network = torch.compile(network)
+        network = cast(nn.Module, torch.compile(network))  # declared as a function, whatever it compiles
     box_coder = mg_ops.BoxCoder()
 
     def save(step: int) -> None:
@@ -416,7 +416,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     def run_evaluation() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return evaluate(
-            average.module if average is not None else model,
+            cast(OneStageDetector, average.module) if average is not None else model,
             eval_data,
             args.image_size,
             device,
@@ -551,7 +551,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     torch.distributed.all_reduce(positives)
                     values /= num_processes
                 now = time.perf_counter()
-                entry = dict(zip(("loss", "cls_loss", "box_loss"), values.tolist(), strict=True))
+                entry: dict[str, Any] = dict(zip(("loss", "cls_loss", "box_loss"), values.tolist(), strict=True))
                 entry.update(zip(("cls_positives", "loc_positives"), positives.tolist(), strict=True))
                 entry["step"], entry["epoch"], entry["lr"] = step, images_done / len(train_data.images), lr
                 seconds = now - logged_at
@@ -572,9 +572,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 saved_at = time.perf_counter()
             if must_stop(step) and not is_last:
                 save(step + 1)
-                number = received[0] if received else signal.SIGTERM
-                say(f"\n{signal.Signals(number).name}: saved step {step + 1} of {num_steps}; --resume continues it")
-                raise SystemExit(128 + number)
+                stopped_by = signal.Signals(received[0] if received else signal.SIGTERM)
+                say(f"\n{stopped_by.name}: saved step {step + 1} of {num_steps}; --resume continues it")
+                raise SystemExit(128 + stopped_by)
             epochs_before, epochs_done = images_before // len(train_data.images), images_done // len(train_data.images)
             if args.eval_every and not is_last and epochs_done // args.eval_every > epochs_before // args.eval_every:
                 with saving_on_error(save, step + 1):

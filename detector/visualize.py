@@ -12,6 +12,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -20,6 +21,7 @@ from torchvision.transforms import v2
 import mg_ops
 from detector.checkpoint import load_detector
 from detector.data import AnnotatedImage, AnnotatedImages, LoadedImage, default_splits, load_image, read_data
+from detector.detectors import OneStageDetector
 from detector.images import OTHER_PROPORTIONS, decode
 from detector.inference import Detections, detect
 from detector.outputs import prepare_folder
@@ -29,7 +31,7 @@ from detector.run_log import read_log
 RED, GREEN, YELLOW = "#e6194b", "#3cb44b", "#ffe119"
 
 
-def plot_amplification(sigmas: list[float]) -> plt.Figure:
+def plot_amplification(sigmas: list[float]) -> Figure:
     """Figure 3: the amplified IoU (Eq. 1) over the anchor's IoU, for classification scores from 0 to 1."""
     iou = torch.linspace(0, 1, 201)
     figure, axes = plt.subplots(
@@ -91,8 +93,8 @@ def load(annotated: AnnotatedImage) -> LoadedImage:
 
 @torch.no_grad()
 def plot_assignment(
-    model: torch.nn.Module, image_size: int, data: AnnotatedImages, positions: list[int], sigma: float
-) -> plt.Figure:
+    model: OneStageDetector, image_size: int, data: AnnotatedImages, positions: list[int], sigma: float
+) -> Figure:
     """Figure 4: the positive anchors of static matching, and where those of each half of Mutual Guidance differ."""
     figure, axes = plt.subplots(
         len(positions), 3, figsize=(9.6, 3.35 * len(positions)), layout="constrained", squeeze=False
@@ -142,8 +144,9 @@ def plot_assignment(
         YELLOW: "positive by Classify to Localize only",
     }
     handles: list[Any] = [Line2D([], [], color=color) for color in meanings]
+    handles.append(object_handle())
     figure.legend(
-        [*handles, object_handle()],
+        handles,
         [*meanings.values(), "object"],
         loc="outside lower center",
         ncols=2,
@@ -157,7 +160,7 @@ def plot_detections(
     found: list[dict[int, Detections]],
     class_names: list[list[str]],
     images: list[AnnotatedImage],
-) -> plt.Figure:
+) -> Figure:
     """Figure 5: the detections of several checkpoints side by side, one image a row.
 
     Args:
@@ -173,7 +176,7 @@ def plot_detections(
         {names_of[label] for names_of, of_images in zip(class_names, found, strict=True)
          for detections in of_images.values() for label in detections.labels.tolist()}
     )  # fmt: skip
-    palette = mpl.colormaps["tab10" if len(present) <= 10 else "tab20"].colors
+    palette = mpl.color_sequences["tab10" if len(present) <= 10 else "tab20"]
     color_of = {name: mpl.colors.to_hex(palette[place % len(palette)]) for place, name in enumerate(present)}
     for row, annotated in enumerate(images):
         loaded = load(annotated)
@@ -199,8 +202,9 @@ def plot_detections(
                     clip_on=True,
                 )
     handles: list[Any] = [Line2D([], [], color=color, linewidth=1.6) for color in color_of.values()]
+    handles.append(object_handle())
     figure.legend(
-        [*handles, object_handle()],
+        handles,
         [*color_of, "object, as annotated"],
         loc="outside lower center",
         ncols=min(len(present) + 1, 6),
@@ -209,7 +213,7 @@ def plot_detections(
     return figure
 
 
-def plot_curves(runs: list[Path]) -> plt.Figure:
+def plot_curves(runs: list[Path]) -> Figure:
     """Loss, its parts, learning rate, and what evaluations there were, over epochs, for several runs.
 
     Raises:
@@ -288,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         figure.add_argument("--dpi", type=whole_number(1), default=150, help="of a .png or .jpg")
     args = parser.parse_args(argv)
 
-    suffixes = sorted(plt.Figure().canvas.get_supported_filetypes())
+    suffixes = sorted(Figure().canvas.get_supported_filetypes())
     if args.out.suffix[1:].lower() not in suffixes:
         raise ValueError(f"--out: expected a name that ends in .{', .'.join(suffixes)}, got {args.out}")
     prepare_folder(args.out.parent, [args.out.name])
