@@ -3,26 +3,28 @@
     python examples/torchvision_retinanet.py --steps 20
     python examples/torchvision_retinanet.py --images data/train --annotations data/train.json --size 512 --steps 1000
 
-Without --images it makes a small data set of colored rectangles first. What matters is `use_mutual_guidance`. Needs
-torchvision and pycocotools: `pip install torchvision pycocotools`. A torchvision built for another torch ends in
-"operator torchvision::nms does not exist": install both at once, from one place.
+Without --images it makes a small data set of colored rectangles first. What matters is `use_mutual_guidance`. Images
+and annotations are read as the detectors here read them. Needs torchvision. A torchvision built for another
+torch ends in "operator torchvision::nms does not exist": install both at once, from one place.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.datasets import CocoDetection
-from torchvision.transforms.functional import to_tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the readers in detector/
 
 import mg_ops
+from detector.data import AnnotatedImages, LoadedImage, load_image, read_coco
+from detector.images import OTHER_PROPORTIONS, decode
 from mg_ops.adapters.torchvision import use_mutual_guidance
 
 
@@ -48,15 +50,24 @@ def make_small_data(folder: Path, num_images: int, size: int = 128) -> Path:
     return path
 
 
-def to_target(annotations: list[dict[str, Any]], label_of: dict[int, int]) -> dict[str, Tensor]:
-    """COCO's annotations of an image as torchvision's target, without boxes of no size, which torchvision refuses."""
-    kept = [annotation for annotation in annotations if min(annotation["bbox"][2:]) > 0]
-    boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
-    return {
-        "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
-        "labels": torch.tensor([label_of[annotation["category_id"]] for annotation in kept], dtype=torch.int64),
-        "iscrowd": torch.tensor([annotation.get("iscrowd", 0) for annotation in kept], dtype=torch.int64),
-    }
+def draw_batch(data: AnnotatedImages, count: int) -> list[LoadedImage]:
+    """Random images and their objects; one that cannot be used is named and taken out."""
+    batch: list[LoadedImage] = []
+    while len(batch) < count:
+        if not data.images:
+            raise SystemExit("no image of this data set can be used")
+        annotated = data.images[int(torch.randint(0, len(data.images), ()))]
+        try:
+            loaded = load_image(annotated, decode(annotated.path))
+            problem = OTHER_PROPORTIONS
+        except OSError as error:
+            loaded, problem = None, str(error)
+        if loaded is None:
+            print(f"{annotated.name}: left out: {problem}")
+            data.images.remove(annotated)
+        else:
+            batch.append(loaded)
+    return batch
 
 
 def main() -> None:
@@ -77,12 +88,16 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as made:
         images = arguments.images or Path(made)
-        data = CocoDetection(str(images), str(arguments.annotations or make_small_data(images, num_images=16)))
-        label_of = {category: index for index, category in enumerate(sorted(data.coco.cats), start=1)}
+        annotations = arguments.annotations or make_small_data(images, num_images=16)
+        try:
+            data = read_coco(images, str(annotations.resolve()))
+        except ValueError as error:
+            parser.error(str(error))
+        print(data.summary())
         model = torchvision.models.detection.retinanet_resnet50_fpn_v2(
             weights=None,
             weights_backbone="DEFAULT" if arguments.pretrained_backbone else None,
-            num_classes=len(label_of) + 1,
+            num_classes=len(data.class_names) + 1,
             min_size=arguments.size,
             max_size=2 * arguments.size,
         )
@@ -98,11 +113,14 @@ def main() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         for step in range(1, arguments.steps + 1):
             is_logged = step == 1 or step % 10 == 0 or step == arguments.steps
-            pairs = [data[index] for index in torch.randint(0, len(data), (arguments.batch_size,)).tolist()]
-            batch = [to_tensor(image).to(arguments.device) for image, _ in pairs]
-            targets = [to_target(annotations, label_of) for _, annotations in pairs]
+            batch = draw_batch(data, arguments.batch_size)
+            pictures = [image.pixels.to(arguments.device) / 255 for image in batch]
+            targets = [
+                {"boxes": image.boxes, "labels": image.labels + 1, "iscrowd": image.crowd}  # 0 is the background
+                for image in batch
+            ]
             targets = [{key: value.to(arguments.device) for key, value in target.items()} for target in targets]
-            losses = model(batch, targets)
+            losses = model(pictures, targets)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)

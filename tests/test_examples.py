@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_data import write_coco
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,12 +38,34 @@ def test_the_plain_loop_learns() -> None:
 @pytest.mark.slow
 def test_torchvisions_retinanet_trains_on_a_small_set() -> None:
     pytest.importorskip("torchvision")
-    pytest.importorskip("pycocotools")
     finished = run("examples/torchvision_retinanet.py", "--steps", "2", "--size", "64", "--device", "cpu")
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
     steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == 2 and all("classification" in line and "0 without a positive" in line for line in steps)
+
+
+@pytest.mark.slow
+def test_torchvisions_retinanet_trains_on_annotations_as_people_have_them(tmp_path: Path) -> None:
+    """Flags as text, a box without a size, an image that is not there, one that cannot be decoded."""
+    pytest.importorskip("torchvision")
+    root = write_coco(tmp_path, {"train": 4})
+    file = root / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    for entry in content["annotations"]:
+        entry["iscrowd"] = "0"
+    content["annotations"].append({"image_id": 1, "category_id": 3, "bbox": [5, 5, 0, 5]})
+    content["images"].append({"id": 9, "file_name": "gone.jpg"})
+    file.write_text(json.dumps(content))
+    (root / "train" / "000000000002.jpg").write_bytes(b"")
+    command = ["--images", str(root / "train"), "--annotations", str(file), "--steps", "3", "--size", "64"]
+    finished = run("examples/torchvision_retinanet.py", *command, "--batch-size", "3", "--device", "cpu")
+    assert finished.returncode == 0, finished.stderr
+    assert "4 images, 8 objects, 2 classes" in finished.stdout
+    assert "1 x object without area inside its image: left out" in finished.stdout
+    assert "1 x image file missing: skipped (gone.jpg)" in finished.stdout
+    assert "000000000002.jpg: left out: cannot identify image file" in finished.stdout
+    assert len([line for line in finished.stdout.splitlines() if line.startswith("step ")]) == 2
 
 
 @pytest.mark.slow
