@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import mg_ops
 from mg_ops.adapters import mmdet
@@ -61,11 +62,27 @@ def test_each_task_can_be_asked_for() -> None:
         mmdet.MutualAssigner(task="both")
 
 
-def test_toods_call_and_weights_are_understood() -> None:
-    """TOOD's head passes alpha and beta by position, and reads a weight of each positive."""
-    result = mmdet.MutualAssigner().assign(*image(), 1, 6)
-    check_contract(result)
-    assert result.assign_metrics.tolist() == [1.0, 1.0, 0.0, 1.0, 0.0]
+def test_toods_call_is_understood() -> None:
+    """TOOD's head passes alpha and beta by position."""
+    check_contract(mmdet.MutualAssigner().assign(*image(), 1, 6))
+
+
+@pytest.mark.parametrize("task", ["classification", "localization"])
+def test_overlaps_and_metrics_are_those_of_the_regressed_boxes(task: str) -> None:
+    """1 for a perfect box, however far its anchor is; in TOOD's loss the class target of a positive is this IoU."""
+    predictions, objects, _ = image()
+    # The anchors of object 0 (the fourth) and object 1 (the first) regress half of them; the last, all of object 0.
+    predictions.bboxes = torch.tensor(
+        [[0.0, 0.0, 10.0, 5.0], [0.0, 0.0, 10.0, 8.0], [90.0, 0.0, 99.0, 9.0], [40, 40, 50, 45], [40, 40, 50, 50]]
+    )
+    result = mmdet.MutualAssigner(task=task).assign(predictions, objects)
+    expected = torch.tensor([0.5, 0.8, 0.0, 0.5, 1.0])
+    positive = result.gt_inds > 0
+    assert positive.tolist() == (
+        [True, True, False, False, True] if task == "classification" else [True, True, False, True, False]
+    )
+    torch.testing.assert_close(result.max_overlaps, torch.where(positive, expected, 0.0))
+    torch.testing.assert_close(result.assign_metrics, result.max_overlaps)
 
 
 def test_without_regions_to_ignore_nothing_is_ignored_for_them() -> None:
@@ -176,7 +193,6 @@ def test_the_real_assign_result_takes_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.gt_inds.tolist() == [1, 2, 2, 2, -1, 1, -1]
 
 
-SMALL_HEAD = {"num_classes": 3, "in_channels": 8, "feat_channels": 8, "stacked_convs": 1}
 RTMDET_HEAD = {
     "type": "RTMDetHead",
     "norm_cfg": {"type": "BN"},
@@ -197,29 +213,96 @@ YOLOX_HEAD = {
 }
 
 
-@pytest.mark.parametrize("config", [RTMDET_HEAD, YOLOX_HEAD], ids=["RTMDet", "YOLOX"])
-def test_the_real_heads_of_points_train(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+TOOD_HEAD = {
+    "type": "TOODHead",
+    "norm_cfg": {"type": "BN"},
+    "anchor_type": "anchor_free",
+    "anchor_generator": {
+        "type": "AnchorGenerator",
+        "ratios": [1.0],
+        "octave_base_scale": 4,
+        "scales_per_octave": 1,
+        "strides": [8, 16, 32],
+    },
+    "bbox_coder": {"type": "DeltaXYWHBBoxCoder"},
+    "initial_loss_cls": {"type": "FocalLoss", "activated": True},
+    "loss_cls": {"type": "QualityFocalLoss", "use_sigmoid": True, "activated": True},
+    "loss_bbox": {"type": "GIoULoss"},
+    "train_cfg": {
+        "assigner": {"type": mmdet.MutualAssigner},
+        "initial_assigner": {"type": "ATSSAssigner", "topk": 9},
+        "initial_epoch": 0,
+        "alpha": 1,
+        "beta": 6,
+        "allowed_border": -1,
+        "pos_weight": -1,
+    },
+}
+
+
+@pytest.fixture
+def small_head() -> Any:
+    """Makes a real head, and its loss for two images of two and one objects, with the assigner's results."""
     pytest.importorskip("mmcv.ops", reason="mmcv is not installed with its operators")
     models = pytest.importorskip("mmdet.models", reason="mmdet is not installed")
-    structures = pytest.importorskip("mmengine.structures")
-    torch.manual_seed(0)
-    config = {**SMALL_HEAD, **config}
-    head = getattr(models.dense_heads, config.pop("type"))(**importlib.import_module("mmengine").ConfigDict(config))
-    results = []
-    assign = head.assigner.assign
-    monkeypatch.setattr(
-        head.assigner, "assign", lambda *args, **kwargs: results.append(assign(*args, **kwargs)) or results[-1]
-    )
-    objects = [
-        structures.InstanceData(
-            bboxes=torch.tensor([[4.0, 4.0, 40.0, 36.0], [30.0, 20.0, 62.0, 60.0]]), labels=torch.tensor([0, 2])
-        ),
-        structures.InstanceData(bboxes=torch.tensor([[10.0, 10.0, 30.0, 30.0]]), labels=torch.tensor([1])),
-    ]
-    outputs = head([torch.randn(2, 8, 64 // stride, 64 // stride) for stride in (8, 16, 32)])
-    losses = head.loss_by_feat(*outputs, objects, [{"img_shape": (64, 64), "pad_shape": (64, 64)}] * 2)
-    total = sum(torch.stack(loss).sum() if isinstance(loss, list) else loss for loss in losses.values())
+    engine = pytest.importorskip("mmengine")
+
+    def make(config: dict[str, Any], assigner: str = "assigner") -> tuple[Any, Any, list[Any]]:
+        torch.manual_seed(0)
+        options = {"num_classes": 3, "in_channels": 8, "feat_channels": 8, "stacked_convs": 1, **config}
+        head = getattr(models.dense_heads, options.pop("type"))(**engine.ConfigDict(options))
+        results: list[Any] = []
+        assign = getattr(head, assigner).assign
+
+        def watched_assign(*args: Any, **kwargs: Any) -> Any:
+            results.append(assign(*args, **kwargs))
+            return results[-1]
+
+        getattr(head, assigner).assign = watched_assign
+        engine.MessageHub.get_current_instance().update_info("epoch", 0)  # TOOD's head asks for it
+        boxes = [
+            torch.tensor([[4.0, 4.0, 40.0, 36.0], [30.0, 20.0, 62.0, 60.0]]),
+            torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
+        ]
+        labels = [torch.tensor([0, 2]), torch.tensor([1])]
+        objects = [
+            engine.structures.InstanceData(bboxes=boxes[image], labels=labels[image]) for image in range(len(boxes))
+        ]
+
+        def loss() -> Tensor:
+            outputs = head([torch.randn(2, 8, 64 // stride, 64 // stride) for stride in (8, 16, 32)])
+            losses = head.loss_by_feat(*outputs, objects, [{"img_shape": (64, 64), "pad_shape": (64, 64)}] * 2)
+            return sum(torch.stack(loss).sum() if isinstance(loss, list) else loss for loss in losses.values())
+
+        return head, loss, results
+
+    return make
+
+
+@pytest.mark.parametrize("config", [RTMDET_HEAD, YOLOX_HEAD], ids=["RTMDet", "YOLOX"])
+def test_the_real_heads_of_points_train(config: dict[str, Any], small_head: Any) -> None:
+    head, loss, results = small_head(config)
+    total = loss()
     total.backward()
     assert total.isfinite()
     assert [set(result.gt_inds.tolist()) - {0, -1} for result in results] == [{1, 2}, {1}]
     assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+def test_the_real_tood_head_trains_each_positive_toward_the_iou_of_its_box(small_head: Any) -> None:
+    head, loss, results = small_head(TOOD_HEAD, "alignment_assigner")
+    targets = []
+    get_targets = head._get_targets_single
+
+    def watched_targets(*args: Any, **kwargs: Any) -> Any:
+        targets.append(get_targets(*args, **kwargs))
+        return targets[-1]
+
+    head._get_targets_single = watched_targets
+    total = loss()
+    total.backward()
+    assert total.isfinite()
+    for (*_, target), result in zip(targets, results, strict=True):
+        positive = result.gt_inds > 0
+        assert positive.any() and len(result.max_overlaps[positive].unique()) > 1
+        torch.testing.assert_close(target, torch.where(positive, result.max_overlaps, 0.0), rtol=1e-4, atol=0)

@@ -31,7 +31,7 @@ except ImportError:
         Args:
             num_gts: number of objects.
             gt_inds: (A,) int64, 1-based objects, 0 background, -1 ignored.
-            max_overlaps: (A,) float32, IoU of each anchor with its object.
+            max_overlaps: (A,) float32, IoU of each regressed box with its object.
             labels: (A,) int64, the label of each anchor's object, -1 where there is none.
         """
 
@@ -101,9 +101,10 @@ class MutualAssigner:
 
         Returns:
             `AssignResult` for the task: `gt_inds` (A,) 1-based objects, 0 background, -1 ignored; `labels`, -1 where
-            there is no object; `max_overlaps`, the IoU of the anchor with its object, 0 where there is none;
-            `assign_metrics` (A,), the weight TOOD reads, 1 for every positive. The match of localization, in the same
-            convention, is `result.get_extra_property("loc_gt_inds")`, whatever the task.
+            there is no object; `max_overlaps` and `assign_metrics` (A,), the IoU of the regressed box with its object,
+            0 where there is none. So the class target of a positive is the IoU of its own box in TOOD's, RTMDet's and
+            YOLOX's losses; it grows as the boxes do, up to 1. DDOD's loss reads neither. The match of localization, in
+            the same convention, is `result.get_extra_property("loc_gt_inds")`, whatever the task.
 
         Raises:
             ValueError: pred_instances lacks priors, bboxes or scores, or has points where boxes are expected or boxes
@@ -135,8 +136,10 @@ class MutualAssigner:
         objects = torch.where(task_match >= 0, task_match, num_gt)
         assigned = torch.cat([labels.long(), labels.new_full((1,), -1, dtype=torch.int64)])[objects]
         target = torch.cat([boxes.float(), boxes.new_zeros(1, 4, dtype=torch.float32)])[objects]
-        result = AssignResult(num_gt, to_mmdet(task_match), _overlaps(anchors.float(), target), assigned)
-        result.assign_metrics = (task_match >= 0).float()
+        overlaps = _overlaps(pred_boxes.detach().float(), target)
+        result = AssignResult(num_gt, to_mmdet(task_match), overlaps, assigned)
+        # TOOD scales an object's metrics to the largest of its overlaps: these metrics stay as they are.
+        result.assign_metrics = overlaps.clone()
         result.set_extra_property("loc_gt_inds", to_mmdet(loc_match))
         return result
 
