@@ -1,7 +1,7 @@
 """Mutual Guidance (Zhang et al., ACCV 2020) as one fused operator: `mg_ops.mutual_match`."""
 
 from mg_ops.backend_choice import backends
-from mg_ops.boxes import BoxCoder, box_iou
+from mg_ops.boxes import BoxCoder, anchors_from_points, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
 from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
@@ -15,6 +15,7 @@ __all__ = [
     "MutualMatch",
     "MutualMatcher",
     "Targets",
+    "anchors_from_points",
     "backends",
     "box_iou",
     "encode_targets",

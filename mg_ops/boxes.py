@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mg_ops import reference
-from mg_ops.checks import MAX_FLOAT, check_tensor, describe, is_in_range
+from mg_ops.checks import MAX_FLOAT, check_number, check_tensor, describe, is_in_range
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class BoxCoder:
 
 
 def anchors_from_points(points: Tensor, strides: Tensor, size: float) -> Tensor:
-    """The square anchor boxes of anchor points.
+    """The square anchor boxes of the points of an anchor-free detector, for `mutual_match`.
 
     Args:
         points: (A, 2) floating, their centers (x, y) in pixels.
@@ -116,7 +116,17 @@ def anchors_from_points(points: Tensor, strides: Tensor, size: float) -> Tensor:
 
     Returns:
         (A, 4) float32, (x1, y1, x2, y2) in pixels.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or number; the message names the argument.
+
+    Examples:
+        >>> mg_ops.anchors_from_points(torch.tensor([[4.0, 4.0]]), torch.tensor([8.0]), size=4.0)
+        tensor([[-12., -12.,  20.,  20.]])
     """
+    points = check_tensor("points", points, "floating point", ("A", 2), None)
+    strides = check_tensor("strides", strides, "floating point", (len(points),), points.device, "points")
+    size = check_number("size", size, 0.0, MAX_FLOAT, "a finite number of strides above 0")
     half = (strides.float() * (size / 2)).unsqueeze(1)
     return torch.cat([points.float() - half, points.float() + half], dim=1)
 
