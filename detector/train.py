@@ -260,20 +260,15 @@ def saving_on_error(save: Callable[[int], None], step: int) -> Iterator[None]:
         raise
 
 
-def try_matching(args: argparse.Namespace, device: torch.device) -> None:
-    """Matches one object, so that flags that the matching refuses are refused before data is read."""
+def make_matcher(args: argparse.Namespace, device: torch.device) -> mg_ops.MutualMatcher:
+    """The matcher that the flags say, tried on one object: what it refuses is refused before data is read."""
+    matcher = mg_ops.MutualMatcher(
+        strategy=args.strategy, sigma=args.sigma, backend=args.backend, box_coder=mg_ops.BoxCoder()
+    )
     box = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
     label = torch.zeros(1, dtype=torch.int64, device=device)
-    mg_ops.mutual_match(
-        box,
-        [box],
-        [label],
-        cls_logits=box[None, :, :1],
-        pred_boxes=box[None],
-        strategy=args.strategy,
-        sigma=args.sigma,
-        backend=args.backend,
-    )
+    matcher(box, [box], [label], cls_logits=box[None, :, :1], box_deltas=torch.zeros_like(box)[None])
+    return matcher
 
 
 def check_batch_norm(model: nn.Module, share: int, args: argparse.Namespace) -> None:
@@ -326,7 +321,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
-    try_matching(args, device)
+    matcher = make_matcher(args, device)
 
     # ---- The run's folder, and the checkpoint to resume from
     checkpoint_file = args.out / "last.pt"
@@ -397,7 +392,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if args.compile:
         network = cast(nn.Module, torch.compile(network))  # declared as a function, whatever it compiles
-    box_coder = mg_ops.BoxCoder()
+    box_coder = matcher.box_coder
+    assert box_coder is not None  # make_matcher gives it one
 
     def save(step: int) -> None:
         losses.check()
@@ -494,7 +490,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
             # Mutual Guidance: what the network predicts decides which anchors it learns from.
             matching_time.start()
-            match = mg_ops.mutual_match(
+            match = matcher(
                 model.anchors,
                 gt_boxes,
                 gt_labels,
@@ -502,10 +498,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 cls_logits=cls_logits,
                 box_deltas=box_deltas,
                 gt_crowd=gt_crowd,
-                box_coder=box_coder,
-                strategy=args.strategy,
-                sigma=args.sigma,
-                backend=args.backend,
             )
             matching_time.stop()
             parts = detection_loss(

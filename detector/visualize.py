@@ -121,7 +121,7 @@ def plot_assignment(
                 strategy=strategy,
                 sigma=sigma,
             )
-            positives[strategy] = (match.cls_match[0].cpu() >= 0, match.loc_match[0].cpu() >= 0)
+            positives[strategy] = (match.cls_positive[0].cpu(), match.loc_positive[0].cpu())
         anchors = model.anchors.cpu()
         static = positives["iou"][0]
         by_localization, by_classification = positives["mutual"]
