@@ -6,8 +6,10 @@ import argparse
 import io
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -36,16 +38,23 @@ def is_first_to_fail() -> bool:
         return True
 
 
+def exit_by_signal(signal_number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the process through every `finally`, as Ctrl-C does."""
+    sys.exit(128 + signal_number)
+
+
 def run_program(main: Callable[[], object]) -> NoReturn:
     """Runs a command line and ends the process.
 
     Its exit status is 0; 1 if `main` returns an integer that is not 0, or after an error in running; 2 after an error
-    that the user can mend (ValueError, OSError, ImportError). These errors are one line on stderr; `python -X dev`
-    shows where they come from.
+    that the user can mend (ValueError, OSError, ImportError); 128 and the signal's number after SIGTERM or SIGINT, once
+    `main` has tidied up. These errors are one line on stderr; `python -X dev` shows where they come from.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any file name can be printed
+    if "RANK" not in os.environ:  # under torchrun a process that waits for another would not come to the handler
+        signal.signal(signal.SIGTERM, exit_by_signal)
     try:
         result = main()
     except (ValueError, OSError, ImportError) as error:
@@ -53,7 +62,7 @@ def run_program(main: Callable[[], object]) -> NoReturn:
     except (FloatingPointError, RuntimeError, MemoryError) as error:
         problem, status = error, 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
     else:
         sys.exit(1 if isinstance(result, int) and result else 0)
     if sys.flags.dev_mode:

@@ -16,20 +16,20 @@ from detector.runs import METRICS, Row, Setting, Study, add_arguments, choose_ro
 from detector.tables import format_differences, format_mean, read_values
 
 STRATEGIES = ("iou", "localize_to_classify", "classify_to_localize", "mutual")
-TABLES = {
+TABLES: dict[str, dict[tuple[str, str], tuple[tuple[float, float, float], ...]]] = {
     "table1": {  # PASCAL VOC 07+12 trainval -> VOC 2007 test: AP, AP50 and AP75 in percent, strategy by strategy
-        "fssd resnet18": ((50.3, 75.5, 53.7), (51.8, 76.1, 55.9), (51.0, 76.1, 54.3), (52.1, 76.2, 55.9)),
-        "fssd vgg16_bn": ((54.1, 80.1, 58.3), (56.0, 80.3, 60.6), (54.4, 79.9, 58.5), (56.2, 80.4, 61.4)),
-        "retinanet resnet18": ((51.1, 75.8, 54.8), (53.4, 76.5, 57.2), (51.9, 75.9, 55.8), (53.5, 76.9, 57.4)),
-        "retinanet vgg16_bn": ((55.2, 80.2, 59.6), (57.4, 81.1, 62.6), (56.2, 80.1, 61.7), (57.7, 81.1, 62.9)),
-        "rfbnet vgg16_bn": ((55.6, 80.9, 59.6), (57.2, 80.9, 61.6), (55.9, 80.8, 60.2), (57.9, 81.5, 62.6)),
+        ("fssd", "resnet18"): ((50.3, 75.5, 53.7), (51.8, 76.1, 55.9), (51.0, 76.1, 54.3), (52.1, 76.2, 55.9)),
+        ("fssd", "vgg16_bn"): ((54.1, 80.1, 58.3), (56.0, 80.3, 60.6), (54.4, 79.9, 58.5), (56.2, 80.4, 61.4)),
+        ("retinanet", "resnet18"): ((51.1, 75.8, 54.8), (53.4, 76.5, 57.2), (51.9, 75.9, 55.8), (53.5, 76.9, 57.4)),
+        ("retinanet", "vgg16_bn"): ((55.2, 80.2, 59.6), (57.4, 81.1, 62.6), (56.2, 80.1, 61.7), (57.7, 81.1, 62.9)),
+        ("rfbnet", "vgg16_bn"): ((55.6, 80.9, 59.6), (57.2, 80.9, 61.6), (55.9, 80.8, 60.2), (57.9, 81.5, 62.6)),
     },
     "table2": {  # COCO train2017 -> val2017: iou and mutual only
-        "fssd resnet18": ((26.1, 42.8, 26.7), (27.0, 42.9, 28.2)),
-        "fssd vgg16_bn": ((31.1, 48.9, 32.7), (32.0, 49.3, 33.9)),
-        "retinanet resnet18": ((27.8, 44.5, 28.6), (28.7, 44.9, 29.9)),
-        "retinanet vgg16_bn": ((32.3, 50.3, 34.0), (33.6, 50.8, 35.7)),
-        "rfbnet vgg16_bn": ((33.4, 51.6, 35.1), (34.6, 52.0, 36.8)),
+        ("fssd", "resnet18"): ((26.1, 42.8, 26.7), (27.0, 42.9, 28.2)),
+        ("fssd", "vgg16_bn"): ((31.1, 48.9, 32.7), (32.0, 49.3, 33.9)),
+        ("retinanet", "resnet18"): ((27.8, 44.5, 28.6), (28.7, 44.9, 29.9)),
+        ("retinanet", "vgg16_bn"): ((32.3, 50.3, 34.0), (33.6, 50.8, 35.7)),
+        ("rfbnet", "vgg16_bn"): ((33.4, 51.6, 35.1), (34.6, 52.0, 36.8)),
     },
 }
 RELEASED_LOSSES = ("--focal-gamma", "1", "--box-loss", "released_balanced_l1")
@@ -43,7 +43,7 @@ def make_study(args: argparse.Namespace, train_words: list[str]) -> Study:
     layout = args.format or ("voc" if is_first else "coco")
     splits = zip(("--train-split", "--eval-split"), default_splits(args.data, layout), strict=True)
     rows = (
-        Row(*detector.split(), strategy, paper=scores)
+        Row(*detector, strategy, paper=scores)
         for detector, row in TABLES[args.table].items()
         for strategy, scores in zip(STRATEGIES if is_first else STRATEGIES[::3], row, strict=True)
     )

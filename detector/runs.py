@@ -222,7 +222,12 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
     for row in study.rows:
         example = Run(study, row, study.seeds[0], Path("RUN"))
         command = training_command(example, ["python", "-m"], study.setting.data, "VGG16_WEIGHTS", {})
-        record = {"name": row.name, "model": row.model, "backbone": row.backbone, "strategy": row.strategy}
+        record: dict[str, Any] = {
+            "name": row.name,
+            "model": row.model,
+            "backbone": row.backbone,
+            "strategy": row.strategy,
+        }
         record |= {"note": row.note, "flags": dict(row.flags), "command": shlex.join(command)}
         record |= {"paper": dict(zip(METRICS, row.paper, strict=True))} if row.paper is not None else {}
         runs = [read_run(run) for run in find_runs(study, [row], None, folder) if run.is_complete]

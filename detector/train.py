@@ -261,7 +261,7 @@ def saving_on_error(save: Callable[[int], None], step: int) -> Iterator[None]:
 
 
 def try_matching(args: argparse.Namespace, device: torch.device) -> None:
-    """Matches nothing, so that flags that the matching refuses are refused before data is read."""
+    """Matches one object, so that flags that the matching refuses are refused before data is read."""
     box = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
     label = torch.zeros(1, dtype=torch.int64, device=device)
     mg_ops.mutual_match(

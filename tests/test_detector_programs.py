@@ -288,6 +288,24 @@ def test_a_fault_of_the_program_itself_keeps_its_traceback() -> None:
         run_program(main)
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_program_once_it_has_tidied_up(
+    number: int, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(600)
+        finally:
+            print("tidied up")
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert ended(main, capsys) == (status, "", "tidied up\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_every_file_name_can_be_printed() -> None:
     program = "from detector.program import run_program; run_program(lambda: print('caf\\udce9'))"
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "utf-8:strict"}
@@ -776,17 +794,18 @@ def test_a_bad_file_costs_no_other_its_results(
     assert f"{images / 'a.png'}: no picture: no font" in output and "caf\\udce9.png" in output
 
 
+@pytest.mark.parametrize("end", [RuntimeError("a worker is killed"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
 def test_results_so_far_are_written_when_detecting_ends_early(
-    voc: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    end: BaseException, voc: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ends_early(*arguments: Any, **options: Any) -> Iterator[Any]:
         results = detect_each(*arguments, **options)
         yield next(results)
-        raise RuntimeError("DataLoader worker is killed")
+        raise end
 
     detect_each = detect.detect_each
     monkeypatch.setattr(detect, "detect_each", ends_early)
-    with pytest.raises(RuntimeError, match="is killed"):
+    with pytest.raises(type(end)):
         run_detect(checkpoint, tmp_path, voc / "JPEGImages")
     records = json.loads((tmp_path / "detections.json").read_text())
     assert len(records) == 6 and "objects" in records[0]

@@ -33,21 +33,21 @@ TINY = Setting(
 )
 STUDY = Study("tiny", "Tiny", TINY, tuple(Row("fssd", "resnet18", strategy) for strategy in ("iou", "mutual")), (0, 1))
 IOU, MUTUAL = STUDY.rows
+DOCUMENT, RECORD, RUNS = Path("results.md"), Path("results/tiny.json"), Path("runs/strategies")
+FOLDER = RUNS / "tiny-64"
 COLLECT = ["--study", "tiny", "--record", "--collect"]
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which runs/, results/ and results.md are, in place of the checkout."""
+def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test runs: runs/, results/ and results.md are here, in place of the checkout."""
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(STUDIES, "tiny", STUDY)
-    monkeypatch.setattr(compare, "RECORDS", tmp_path / "results")
-    monkeypatch.setattr(compare, "DOCUMENT", tmp_path / "results.md")
-    (tmp_path / "results.md").write_text(
-        f"above\n<!-- begin tiny: written by {compare.SCRIPT} -->\nold\n<!-- end tiny -->\nbelow\n"
-    )
-    return tmp_path
+    monkeypatch.setattr(compare, "RECORDS", Path("results"))
+    monkeypatch.setattr(compare, "DOCUMENT", DOCUMENT)
+    marks = f"<!-- begin tiny: written by {compare.SCRIPT} -->\nold\n<!-- end tiny -->"
+    DOCUMENT.write_text(f"above\n{marks}\nbelow\n")
 
 
 def scores(ap: float | None) -> dict[str, Any]:
@@ -62,11 +62,7 @@ def finish(run: Run, ap: float, changed: dict[str, object] | None = None) -> Pat
     arguments = {**run.arguments(), **(changed or {})}
     (run.folder / "test").mkdir(parents=True, exist_ok=True)
     (run.folder / "results.json").write_text(json.dumps({**scores(ap + 0.01), "arguments": arguments}, default=str))
-    log = [
-        {"step": 0, "images_per_second": 2.0},
-        {"step": 9, "images_per_second": 36 / 88},
-        {"step": 10, "eval_AP": ap},
-    ]
+    log = [{"step": 0, "images_per_second": 2.0}, {"step": 9, "images_per_second": 36 / 88}, {"step": 10}]
     (run.folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
     (run.folder / "test/metrics.json").write_text(json.dumps({**scores(ap), "split": "test", "step": 10}))
     start = {"device": "Abacus", "torch": "2", "mg_ops": "1", "commit": "abc", "threads": 1, "date": "2026-01-02T"}
@@ -83,7 +79,7 @@ def finish_all(folder: Path, aps: dict[Row, dict[int, float]], study: Study = ST
 
 def content_of(aps: dict[Row, dict[int, float]], study: Study = STUDY) -> dict[str, Any]:
     """The records of such runs."""
-    folder = Path(tempfile.mkdtemp(dir=Path.cwd()))
+    folder = Path(tempfile.mkdtemp(dir="."))
     finish_all(folder, aps, study)
     return runs.collect(study, folder)
 
@@ -152,8 +148,8 @@ def test_a_class_without_objects_has_no_ap() -> None:
     assert "| FSSD ResNet-18 | iou | 30.0 ± 0.0 | - |" in compare.render(content, STUDY)
 
 
-def test_only_what_is_between_the_markers_is_replaced(place: Path) -> None:
-    document = (place / "results.md").read_text()
+def test_only_what_is_between_the_markers_is_replaced() -> None:
+    document = DOCUMENT.read_text()
     once = compare.replace_section(document, "tiny", "new\n")
     assert (
         once.startswith("above\n<!-- begin tiny") and once.endswith("<!-- end tiny -->\nbelow\n") and "\nnew\n" in once
@@ -182,10 +178,10 @@ def test_a_lead_is_over_iou_with_the_same_flags() -> None:
     assert labels == ["FSSD ResNet-18", "FSSD ResNet-18, gamma 1"]
 
 
-def test_the_picture_is_drawn_from_the_json_files(place: Path) -> None:
+def test_the_picture_is_drawn_from_the_json_files() -> None:
     with pytest.raises(ValueError, match="run a study first"):
         compare.main(["--plot", "figures/leads.png"])
-    finish_all(place / "runs/strategies", {IOU: {0: 0.2, 7: 0.4}, MUTUAL: {7: 0.5}})
+    finish_all(RUNS, {IOU: {0: 0.2, 7: 0.4}, MUTUAL: {7: 0.5}})
     assert compare.main(COLLECT) == 0
     assert compare.main(["--plot", "figures/leads.png"]) == 0
     assert Path("figures/leads.png").read_bytes().startswith(b"\x89PNG")
@@ -195,12 +191,12 @@ def test_the_picture_is_drawn_from_the_json_files(place: Path) -> None:
 # Collection
 
 
-def test_finished_runs_are_collected_whatever_their_seeds_and_unfinished_ones_are_not(place: Path) -> None:
-    finish_all(place / "runs/strategies", {IOU: {0: 0.2, 7: 0.4}, MUTUAL: {7: 0.5, 0: 0.9}})
-    (place / "runs/strategies/tiny-64/fssd-resnet18-mutual-seed0/test/metrics.json").unlink()
-    (place / "runs/strategies/tiny-64/fssd-resnet18-iou-seed0/provenance.json").unlink()  # as of a run by hand
+def test_finished_runs_are_collected_whatever_their_seeds_and_unfinished_ones_are_not() -> None:
+    finish_all(RUNS, {IOU: {0: 0.2, 7: 0.4}, MUTUAL: {7: 0.5, 0: 0.9}})
+    (FOLDER / "fssd-resnet18-mutual-seed0/test/metrics.json").unlink()
+    (FOLDER / "fssd-resnet18-iou-seed0/provenance.json").unlink()  # as of a run by hand
     assert compare.main(COLLECT) == 0
-    text = (place / "results/tiny.json").read_text()
+    text = RECORD.read_text()
     rows = json.loads(text)["rows"]
     assert [[run["seed"] for run in row["runs"]] for row in rows] == [[0, 7], [7]]
     run = rows[1]["runs"][0]
@@ -208,21 +204,21 @@ def test_finished_runs_are_collected_whatever_their_seeds_and_unfinished_ones_ar
     assert run["commit"] == "abc" and rows[0]["runs"][0]["commit"] == "not recorded" and run["steps"] == 10
     # 4 images at 2 per second, then 36 in 88 seconds
     assert run["training_seconds"] == pytest.approx(90) and run["images_per_second"] == pytest.approx(40 / 90)
-    document = (place / "results.md").read_text()
+    document = DOCUMENT.read_text()
     assert document.startswith("above\n") and document.endswith("below\n") and "30.0 ± 14.1" in document
     assert rows[0]["command"].startswith("python -m detector.train") and "--out RUN" in rows[0]["command"]
-    for path in (place, compare.ROOT, Path.home(), Path(sys.prefix)):  # nobody learns where the runs lay
+    for path in (Path.cwd(), compare.ROOT, Path.home(), Path(sys.prefix)):  # nobody learns where the runs lay
         assert f"{path}/" not in text + document
 
 
-def test_without_record_results_stay_beside_the_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    finish_all(place / "runs/strategies", {MUTUAL: {0: 0.2}})
-    document = (place / "results.md").read_text()
+def test_without_record_results_stay_beside_the_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    finish_all(RUNS, {MUTUAL: {0: 0.2}})
+    document = DOCUMENT.read_text()
     assert compare.main(["--study", "tiny", "--collect"]) == 0
-    assert json.loads((place / "runs/strategies/tiny.json").read_text())["study"] == "tiny"
-    text = (place / "runs/strategies/tiny.md").read_text()
+    assert json.loads(Path("runs/strategies/tiny.json").read_text())["study"] == "tiny"
+    text = Path("runs/strategies/tiny.md").read_text()
     assert "| mutual | 0 | 20.0 |" in text and text in capsys.readouterr().out
-    assert not (place / "results").exists() and (place / "results.md").read_text() == document
+    assert not Path("results").exists() and DOCUMENT.read_text() == document
 
 
 @pytest.mark.parametrize(
@@ -234,21 +230,19 @@ def test_without_record_results_stay_beside_the_runs(place: Path, capsys: pytest
         ({"backbone_weights": "imagenet"}, "--backbone-weights"),
     ],
 )
-def test_a_run_with_other_flags_is_refused_before_anything_is_run(
-    changed: dict[str, object], message: str, place: Path
-) -> None:
-    finish(Run(STUDY, IOU, 0, place / "runs/strategies/tiny-64/fssd-resnet18-iou-seed0"), 0.2, changed)
+def test_a_run_with_other_flags_is_refused_before_anything_is_run(changed: dict[str, object], message: str) -> None:
+    finish(Run(STUDY, IOU, 0, FOLDER / "fssd-resnet18-iou-seed0"), 0.2, changed)
     for command in (COLLECT, ["--study", "tiny", "--record", "--data", "."]):
         with pytest.raises(ValueError, match=f"fssd-resnet18-iou-seed0 was started with other flags.*{message}"):
             compare.main(command)
-    assert not (place / "results").exists()
+    assert not Path("results").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "message"), [('{"split": "test", "step": 4, ', "at the last step 10"), ("{", "metrics.json: expected")]
 )
-def test_test_scores_of_another_checkpoint_are_refused(text: str, message: str, place: Path) -> None:
-    folder = finish(Run(STUDY, IOU, 0, place / "runs/strategies/tiny-64/fssd-resnet18-iou-seed0"), 0.2)
+def test_test_scores_of_another_checkpoint_are_refused(text: str, message: str) -> None:
+    folder = finish(Run(STUDY, IOU, 0, FOLDER / "fssd-resnet18-iou-seed0"), 0.2)
     (folder / "test/metrics.json").write_text(text + (json.dumps(scores(0.2))[1:] if "," in text else ""))
     with pytest.raises(ValueError, match=message):
         compare.main(COLLECT)
@@ -258,12 +252,10 @@ def test_test_scores_of_another_checkpoint_are_refused(text: str, message: str, 
 # Running
 
 
-def test_a_dry_run_prints_what_is_left_to_do_and_writes_nothing(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    finish_all(place / "runs/strategies", {IOU: {0: 0.2}, MUTUAL: {0: 0.2}})
-    (place / "runs/strategies/tiny-64/fssd-resnet18-mutual-seed0/test/metrics.json").unlink()
-    before = sorted(place.rglob("*"))
+def test_a_dry_run_prints_what_is_left_to_do_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    finish_all(RUNS, {IOU: {0: 0.2}, MUTUAL: {0: 0.2}})
+    (FOLDER / "fssd-resnet18-mutual-seed0/test/metrics.json").unlink()
+    before = sorted(Path().rglob("*"))
     flags = ["--study", "tiny", "--record", "--data", ".", "--dry-run", "--device", "cpu"]
     assert compare.main([*flags, "--seeds", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -272,7 +264,7 @@ def test_a_dry_run_prints_what_is_left_to_do_and_writes_nothing(
     assert compare.main([*flags, "--strategies", "mutual", "--seeds", "3"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[1])
     assert words[2] == "detector.train" and "--resume" in words and words[words.index("--strategy") + 1] == "mutual"
-    assert sorted(place.rglob("*")) == before
+    assert sorted(Path().rglob("*")) == before
 
 
 def finish_quickly(run: Run, args: object, num_cores: int) -> list[list[str]]:
@@ -291,7 +283,7 @@ def finish_quickly(run: Run, args: object, num_cores: int) -> list[list[str]]:
 
 
 def test_runs_go_side_by_side_and_a_failure_stops_no_other(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runs, "commands_of", finish_quickly)
     flags = ["--study", "tiny", "--record", "--data", ".", "--device", "cpu", "--parallel", "2"]
@@ -299,9 +291,8 @@ def test_runs_go_side_by_side_and_a_failure_stops_no_other(
     said = capsys.readouterr().out
     assert said.count("started ") == 4 and said.count("finished ") == 3
     assert "failed fssd-resnet18-iou-seed1, exit status 3: no data here" in said
-    assert "| mutual | 0, 1 | 30.5 ± 0.7 |" in (place / "results.md").read_text()
-    folder = place / "runs/strategies/tiny-64/fssd-resnet18-mutual-seed0"
-    (start,) = json.loads((folder / "provenance.json").read_text())
+    assert "| mutual | 0, 1 | 30.5 ± 0.7 |" in DOCUMENT.read_text()
+    (start,) = json.loads((FOLDER / "fssd-resnet18-mutual-seed0/provenance.json").read_text())
     assert start["commit"] != "unknown" and start["threads"] >= 1
     # Again: only what failed is started.
     assert compare.main(flags) == 1
@@ -309,16 +300,16 @@ def test_runs_go_side_by_side_and_a_failure_stops_no_other(
 
 
 def test_a_signal_ends_every_run_and_waits_for_it(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = (
         "import signal, sys, time; from pathlib import Path\n"
         "def save(number, frame): time.sleep(0.3); Path(sys.argv[1], 'saved').touch(); sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, save); Path(sys.argv[1], 'ready').touch(); time.sleep(600)"
     )
-    commands = [[sys.executable, "-c", code, "FOLDER"], ["no-such-command"]]
-    monkeypatch.setattr(runs, "commands_of", lambda run, *_: [[*commands[0][:3], str(run.folder)], commands[1]])
-    started = runs.find_runs(STUDY, STUDY.rows, [0], place / "runs/strategies")
+    python = [sys.executable, "-c", code]
+    monkeypatch.setattr(runs, "commands_of", lambda run, *_: [[*python, str(run.folder)], ["no-such-command"]])
+    started = runs.find_runs(STUDY, STUDY.rows, [0], RUNS)
 
     def interrupt_when_ready() -> None:
         while not all((run.folder / "ready").exists() for run in started):
@@ -331,27 +322,27 @@ def test_a_signal_ends_every_run_and_waits_for_it(
     watcher.join()
     assert all((run.folder / "saved").exists() for run in started)
     assert "the same command continues" in capsys.readouterr().out
-    assert not list(place.glob("runs/strategies/tiny-64/*seed1"))  # what waited for its turn is not started
+    assert not list(FOLDER.glob("*seed1"))  # what waited for its turn is not started
 
 
 PAPER = "table1 --data . --models fssd --backbones resnet18 --strategies iou mutual --device cpu".split()
 
 
 def test_a_row_is_trained_once_and_stands_beside_the_papers_number(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runs, "commands_of", finish_quickly)
     assert reproduce.main([*PAPER, "--seeds", "0", "1"]) == 1  # seed 1 of iou fails
-    table = (place / "runs/reproduce/table1/table.md").read_text()
+    table = Path("runs/reproduce/table1/table.md").read_text()
     assert "| fssd resnet18 | iou | 1 | 21.0 (50.3) | 41.0 (75.5) | 11.0 (53.7) |" in table
     assert "| fssd resnet18 | mutual | 2 | 31.5 ± 0.7 (52.1) | 51.5 ± 0.7 (76.2) | 21.5 ± 0.7 (55.9) |" in table
     assert "| FSSD ResNet-18 | mutual - iou | 0 | +10.0 | +10.0 | +10.0 |" in table
     assert table.count("fssd resnet18") == 2 and table in capsys.readouterr().out
-    content = json.loads((place / "runs/reproduce/table1/table.json").read_text())
+    content = json.loads(Path("runs/reproduce/table1/table.json").read_text())
     assert [[run["seed"] for run in row["runs"]] for row in content["rows"][:4]] == [[0], [], [], [0, 1]]
     # Another command keeps the rows that are there, and a dry run writes nothing.
     assert reproduce.main([*PAPER[:3], "--strategy", "classify_to_localize", "--dry-run"]) == 0
-    assert (place / "runs/reproduce/table1/table.md").read_text() == table
+    assert Path("runs/reproduce/table1/table.md").read_text() == table
     said = capsys.readouterr().out
     assert said.count("classify_to_localize-seed0: to do") == 5 and "| fssd resnet18 | mutual | 2 |" in said
     assert reproduce.main(PAPER) == 0
@@ -385,12 +376,12 @@ def test_the_papers_rows_are_trained_with_the_released_losses_and_what_the_user_
     ],
 )
 def test_flags_that_make_no_sense_are_refused_before_anything_is_run(
-    flags: str, message: str, place: Path, capsys: pytest.CaptureFixture[str]
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises((ValueError, SystemExit)) as caught:
         reproduce.main(flags.split())
     assert message in str(caught.value) + capsys.readouterr().err
-    assert not (place / "runs").exists()
+    assert not Path("runs").exists()
 
 
 def test_the_tables_are_the_papers() -> None:
@@ -401,17 +392,17 @@ def test_the_tables_are_the_papers() -> None:
 
 
 @pytest.mark.slow
-def test_the_detectors_own_runs_fill_the_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = ["--data", str(write_voc(place / "voc", {"train": 4, "val": 2, "test": 2})), "--device", "cpu"]
+def test_the_detectors_own_runs_fill_the_tables() -> None:
+    data = ["--data", str(write_voc(Path("voc"), {"train": 4, "val": 2, "test": 2})), "--device", "cpu"]
     assert compare.main(["--study", "tiny", "--record", *data, "--seeds", "0", "--rows", "fssd-resnet18-mutual"]) == 0
-    trained = json.loads((place / "runs/strategies/tiny-64/fssd-resnet18-mutual-seed0/results.json").read_text())
-    record = json.loads((place / "results/tiny.json").read_text())["rows"][1]["runs"][0]
+    trained = json.loads((FOLDER / "fssd-resnet18-mutual-seed0/results.json").read_text())
+    record = json.loads(RECORD.read_text())["rows"][1]["runs"][0]
     assert record["val"]["AP"] == trained["AP"] and record["training_seconds"] > 0 and record["steps"] == 1
-    assert f"{100 * record['test']['AP']:.1f}" in (place / "results.md").read_text()
+    assert f"{100 * record['test']['AP']:.1f}" in DOCUMENT.read_text()
     flags = "--backbone-weights none --image-size 64 --batch 4 --epochs 1 --models fssd --backbones resnet18"
     assert reproduce.main(["table2", *data, "--format", "voc", "--strategies", "iou", *flags.split()]) == 0
-    trained = json.loads((place / "runs/reproduce/table2/fssd-resnet18-iou-seed0/results.json").read_text())
-    table = (place / "runs/reproduce/table2/table.md").read_text()
+    trained = json.loads(Path("runs/reproduce/table2/fssd-resnet18-iou-seed0/results.json").read_text())
+    table = Path("runs/reproduce/table2/table.md").read_text()
     assert f"| fssd resnet18 | iou | 1 | {100 * trained['AP']:.1f} (26.1) |" in table
     assert trained["arguments"]["box_loss"] == "released_balanced_l1"
 
@@ -420,7 +411,7 @@ def test_the_detectors_own_runs_fill_the_tables(place: Path, capsys: pytest.Capt
 # What is committed
 
 
-def test_the_page_holds_what_the_json_files_say(tmp_path: Path) -> None:
+def test_the_page_holds_what_the_json_files_say() -> None:
     document = (compare.ROOT / "docs" / "results.md").read_text()
     studies = [name for name in STUDIES if name != "tiny"]
     results = compare.ROOT / "benchmarks" / "strategies" / "results"

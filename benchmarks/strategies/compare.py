@@ -104,27 +104,26 @@ def main(argv: list[str] | None = None) -> int:
     study = STUDIES[args.study]
     if args.format is not None:
         study = study._replace(setting=study.setting._replace(layout=args.format))
-
     files = [RECORDS / f"{study.name}.json", DOCUMENT]
     if not args.record:
         files = [args.runs / f"{study.name}.json", args.runs / f"{study.name}.md"]
 
     def write(content: dict[str, Any]) -> None:
         if any(row["runs"] for row in content["rows"]):  # else the results that are there stay
-            write_text(files[0], json.dumps(content, indent=1) + "\n")
             text = render(content, study)
+            write_text(files[0], json.dumps(content, indent=1) + "\n")
             write_text(files[1], replace_section(DOCUMENT.read_text(), study.name, text) if args.record else text)
+            print(f"written to {files[0]} and {files[1]}")
 
+    code = 0
     if args.collect:
         write(collect(study, args.runs))
-        code = 0
     else:
         machine = describe_machine(args.device)
         provenance = {name: machine[name] for name in ("device", "torch", "mg_ops", "commit")}
         code = run_study(study, args, args.runs, provenance, write)
     if not args.dry_run:
         print(render(collect(study, args.runs), study))
-        print(f"written to {files[0]} and {files[1]}")
     return code
 
 
