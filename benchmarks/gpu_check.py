@@ -53,6 +53,9 @@ CUDA_TESTS = (
     "tests/test_cpp_equals_reference.py",
     "tests/test_every_clause_of_the_definition.py",
     "tests/test_examples.py",
+    "tests/test_matcher.py",
+    "tests/test_object_forms.py",
+    "tests/test_probabilities.py",
     "tests/test_torch_integration.py",
 )
 """All files with tests that need a GPU but no Triton. Named, so that no other file's imports can stop them."""
