@@ -1,4 +1,4 @@
-"""Box coding and IoU with the arithmetic of the matching: float32, one rounding an operation, equal on every device."""
+"""Box coding and IoU with the matching's arithmetic: float32, one rounding per operation, equal on every device."""
 
 from __future__ import annotations
 

@@ -296,7 +296,7 @@ def check_objects(
 
 
 def check_list(name: str, value: object, batch_size: int) -> Sequence[Tensor]:
-    """Raises unless value is a sequence of one element an image; their tensors are not looked at."""
+    """Raises unless value is a sequence of one element per image; their tensors are not looked at."""
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise TypeError(
             f"{name}: expected a list of {batch_size} tensors, one per image, like gt_boxes, got {describe(value)}"
