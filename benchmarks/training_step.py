@@ -477,7 +477,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         "--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS), help="what to train (all)"
     )
     parser.add_argument("--image-size", type=int, default=160, help="side of the input, a multiple of 32 (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images a step (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images per step (%(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="steps timed with each matching (%(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before these (%(default)s)")
     parser.add_argument("--batches", type=int, default=3, help="batches that take turns (%(default)s)")
@@ -520,7 +520,7 @@ def main(arguments: list[str] | None = None) -> int:
             prepared, milliseconds = prepare_batches(data, options)
             num_classes = len(data.class_names)
         console.print(
-            f"{source}; one process takes {milliseconds['decode and augment']:.3g} ms an image to decode and augment "
+            f"{source}; one process takes {milliseconds['decode and augment']:.3g} ms per image to decode and augment "
             f"it, {milliseconds['augment']:.3g} ms if it is decoded"
         )
         batches = [add_object_forms(batch, torch.device(options.device)) for batch in prepared]

@@ -270,7 +270,7 @@ def _annotated_images(
     category_ids: list[Identifier],
     defects: Defects,
 ) -> AnnotatedImages:
-    """The records with their objects checked and labelled; found holds (record, name, image file)."""
+    """The records with their objects checked and labeled; found holds (record, name, image file)."""
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     images = []
     for record, name, path in found:

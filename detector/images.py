@@ -1,6 +1,6 @@
 """Image files: pixels the right way up, and where the boxes annotated in them lie.
 
-EXIF's orientation is applied, as viewers and most labelling tools do. The annotated size says whether a tool did not:
+EXIF's orientation is applied, as viewers and most labeling tools do. The annotated size says whether a tool did not:
 the boxes are then turned with the image. Where an image is stored at another size than annotated, they are scaled.
 """
 

@@ -113,7 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     schedule = parser.add_argument_group("optimization")
     schedule.add_argument("--epochs", type=whole_number(1), help="by default 250 for voc and 140 for coco")
-    schedule.add_argument("--batch", type=whole_number(1), default=32, help="images a step, over all processes")
+    schedule.add_argument("--batch", type=whole_number(1), default=32, help="images per step, over all processes")
     schedule.add_argument("--lr", type=real_number(0), default=0.01, help="learning rate after warm-up")
     schedule.add_argument(
         "--warmup", type=whole_number(0), default=500, help="steps of linear warm-up, a tenth of the run at most"

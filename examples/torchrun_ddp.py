@@ -20,7 +20,7 @@ def main() -> None:
     """Trains in every process, then checks that all have the same parameters."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=4, help="images a process")
+    parser.add_argument("--batch-size", type=int, default=4, help="images per process")
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
         raise SystemExit("start it by: torchrun --nproc-per-node 2 examples/torchrun_ddp.py")

@@ -1,4 +1,4 @@
-"""Box coding and IoU with the arithmetic of the matching: float32, one rounding an operation, equal on every device."""
+"""Box coding and IoU with the matching's arithmetic: float32, one rounding per operation, equal on every device."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ class BoxCoder:
             weights = tuple(float(weight) for weight in self.weights)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise TypeError(wanted) from error
+        if len(weights) == 2:
+            raise ValueError(f"{wanted}; weights are 1 / variances: SSD's (0.1, 0.2) are (10, 10, 5, 5)")
         if len(weights) != 4 or not all(is_in_range(abs(weight), 0.0, MAX_FLOAT) for weight in weights):
             raise ValueError(wanted)
         try:

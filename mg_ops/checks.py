@@ -132,6 +132,24 @@ def join_levels(name: str, levels: Any) -> Any:
     return torch.cat(tuple(levels), -2)
 
 
+def check_levels_are_of_one_image(levels: object, name: str, prediction: object) -> None:
+    """Raises ValueError if the levels' anchors look like those of several images, as torchvision's generators return.
+
+    Args:
+        levels: the anchors as given.
+        name: what the caller calls the prediction.
+        prediction: (B, A, ...).
+    """
+    if not isinstance(levels, (list, tuple)) or not isinstance(prediction, Tensor) or prediction.dim() < 2:
+        return
+    counts = {len(level) for level in levels}
+    if len(levels) > 1 and counts == {prediction.shape[1]}:
+        raise ValueError(
+            f"anchors: expected one tensor per feature level, {prediction.shape[1]} anchors in all like {name}, got "
+            f"{len(levels)} tensors of as many each; if they are those of {len(levels)} images, pass those of one"
+        )
+
+
 def check_bool(name: str, value: object) -> bool:
     """Raises TypeError unless value is True or False; returns it."""
     if not isinstance(value, bool):
@@ -263,6 +281,11 @@ def check_objects(
     crowd = None if gt_crowd is None else check_list("gt_crowd", gt_crowd, batch_size)
     num_gt = 0
     for image in range(batch_size):
+        if isinstance(boxes[image], Tensor) and boxes[image].dim() == 1 and boxes[image].numel() == 0:
+            raise ValueError(
+                f"gt_boxes[{image}]: expected shape (G, 4), got {describe(boxes[image])}; "
+                "for an image without objects pass .reshape(-1, 4)"
+            )
         check_tensor(f"gt_boxes[{image}]", boxes[image], "floating point", ("G", 4), device)
         num_objects = boxes[image].shape[0]
         check_tensor(f"gt_labels[{image}]", labels[image], "label", (num_objects,), device)
@@ -273,7 +296,7 @@ def check_objects(
 
 
 def check_list(name: str, value: object, batch_size: int) -> Sequence[Tensor]:
-    """Raises unless value is a sequence of one element an image; their tensors are not looked at."""
+    """Raises unless value is a sequence of one element per image; their tensors are not looked at."""
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise TypeError(
             f"{name}: expected a list of {batch_size} tensors, one per image, like gt_boxes, got {describe(value)}"

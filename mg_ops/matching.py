@@ -11,7 +11,14 @@ from torch import Tensor
 
 from mg_ops.backend_choice import check_backend, operator_of
 from mg_ops.boxes import BoxCoder, check_box_coder
-from mg_ops.checks import check_bool, check_predictions, check_tensor, check_thresholds, join_levels
+from mg_ops.checks import (
+    check_bool,
+    check_levels_are_of_one_image,
+    check_predictions,
+    check_tensor,
+    check_thresholds,
+    join_levels,
+)
 from mg_ops.objects import Objects, check_box_format, pack_objects
 from mg_ops.reference import IGNORED
 from mg_ops.validation import check_values
@@ -289,6 +296,8 @@ def mutual_match(
     except Exception:
         # No error is kept in a variable: its frames would hold the call's tensors in a cycle.
         try:
+            check_levels_are_of_one_image(anchors, scores_name, scores)
+            check_levels_are_of_one_image(anchors, boxes_name, boxes)
             batch_size, device = check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
             pack_objects(
                 gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device

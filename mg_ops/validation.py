@@ -141,12 +141,18 @@ def _check_objects(objects: Objects, anchors: Tensor, num_classes: int | None) -
             place = f"image {image}, object {index - start}"
             box = boxes[index : index + 1]
             if not bool(reference.is_object(box)):
-                raise ValueError(f"gt_boxes: {place}: expected {CORNERS}, got {box[0].tolist()}")
+                hint = ""
+                if not bool(box.any()):
+                    hint = "; if it is padding, give it a negative label, or pass gt_mask"
+                elif bool(box.isfinite().all()):
+                    hint = "; other formats are named with gt_box_format, such as 'xywh'"
+                raise ValueError(f"gt_boxes: {place}: expected {CORNERS}, got {box[0].tolist()}{hint}")
             if objects.gt_crowd is not None and bool(objects.gt_crowd[index]):
                 continue
             label = int(objects.gt_labels[index])
             if num_classes is not None and not 0 <= label < num_classes:
-                raise ValueError(f"gt_labels: {place}: expected a label in [0, {num_classes}), got {label}")
+                hint = "; labels number the classes of the scores from 0" if label == num_classes else ""
+                raise ValueError(f"gt_labels: {place}: expected a label in [0, {num_classes}), got {label}{hint}")
             if not bool((reference.box_iou(anchors, box) > 0).any()):
                 raise ValueError(
                     f"gt_boxes: {place}: no anchor overlaps {box[0].tolist()}; are boxes and anchors in the same unit?"

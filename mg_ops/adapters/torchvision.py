@@ -88,7 +88,7 @@ def use_mutual_guidance(
     if not isinstance(model, (RetinaNet, SSD)):
         raise TypeError(
             f"model: expected torchvision's RetinaNet or SSD, got {type(model).__name__}; "
-            "call use_mutual_guidance before wrapping the model"
+            "if this wraps one (DDP, torch.compile), call use_mutual_guidance before wrapping"
         )
     if matcher is not None and not isinstance(matcher, MutualMatcher):
         raise TypeError(f"matcher: expected mg_ops.MutualMatcher or None, got {type(matcher).__name__}")
