@@ -820,3 +820,12 @@ def test_an_image_that_is_given_is_never_overwritten(voc: Path, checkpoint: Path
     with pytest.raises(ValueError, match="would overwrite"):
         run_detect(checkpoint, tmp_path, tmp_path / "images")
     assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("ignored", ["annotations", "detections"])
+def test_an_evaluation_that_would_ignore_a_file_is_refused(
+    ignored: str, voc: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", str(checkpoint), "--data", str(voc), f"--{ignored}", "a.json"]
+    status, printed, _ = ended(lambda: evaluate.main(words), capsys)
+    assert status == 2 and f"got {', '.join(sorted(['--checkpoint', '--data', f'--{ignored}']))}" in printed
