@@ -142,7 +142,16 @@ def as_number(value: object) -> float | None:
 MAX_SIDE = 2**31 - 1
 """Pixels of the widest and highest image that a format can hold."""
 
+MAX_COORDINATE = 1e18
+"""Pixels; the area of a box of this size still is a number of 32 bits."""
+
 FLAGS = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True, "": False}
+
+
+def as_coordinate(value: object) -> float | None:
+    """A number that is small enough to reckon with as a part of a box; None for anything else."""
+    number = as_number(value)
+    return number if number is not None and abs(number) <= MAX_COORDINATE else None
 
 
 def as_flag(value: object, defects: Defects, place: str) -> bool:
@@ -295,7 +304,7 @@ def parse_coco_object(
     if not isinstance(box, (list, tuple)) or len(box) != 4:
         defects.add("object without a name or a box: left out", place)
         return None
-    x, y, width, height = (as_number(value) for value in box)
+    x, y, width, height = (as_coordinate(value) for value in box)
     if x is None or y is None or width is None or height is None:
         defects.add("object with a coordinate that is not a number: left out", place)
         return None
@@ -454,7 +463,7 @@ def parse_coco_detection(entry: Any, source: str, place: str, defects: Defects) 
         raise ValueError(f"{source}: bbox: expected [x, y, width, height], got {box!r}")
     if "score" not in entry:
         raise ValueError(f"{source}: score: expected a number, and there is none")
-    x, y, width, height = (as_number(value) for value in box)
+    x, y, width, height = (as_coordinate(value) for value in box)
     score = as_number(entry["score"])
     assert image_id is not None and category_id is not None
     if x is None or y is None or width is None or height is None or score is None:
@@ -507,7 +516,7 @@ def parse_voc_object(element: ElementTree.Element, place: str, defects: Defects)
     if not class_name or box is None:
         defects.add("object without a name or a box: left out", place)
         return None
-    x1, y1, x2, y2 = (as_number(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+    x1, y1, x2, y2 = (as_coordinate(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
     if x1 is None or y1 is None or x2 is None or y2 is None:
         defects.add("object with a coordinate that is not a number: left out", place)
         return None

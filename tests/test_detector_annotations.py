@@ -21,6 +21,7 @@ from detector.annotations import (
     as_number,
     as_size,
     parse_coco,
+    parse_coco_detections,
     parse_xml,
     read_json,
 )
@@ -502,3 +503,21 @@ def test_a_number_of_thousands_of_digits_is_an_error_that_names_the_file(tmp_pat
 def test_xml_whose_encoding_is_not_the_one_it_declares(content: bytes) -> None:
     root = parse_xml(content)
     assert root is not None and root.text == "é"
+
+
+@pytest.mark.parametrize("box", [[1e308, 1, 1e308, 5], [1, 1e39, 5, 5]])
+def test_a_box_too_large_to_reckon_with_is_left_out_and_a_detection_of_it_is_wrong(box: list[float]) -> None:
+    defects = Defects()
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}],
+        "annotations": [{"image_id": 1, "category_id": 3, "bbox": box}],
+        "categories": [{"id": 3, "name": "thing"}],
+    }
+    assert parse_coco(content, "file.json", defects).images[0].objects == []
+    results = [{"image_id": 1, "category_id": 3, "bbox": box, "score": 0.5}]
+    (detection,) = parse_coco_detections(results, "results.json", [1], [3], defects)
+    assert detection.box == (0, 0, 0, 0)
+    assert defects.counts() == {
+        "object with a coordinate that is not a number: left out": 1,
+        "detection with a box or a score that is not a number: counted as wrong": 1,
+    }
