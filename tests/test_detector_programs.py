@@ -864,3 +864,16 @@ def test_an_image_given_by_two_paths_is_one_image(
     inputs = (Path("a.png"), tmp_path / "a.png", Path("../") / tmp_path.name / "a.png", tmp_path)
     _, records = run_detect(checkpoint, tmp_path / "out", *inputs)
     assert [record["file"] for record in records] == ["a.png"]
+
+
+def test_ctrl_c_while_a_program_is_still_importing_ends_it_without_a_traceback() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "detector.evaluate"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "torch." in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert "Traceback" not in rest and "error: pass" not in rest
