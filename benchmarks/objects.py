@@ -50,6 +50,7 @@ from detector.annotations import (  # noqa: E402
     parse_coco,
     read_json,
     read_voc_annotation,
+    refuse_fractions,
 )
 
 
@@ -116,6 +117,7 @@ def read_objects(path: Path) -> ReadObjects:
         classes = sorted({entry.class_name for record in records for entry in record.objects})
     else:
         records, classes = _read_coco(files, defects)
+    refuse_fractions(records, f"--boxes: {path}")
     label_of = {name: label for label, name in enumerate(classes)}
     images = []
     for record in records:
@@ -133,9 +135,9 @@ def read_objects(path: Path) -> ReadObjects:
 
 
 def _read_coco(files: list[Path], defects: Defects) -> tuple[list[ImageRecord], list[str]]:
-    """The images of COCO files, and the names of their categories in the order of the ids."""
+    """The images of COCO files, and the names of their categories in the order of the ids, which files may share."""
     records: list[ImageRecord] = []
-    names: dict[Identifier, str] = {}
+    categories: set[tuple[bool, Identifier, str]] = set()
     for file in files:
         content = read_json(file, "COCO-style annotations")
         if len(files) > 1 and not (isinstance(content, dict) and "images" in content and "annotations" in content):
@@ -143,10 +145,8 @@ def _read_coco(files: list[Path], defects: Defects) -> tuple[list[ImageRecord], 
             continue
         annotations = parse_coco(content, str(file), defects)
         records += annotations.images
-        names.update(annotations.categories)
-    return records, list(
-        dict.fromkeys(names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key)))
-    )
+        categories |= {(isinstance(key, str), key, name) for key, name in annotations.categories.items()}
+    return records, list(dict.fromkeys(name for _, _, name in sorted(categories)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

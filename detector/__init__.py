@@ -3,3 +3,18 @@
 It runs from the checkout: `python -m detector.train --help`, and `evaluate`, `detect`, `visualize`, `reproduce` and
 `download` beside it.
 """
+
+import os
+import signal
+import sys
+
+
+def end_at_once(signal_number: int, frame: object) -> None:
+    """Ends the process: while a program imports what it needs, there is nothing to save."""
+    os._exit(128 + signal_number)
+
+
+# In `python -m detector.train` this package is imported first. For seconds torch and others follow, in which Ctrl-C
+# would show a traceback, or be lost where an import takes it for an error of its own. `run_program` ends this.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)

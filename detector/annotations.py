@@ -9,8 +9,10 @@ and y2 exclusive: a VOC box, whose 1-based corners are both inside, becomes (xmi
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import math
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Collection, Iterable
@@ -128,6 +130,8 @@ def as_number(value: object) -> float | None:
     """A finite number, also one written as text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
+    if isinstance(value, str) and "_" in value:  # Python reads 1_0 as 10
+        return None
     try:
         number = float(value)
     except (ValueError, OverflowError):
@@ -135,7 +139,19 @@ def as_number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+MAX_SIDE = 2**31 - 1
+"""Pixels of the widest and highest image that a format can hold."""
+
+MAX_COORDINATE = 1e18
+"""Pixels; the area of a box of this size still is a number of 32 bits."""
+
 FLAGS = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True, "": False}
+
+
+def as_coordinate(value: object) -> float | None:
+    """A number that is small enough to reckon with as a part of a box; None for anything else."""
+    number = as_number(value)
+    return number if number is not None and abs(number) <= MAX_COORDINATE else None
 
 
 def as_flag(value: object, defects: Defects, place: str) -> bool:
@@ -171,15 +187,18 @@ def as_name(value: object) -> str | None:
 
 
 def as_size(width: object, height: object) -> tuple[int, int] | tuple[None, None]:
-    """(width, height) in pixels; None twice unless both are at least 1."""
-    sides = as_number(width), as_number(height)
-    if sides[0] is None or sides[1] is None or sides[0] < 1 or sides[1] < 1:
-        return None, None
-    return round(sides[0]), round(sides[1])
+    """(width, height) in pixels; None twice unless both are at least 1, and few enough for an image."""
+    sides = [side for side in (as_number(width), as_number(height)) if side is not None and 1 <= side <= MAX_SIDE]
+    return (round(sides[0]), round(sides[1])) if len(sides) == 2 else (None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False also for a name that no file can have, for which Path.is_file raises."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def read_bytes(path: Path, meaning: str) -> bytes:
@@ -190,20 +209,31 @@ def read_bytes(path: Path, meaning: str) -> bytes:
         raise ValueError(f"{path}: expected {meaning}, and it cannot be read: {error.strerror}") from None
 
 
+def encoding_by_mark(content: bytes) -> str | None:
+    """The encoding that a byte order mark declares; None without one."""
+    marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"))
+    marks += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+    return next((encoding for mark, encoding in marks if content.startswith(mark)), None)
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file in UTF-8 or, with a byte order mark, UTF-16 or UTF-32, without blanks around them.
 
     Bytes that are not UTF-8 are kept as Python keeps them in file names, so that they name the same files.
     """
     content = path.read_bytes()
-    marks = [(codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
-    marks += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
-    encoding = next((encoding for mark, encoding in marks if content.startswith(mark)), "utf-8-sig")
+    encoding = encoding_by_mark(content) or "utf-8-sig"
+    if encoding == "utf-8-sig" and b"\0" in content:
+        raise ValueError(
+            f"{path}: expected text in UTF-8 or, with a byte order mark, UTF-16, and it holds zero bytes; "
+            "save it as UTF-8"
+        )
     try:
         text = content.decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8 or UTF-16, and it breaks off: {error}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    # Not `splitlines`, which also ends a line at characters that a file name may have.
+    return [line.strip() for line in re.split("\r\n|\r|\n", text) if line.strip()]
 
 
 def read_json(path: Path, meaning: str) -> Any:
@@ -225,6 +255,8 @@ def read_json(path: Path, meaning: str) -> Any:
     except json.JSONDecodeError as error:
         end = " (is the file cut off?)" if error.pos >= len(error.doc.rstrip()) - 1 else ""
         raise ValueError(f"{path}: expected {meaning}, and it is not JSON: {error}{end}") from None
+    except ValueError as error:  # a whole number of more digits than Python reads
+        raise ValueError(f"{path}: expected {meaning}, and it cannot be read: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +304,7 @@ def parse_coco_object(
     if not isinstance(box, (list, tuple)) or len(box) != 4:
         defects.add("object without a name or a box: left out", place)
         return None
-    x, y, width, height = (as_number(value) for value in box)
+    x, y, width, height = (as_coordinate(value) for value in box)
     if x is None or y is None or width is None or height is None:
         defects.add("object with a coordinate that is not a number: left out", place)
         return None
@@ -298,9 +330,9 @@ def _parse_categories(
     """Names by id, in the order of the ids; where the file names no categories, the ids of its annotations."""
     names: dict[Identifier, str] = {}
     if "categories" not in content:
-        found = {identifier for entry in annotations if (identifier := as_identifier(_get(entry, "category_id")))}
+        found = {as_identifier(_get(entry, "category_id")) for entry in annotations} - {None}
         defects.add("no list of categories: classes are named by their ids", source)
-        names = {identifier: str(identifier) for identifier in found}
+        names = {identifier: str(identifier) for identifier in found if identifier is not None}
     for position, entry in enumerate(_entries(content, "categories", source) if "categories" in content else []):
         category_id, name = as_identifier(_get(entry, "id")), as_name(_get(entry, "name"))
         if category_id is None:
@@ -431,7 +463,7 @@ def parse_coco_detection(entry: Any, source: str, place: str, defects: Defects) 
         raise ValueError(f"{source}: bbox: expected [x, y, width, height], got {box!r}")
     if "score" not in entry:
         raise ValueError(f"{source}: score: expected a number, and there is none")
-    x, y, width, height = (as_number(value) for value in box)
+    x, y, width, height = (as_coordinate(value) for value in box)
     score = as_number(entry["score"])
     assert image_id is not None and category_id is not None
     if x is None or y is None or width is None or height is None or score is None:
@@ -458,7 +490,7 @@ def read_voc_annotation(path: Path, place: str, image_id: Identifier, defects: D
     """
     try:
         content = path.read_bytes()
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have is a ValueError
         defects.add("image without an annotation file: skipped", place)
         return None
     root = parse_xml(content)
@@ -484,7 +516,7 @@ def parse_voc_object(element: ElementTree.Element, place: str, defects: Defects)
     if not class_name or box is None:
         defects.add("object without a name or a box: left out", place)
         return None
-    x1, y1, x2, y2 = (as_number(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+    x1, y1, x2, y2 = (as_coordinate(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
     if x1 is None or y1 is None or x2 is None or y2 is None:
         defects.add("object with a coordinate that is not a number: left out", place)
         return None
@@ -497,25 +529,23 @@ def parse_voc_object(element: ElementTree.Element, place: str, defects: Defects)
 
 
 def parse_xml(content: bytes) -> ElementTree.Element | None:
-    """The root of an XML document, also in an encoding that the parser lacks (GBK, Shift_JIS); None if it is no XML."""
-    content = content.strip()
-    try:
-        return ElementTree.fromstring(content)
-    except ElementTree.ParseError:
-        return None
-    except (LookupError, ValueError):  # an encoding of several bytes per character, or an unknown one
-        declared = re.match(rb"""<\?xml[^>]*?encoding\s*=\s*["']([^"']+)["'][^>]*\?>""", content)
-    if declared is None:
-        return None
-    name = declared[1].decode("ascii", errors="replace")
-    try:
-        codecs.lookup(name)
-    except LookupError:
-        name = "utf-8"
-    try:
-        return ElementTree.fromstring(content[declared.end() :].decode(name))
-    except (ElementTree.ParseError, LookupError, ValueError):
-        return None
+    """The root of an XML document; None if it is no XML.
+
+    A byte order mark goes before the declared encoding, which may be one that the parser lacks (GBK, Shift_JIS). Where
+    it does not fit, as in what .NET writes as UTF-8 and declares as UTF-16, the document is read as UTF-8.
+    """
+    content, mark = content.lstrip(), encoding_by_mark(content)
+    encodings = ["utf-8"] if mark is None else [mark]
+    if mark is None:
+        try:
+            return ElementTree.fromstring(content)
+        except (ElementTree.ParseError, LookupError, ValueError):
+            declared = re.match(rb"""<\?xml[^>]*?encoding\s*=\s*["']([^"']+)["'][^>]*\?>""", content)
+            encodings = [*([declared[1].decode("ascii", errors="replace")] if declared else []), *encodings]
+    for encoding in encodings:
+        with contextlib.suppress(ElementTree.ParseError, LookupError, ValueError):
+            return ElementTree.fromstring(content.decode(encoding).lstrip())
+    return None
 
 
 def refuse_fractions(images: Iterable[ImageRecord], source: str) -> None:

@@ -61,9 +61,9 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             ("model", "tensors by name", is_state(content["model"])),
             ("ema", "tensors by name or None", content.get("ema") is None or is_state(content["ema"])),
             ("arguments", "flags of detector.train by name", isinstance(content["arguments"], dict)),
-            ("class_names", "a list of names", isinstance(names, list) and all(isinstance(n, str) for n in names)),
-            ("step", "a number of steps", isinstance(content.get("step", 0), int)),
-            ("data", "the mark of the training data", isinstance(content.get("data", {}), dict)),
+            ("class_names", "a list of names, each once", is_list_of_names(names)),
+            ("step", "a number of steps", type(content.get("step", 0)) is int and content.get("step", 0) >= 0),
+            ("data", "the mark of the training data", is_data_mark(content.get("data"))),
         )
         if not fits
     ]
@@ -74,6 +74,16 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise ValueError(f"checkpoint: {path}: entry {entry!r}: expected {expected}, got {found}")
     content["arguments"] = {**ADDED_LATER, **content["arguments"]}
     return content
+
+
+def is_list_of_names(value: object) -> bool:
+    """Whether this names classes, each once."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
+
+
+def is_data_mark(value: object) -> bool:
+    """Whether this marks training data; None, in older checkpoints, marks none."""
+    return value is None or (isinstance(value, dict) and value.keys() == {"images", "fingerprint"})
 
 
 def is_state(value: object) -> bool:
@@ -150,7 +160,7 @@ def check_resumed(
     if resumed["class_names"] != class_names:
         raise ValueError(f"--resume: the run learned {resumed['class_names']}, the data now has {class_names}")
     # Checkpoints from before the mark was kept are taken at their word.
-    if resumed.get("data", data_mark) != data_mark:
+    if resumed.get("data") not in (None, data_mark):
         counts = f"{resumed['data']['images']} images then, {data_mark['images']} now"
         raise ValueError(
             f"--resume: the training data is not that of the run in {checkpoint_file.parent} ({counts}; or other "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from detector.annotations import (
     Defects,
     Identifier,
     ImageRecord,
+    is_file,
     parse_coco,
     read_json,
     read_lines,
@@ -129,6 +131,7 @@ def read_voc(root: Path, split: str, class_names: Sequence[str] | None = None) -
     """
     defects = Defects()
     found: dict[str, tuple[ImageRecord, str, Path]] = {}
+    listed: set[tuple[Path, str]] = set()
     for part in split.split("+"):
         folder, _, list_name = part.rpartition("/")
         base = root / folder
@@ -139,14 +142,13 @@ def read_voc(root: Path, split: str, class_names: Sequence[str] | None = None) -
                 f"No split {part!r} in {root}: there is no file {list_file}. Lists found: {lists[:20] or 'none'}"
             )
         image_files = _files_by_stem(base / "JPEGImages")
-        listed: set[str] = set()
         for line in read_lines(list_file):
             name = _listed_name(line, base)
             place = f"{folder}/{name}" if folder else name
-            if name in listed:
+            if (base, name) in listed:
                 defects.add("image listed twice: the second skipped", place)
                 continue
-            listed.add(name)
+            listed.add((base, name))
             record = read_voc_annotation(base / "Annotations" / f"{name}.xml", place, len(found), defects)
             if record is None:
                 continue
@@ -168,7 +170,7 @@ def _listed_name(line: str, base: Path) -> str:
     stem = line[: -len(Path(line).suffix)] if Path(line).suffix.lower() in IMAGE_SUFFIXES else line
     flag = re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)
     candidates = [line, stem, *([flag[1]] if flag else [])]
-    return next((name for name in candidates if (base / "Annotations" / f"{name}.xml").is_file()), line)
+    return next((name for name in candidates if is_file(base / "Annotations" / f"{name}.xml")), line)
 
 
 def _files_by_stem(folder: Path) -> dict[str, list[Path]]:
@@ -184,13 +186,13 @@ def _voc_image_file(
     name: str, record: ImageRecord, folder: Path, image_files: dict[str, list[Path]], place: str, defects: Defects
 ) -> Path | None:
     """The image of an annotation, or None."""
-    of_name = image_files.get(name, [])
+    of_name = [path for path in image_files.get(name, []) if is_file(path)]
     named = folder / record.file_name if record.file_name else None
-    if named is not None and (named in of_name or (not of_name and named.is_file())):
+    if named is not None and (named in of_name or (not of_name and is_file(named))):
         return named
     if len(of_name) > 1:
         defects.add(f"several image files of one name: {of_name[0].suffix} taken", place)
-    elif of_name and named is not None and named.is_file():
+    elif of_name and named is not None and is_file(named):
         defects.add("annotation that names another image: the image of its own name taken", place)
     return of_name[0] if of_name else None
 
@@ -242,7 +244,9 @@ def read_coco(root: Path, split: str, class_names: Sequence[str] | None = None) 
         if record.file_name is None:
             defects.add("image without a file name: skipped", record.name)
             continue
-        path = next((folder / record.file_name for folder in folders if (folder / record.file_name).is_file()), None)
+        # One file is one path, also where a name goes up and down again (../train/a.jpg).
+        places = (Path(os.path.normpath(folder / record.file_name)) for folder in folders)
+        path = next((place for place in places if is_file(place)), None)
         if path is None:
             defects.add("image file missing: skipped", record.name)
         elif path not in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
+from detector.annotations import is_file
 from detector.checkpoint import load_detector
 from detector.images import IMAGE_SUFFIXES, decode_image
 from detector.inference import Detections, detect_each
@@ -33,24 +35,39 @@ def claim_name(place: Path, taken: set[Path]) -> Path:
     return free
 
 
-def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
+def whole_path(path: Path) -> Path:
+    """The same for every way to write a path; links are not followed."""
+    return Path(os.path.normpath(path.absolute()))
+
+
+def find_images(inputs: list[Path], pictures: Path | None = None) -> list[tuple[Path, Path]]:
     """Images and folders -> (image, path of its picture in the output folder), each image once, folders in order.
 
     PNG becomes PNG, everything else JPEG; no two have the same path.
 
+    Args:
+        inputs: images and folders.
+        pictures: the folder of the pictures. Where a folder has it in it, what earlier calls drew there is left out.
+
     Raises:
         ValueError: an input does not exist, or there is no image at all.
     """
-    found: dict[Path, Path] = {}
+    found: dict[Path, tuple[Path, Path]] = {}
+    drawn = whole_path(pictures) if pictures is not None else None
     for given in inputs:
         if given.is_dir():
-            files = sorted(
-                path for path in given.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-            )
+            named = (path for path in given.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            # A link to nothing is an image that is missing, which the results then say.
+            files = sorted(path for path in named if path.is_file() or (path.is_symlink() and not path.exists()))
+            if drawn is not None and whole_path(given) in drawn.parents:
+                earlier = [path for path in files if drawn in whole_path(path).parents]
+                if earlier:
+                    print(f"pictures of earlier calls, left out: {len(earlier)} in {pictures}")
+                files = [path for path in files if path not in set(earlier)]
             for path in files:
-                found.setdefault(path, path.relative_to(given))
-        elif given.is_file():
-            found.setdefault(given, Path(given.name))
+                found.setdefault(whole_path(path), (path, path.relative_to(given)))
+        elif is_file(given):
+            found.setdefault(whole_path(given), (given, Path(given.name)))
         else:
             raise ValueError(f"expected an image or a folder, and there is no {given}")
     if not found:
@@ -60,7 +77,7 @@ def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
     taken: set[Path] = set()
     return [
         (path, claim_name(place.with_suffix(".png" if place.suffix.lower() == ".png" else ".jpg"), taken))
-        for path, place in found.items()
+        for path, place in found.values()
     ]
 
 
@@ -107,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=whole_number(0), default=2, help="processes that decode images")
     parser.add_argument("--device", type=device_name, default=default_device(), help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    images = find_images(args.inputs)
+    images = find_images(args.inputs, args.out / "images")
     taken = {place for _, place in images}
     originals = {path.resolve() for path, _ in images}
     for _, place in images:

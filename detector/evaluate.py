@@ -107,6 +107,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help="folder for metrics.json and detections.json")
     args = parser.parse_args(argv)
 
+    files, trained = {"annotations", "detections"}, {"checkpoint", "data", "split"}
+    given = {name for name in files | trained if getattr(args, name) is not None}
+    if given & files and given & trained:
+        names = ", ".join(f"--{name}" for name in sorted(given))
+        parser.error(f"expected --detections with --annotations, or --checkpoint with --data, got {names}")
     if args.out is not None:
         prepare_folder(args.out, ("metrics.json", "detections.json"))
     if args.detections is not None:

@@ -13,13 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".ppm", ".pgm")
 """In lower case; files may have them in any case."""
 
 EXIF_ORIENTATION = 0x0112
+TIFF_SIZE = (256, 257)
+"""Tags of the width and the height as stored."""
 
 TURNS = {
     1: (False, False, False),
@@ -64,8 +66,8 @@ def decode(path: Path) -> DecodedImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the limit is an error
             with Image.open(path) as image:
-                orientation = _orientation(image)
-                pixels, notes = _to_rgb(ImageOps.exif_transpose(image))
+                is_deep, orientation = _is_deep(image), _orientation(image)  # in this order: the second may read it
+                pixels, notes = _to_rgb(ImageOps.exif_transpose(image), is_deep)
     except Image.DecompressionBombError as error:
         raise OSError(f"more pixels than Pillow reads (PIL.Image.MAX_IMAGE_PIXELS): {error}") from None
     except (OSError, MemoryError) as error:
@@ -82,10 +84,23 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in TURNS else 1
 
 
-def _to_rgb(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a file, not yet read, has 16 bits per channel of several, of which Pillow keeps the upper 8 itself."""
+    layouts = [(tile.codec_name, tile.args) for tile in image.tile]
+    return not image.mode.startswith("I") and any(
+        ";16" in str(args) or (codec == "ppm" and isinstance(args, tuple) and args[-1] > 255) for codec, args in layouts
+    )
+
+
+DEEP = "image of 16 bits per channel: scaled to 8 bits"
+DEEP_AND_DARK = "image of 16 bits per channel that uses less than 12 of them: scaled to 8 bits, and nearly black"
+
+
+def _to_rgb(image: Image.Image, is_deep: bool) -> tuple[np.ndarray, tuple[str, ...]]:
     """(H, W, 3) uint8, and notes. Pillow itself would cut values over 255, and fractions to 0."""
     if not (image.mode.startswith("I") or image.mode == "F"):
-        return np.array(image.convert("RGB")), ()
+        pixels = np.array(image.convert("RGB"))
+        return pixels, ((DEEP if pixels.max() >= 16 else DEEP_AND_DARK,) if is_deep else ())
     values = np.asarray(image)
     low, high = values.min(), values.max()  # NaN if there is one
     if image.mode == "F":
@@ -97,9 +112,7 @@ def _to_rgb(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
     else:
         if not (low >= 0 and high <= 65535):
             raise OSError(f"values from {low} to {high}: expected at most 16 bits; convert it to 8 bits per channel")
-        grey, note = values // 256, "image of 16 bits per channel: scaled to 8 bits"
-        if high < 4096:
-            note = "image of 16 bits per channel that uses less than 12 of them: scaled to 8 bits, and nearly black"
+        grey, note = values // 256, DEEP if high >= 4096 else DEEP_AND_DARK
     return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2), (note,)
 
 
@@ -110,6 +123,8 @@ def read_image_size(path: Path) -> tuple[int, int] | None:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 width, height = image.size
+                if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow may have turned its size already
+                    width, height = (int(image.tag_v2[tag]) for tag in TIFF_SIZE)
                 return (height, width) if TURNS[_orientation(image)][0] else (width, height)
     except Exception:  # as `decode`
         return None

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import torch
 
+from detector import end_at_once
 from detector.anchors import level_cells
 
 
@@ -53,6 +54,8 @@ def run_program(main: Callable[[], object]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any file name can be printed
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "RANK" not in os.environ:  # under torchrun a process that waits for another would not come to the handler
         signal.signal(signal.SIGTERM, exit_by_signal)
     problem: Exception

@@ -17,12 +17,12 @@ from detector.program import explain
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a run's log.jsonl; what is not whole, after a crash, is left out."""
+    """The entries of a run's log.jsonl, each with its step; what is not whole, after a crash, is left out."""
     entries = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and "step" in entry:
+            if isinstance(entry, dict) and isinstance(entry.get("step"), (int, float)):
                 entries.append(entry)
     return entries
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from detector.annotations import (
     Identifier,
     parse_coco,
     parse_coco_detections,
+    refuse_fractions,
 )
 from detector.data import AnnotatedImages
 from detector.inference import Detections
@@ -331,6 +333,24 @@ def voc_average_precision(
     return scores
 
 
+def merge_categories(
+    annotations: CocoAnnotations, detections: list[DetectionRecord]
+) -> tuple[CocoAnnotations, list[DetectionRecord]]:
+    """Both with the categories of one name as one class, as `detector.data` reads them: under the first id."""
+    first: dict[str, Identifier] = {}
+    id_of = {category_id: first.setdefault(name, category_id) for category_id, name in annotations.categories.items()}
+    if len(first) == len(id_of):
+        return annotations, detections
+    for image in annotations.images:
+        image.objects = [
+            replace(entry, category_id=id_of[entry.category_id])
+            for entry in image.objects
+            if entry.category_id is not None
+        ]
+    detections = [replace(record, category_id=id_of[record.category_id]) for record in detections]
+    return CocoAnnotations(annotations.images, {category_id: name for name, category_id in first.items()}), detections
+
+
 def score(
     ground_truth: Any,
     detections: Any,
@@ -357,6 +377,8 @@ def score(
     annotations = parse_coco(ground_truth, sources[0], defects)
     image_ids = [image.image_id for image in annotations.images]
     records = parse_coco_detections(detections, sources[1], image_ids, annotations.categories, defects)
+    refuse_fractions(annotations.images, sources[0])
+    annotations, records = merge_categories(annotations, records)
     num_objects: dict[Identifier | None, int] = {}
     most_objects = 0
     for image in annotations.images:
@@ -372,11 +394,10 @@ def score(
     voc = voc_average_precision(annotations, records)
     areas = [area for area, _ in voc.values() if area is not None]
     elevens = [eleven for _, eleven in voc.values() if eleven is not None]
-    names = Counter(annotations.categories.values())
     per_class = {}
     for category_id, name in annotations.categories.items():
         area, eleven = voc[category_id]
-        per_class[name if names[name] == 1 else f"{name} (id {category_id})"] = {
+        per_class[name] = {
             "objects": num_objects.get(category_id, 0),
             **per_category[category_id],
             "VOC_AP50": area,

@@ -22,11 +22,13 @@ import mg_ops
 from detector.checkpoint import load_detector
 from detector.data import AnnotatedImage, AnnotatedImages, LoadedImage, default_splits, load_image, read_data
 from detector.detectors import OneStageDetector
-from detector.images import OTHER_PROPORTIONS, decode
+from detector.images import CANNOT_BE_DECODED, OTHER_PROPORTIONS, decode
 from detector.inference import Detections, detect
 from detector.outputs import prepare_folder
 from detector.program import real_number, run_program, whole_number
 from detector.run_log import read_log
+
+mpl.rcParams["text.parse_math"] = False  # names may have dollar signs
 
 RED, GREEN, YELLOW = "#e6194b", "#3cb44b", "#ffe119"
 
@@ -42,7 +44,13 @@ def plot_amplification(sigmas: list[float]) -> Figure:
     for axis, sigma in zip(axes[0], sigmas, strict=True):
         for score, color in zip(scores, colors, strict=True):
             axis.plot(iou, iou ** ((sigma - score) / sigma), color=color, label=f"p = {score:g}")
-        axis.set(title=f"$\\sigma$ = {sigma:g}", xlabel="IoU of the anchor", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+        axis.set(
+            title=f"\N{GREEK SMALL LETTER SIGMA} = {sigma:g}",
+            xlabel="IoU of the anchor",
+            xlim=(0, 1),
+            ylim=(0, 1),
+            box_aspect=1,
+        )
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("amplified IoU")
     axes[0, -1].legend(fontsize="small", loc="lower right", title="score of the class", title_fontsize="small")
@@ -85,7 +93,11 @@ def show_image(axis: Axes, image: Tensor, title: str) -> None:
 
 def load(annotated: AnnotatedImage) -> LoadedImage:
     """The pixels of an image and its objects; an OSError that names it if they cannot be brought together."""
-    loaded = load_image(annotated, decode(annotated.path))
+    try:
+        decoded = decode(annotated.path)
+    except OSError as error:
+        raise OSError(f"{annotated.path}: {CANNOT_BE_DECODED}: {error}") from error
+    loaded = load_image(annotated, decoded)
     if loaded is None:
         raise OSError(f"{annotated.path}: {OTHER_PROPORTIONS}")
     return loaded
@@ -221,18 +233,21 @@ def plot_curves(runs: list[Path]) -> Figure:
     """
     panels = {"loss": "loss", "cls_loss": "classification loss", "box_loss": "box loss", "lr": "learning rate"}
     logs: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
+    names = [run.resolve().name for run in runs]
+    for run, name in zip(runs, names, strict=True):
         entries = read_log(run / "log.jsonl")
         if not entries:
             raise ValueError(f"{run}: expected the folder of a run of detector.train, and there is no log.jsonl in it")
-        logs[run.name] = entries
+        # Runs in folders of one name are told apart by their paths.
+        logs[name if names.count(name) == 1 else str(run)] = entries
     if any("eval_AP" in entry for entries in logs.values() for entry in entries):
         panels |= {"eval_AP": "AP", "eval_AP50": "AP50"}
     columns = len(panels) // 2
     figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5.6), layout="constrained")
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
         for name, entries in logs.items():
-            points = [(entry["epoch"], entry[key]) for entry in entries if entry.get(key) is not None]
+            pairs = ((entry.get("epoch"), entry.get(key)) for entry in entries)
+            points = [pair for pair in pairs if all(isinstance(value, (int, float)) for value in pair)]
             marker = "o" if key.startswith("eval") else None
             axis.plot(*zip(*points, strict=True), label=name, marker=marker, linewidth=1.2) if points else None
         axis.set(title=title, xlabel="epoch")

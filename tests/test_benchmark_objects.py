@@ -325,3 +325,26 @@ def assert_nearly_equal(expected: mg_ops.MutualMatch, answer: baselines.Match) -
         assert theirs is not None
         labelled = (mine != mg_ops.BACKGROUND) | (theirs != mg_ops.BACKGROUND)
         assert (mine == theirs)[labelled].double().mean() >= 0.999
+
+
+def write_file(path: Path, category: str, box: list[float]) -> None:
+    """A COCO file of one image with one object, of category 1."""
+    content = {
+        "images": [{"id": 1, "file_name": f"{path.stem}.jpg", "width": 100, "height": 100}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": box}],
+        "categories": [{"id": 1, "name": category}],
+    }
+    path.write_text(json.dumps(content))
+
+
+def test_files_of_one_folder_may_number_their_classes_each_in_its_own_way(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.json", "dog", [1, 1, 50, 50])
+    write_file(tmp_path / "b.json", "cat", [1, 1, 50, 50])
+    found = read_objects(tmp_path)
+    assert [found.classes[image.labels[0]] for image in found.images] == ["dog", "cat"]
+
+
+def test_boxes_that_are_fractions_are_refused_by_name(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.json", "dog", [0.1, 0.1, 0.5, 0.5])
+    with pytest.raises(ValueError, match=r"--boxes: .*a\.json: expected boxes in pixels"):
+        read_objects(tmp_path / "a.json")

@@ -21,6 +21,7 @@ from detector.annotations import (
     as_number,
     as_size,
     parse_coco,
+    parse_coco_detections,
     parse_xml,
     read_json,
 )
@@ -30,7 +31,7 @@ from detector.data import note_small_objects, read_coco, read_voc
 @pytest.mark.parametrize(
     ("value", "number"),
     [(3, 3), (2.5, 2.5), ("3", 3), (" 2.5 ", 2.5), ("1e2", 100), (0, 0)]
-    + [(value, None) for value in (True, None, "", "x", [1], float("nan"), "inf", 10**400, "1,5")],
+    + [(value, None) for value in (True, None, "", "x", [1], float("nan"), "inf", 10**400, "1,5", "1_0")],
 )
 def test_a_number_may_be_text_and_must_be_finite(value: object, number: float | None) -> None:
     assert as_number(value) == number
@@ -61,7 +62,7 @@ def test_an_id_is_the_same_as_number_and_as_text(value: object, identifier: int 
 def test_names_and_sizes() -> None:
     assert as_name(" cell ") == "cell" and as_name(3) == "3" and as_name("  ") is None and as_name(None) is None
     assert as_size("640", 480.0) == (640, 480)
-    for width, height in ((0, 480), (640, None), (float("nan"), 480), ("wide", 480), (-5, 5)):
+    for width, height in ((0, 480), (640, None), (float("nan"), 480), ("wide", 480), (-5, 5), (1e30, 480)):
         assert as_size(width, height) == (None, None)
 
 
@@ -409,3 +410,114 @@ def test_an_image_without_a_size_is_measured_the_right_way_up(tmp_path: Path) ->
         image.save(path, exif=exif)
     (image,) = read_coco(root, "train").images
     assert (image.width, image.height) == (96, 128)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jpg", "a\0b.jpg"])
+def test_a_name_that_no_file_can_have_costs_only_its_image(tmp_path: Path, name: str) -> None:
+    data = read_coco(change_coco(tmp_path, lambda content: content["images"][0].update(file_name=name)), "train")
+    assert [image.image_id for image in data.images] == [2]
+    assert data.defects.counts() == {"image file missing: skipped": 1}
+
+
+def test_a_name_in_a_list_or_in_an_annotation_that_no_file_can_have_costs_only_itself(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"train": 2})
+    annotation = tmp_path / "Annotations" / "image_000.xml"
+    annotation.write_text(annotation.read_text().replace("<size>", f"<filename>{'x' * 300}.jpg</filename><size>"))
+    list_file = tmp_path / "ImageSets" / "Main" / "train.txt"
+    list_file.write_text(f"{list_file.read_text()}{'y' * 300}\n")
+    data = read_voc(tmp_path, "train")
+    assert [image.name for image in data.images] == ["image_000", "image_001"]
+    assert data.defects.counts() == {"image without an annotation file: skipped": 1}
+
+
+def test_a_list_in_utf_16_without_a_mark_is_refused_by_name(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"train": 2})
+    list_file = tmp_path / "ImageSets" / "Main" / "train.txt"
+    list_file.write_bytes(list_file.read_text().encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"train\.txt: expected text in UTF-8 .* zero bytes"):
+        read_voc(tmp_path, "train")
+
+
+def test_a_folder_with_the_name_of_an_image_is_no_image(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"train": 2})
+    (tmp_path / "JPEGImages" / "image_000.jpg").mkdir()
+    (tmp_path / "JPEGImages" / "image_001.png").unlink()
+    (tmp_path / "JPEGImages" / "image_001.png").mkdir()
+    data = read_voc(tmp_path, "train")
+    assert [image.path.name for image in data.images] == ["image_000.png"]
+    assert data.defects.counts() == {"image file missing: skipped": 1}
+
+
+@pytest.mark.parametrize("folder", ["", "VOC2007"])
+def test_an_image_in_two_lists_of_one_folder_is_read_once(tmp_path: Path, folder: str) -> None:
+    write_voc(tmp_path / folder, {"train": 2})
+    lists = tmp_path / folder / "ImageSets" / "Main"
+    (lists / "more.txt").write_text((lists / "train.txt").read_text())
+    data = read_voc(tmp_path, f"{folder}/train+{folder}/more".replace("+/", "+").lstrip("/"))
+    assert [image.name for image in data.images] == ["image_000", "image_001"]
+    assert data.defects.counts() == {"image listed twice: the second skipped": 2}
+
+
+def test_one_image_file_by_two_paths_is_one_file(tmp_path: Path) -> None:
+    def repeat(content: dict[str, Any]) -> None:
+        content["images"][1]["file_name"] = f"../train/{content['images'][0]['file_name']}"
+
+    data = read_coco(change_coco(tmp_path, repeat, count=3), "train")
+    assert [image.image_id for image in data.images] == [3]
+    assert data.defects.counts() == {"image listed twice with other objects: left out": 1}
+
+
+def test_without_a_list_of_categories_the_id_0_is_a_class_too(tmp_path: Path) -> None:
+    def renumber(content: dict[str, Any]) -> None:
+        del content["categories"]
+        for entry in content["annotations"]:
+            entry["category_id"] = {3: 0, 7: 1}[entry["category_id"]]
+
+    data = read_coco(change_coco(tmp_path, renumber), "train")
+    assert data.class_names == ["0", "1"] and data.num_objects() == 4
+
+
+def test_a_size_that_no_image_has_is_read_from_the_image(tmp_path: Path) -> None:
+    data = read_coco(change_coco(tmp_path, lambda content: content["images"][0].update(width=1e30)), "train")
+    note_small_objects(data, 64)
+    assert (data.images[0].width, data.images[0].height) == (128, 96)
+    assert data.defects.counts() == {"annotation without the image's size: read from the image": 1}
+
+
+def test_a_number_of_thousands_of_digits_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(f'{{"images": {"9" * 5000}}}')
+    with pytest.raises(ValueError, match=r"a\.json: expected COCO's file, and it cannot be read"):
+        read_json(tmp_path / "a.json", "COCO's file")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        codecs.BOM_UTF16_BE + "<a>é</a>\n".encode("utf-16-be"),
+        "<a>é</a>\n".encode("utf-32"),
+        '<?xml version="1.0" encoding="utf-16"?>\n<a>é</a>'.encode(),
+        '<?xml version="1.0" encoding="utf-8"?>\n<a>é</a>'.encode("utf-16"),
+        '<?xml version="1.0" encoding="gb2312"?>\n<a>é</a>'.encode("utf-8-sig"),
+    ],
+)
+def test_xml_whose_encoding_is_not_the_one_it_declares(content: bytes) -> None:
+    root = parse_xml(content)
+    assert root is not None and root.text == "é"
+
+
+@pytest.mark.parametrize("box", [[1e308, 1, 1e308, 5], [1, 1e39, 5, 5]])
+def test_a_box_too_large_to_reckon_with_is_left_out_and_a_detection_of_it_is_wrong(box: list[float]) -> None:
+    defects = Defects()
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}],
+        "annotations": [{"image_id": 1, "category_id": 3, "bbox": box}],
+        "categories": [{"id": 3, "name": "thing"}],
+    }
+    assert parse_coco(content, "file.json", defects).images[0].objects == []
+    results = [{"image_id": 1, "category_id": 3, "bbox": box, "score": 0.5}]
+    (detection,) = parse_coco_detections(results, "results.json", [1], [3], defects)
+    assert detection.box == (0, 0, 0, 0)
+    assert defects.counts() == {
+        "object with a coordinate that is not a number: left out": 1,
+        "detection with a box or a score that is not a number: counted as wrong": 1,
+    }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -257,3 +259,40 @@ def test_a_network_that_has_diverged_is_named(tmp_path: Path) -> None:
     torch.nn.init.constant_(model.head.classes[0].bias, float("nan"))
     found, _ = detect(model, [path], 64, "cpu", num_workers=0, show_progress=False)
     assert found[0].notes == (NOT_FINITE,)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff_has_the_size_that_it_is_decoded_in(tmp_path: Path, orientation: int) -> None:
+    """Pillow turns a TIFF itself, and its size before it is read."""
+    path = write_turned(tmp_path / "a.tif", orientation)
+    decoded = decode(path)
+    assert decoded.orientation == orientation
+    assert read_image_size(path) == (decoded.pixels.shape[2], decoded.pixels.shape[1])
+
+
+def write_png_of_16_bits(path: Path, value: int, color_type: int, channels: int) -> None:
+    """A PNG of 4 x 4 pixels of one value; Pillow writes none of several channels."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    rows = 4 * (b"\0" + struct.pack(">H", value) * 4 * channels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, color_type, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(("color_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bits_in_any_channels_are_8_and_noted(tmp_path: Path, color_type: int, channels: int) -> None:
+    for value, note in ((30 * 256 + 200, "scaled to 8 bits"), (4095, "nearly black")):
+        write_png_of_16_bits(tmp_path / "a.png", value, color_type, channels)
+        decoded = decode(tmp_path / "a.png")
+        assert decoded.pixels.unique().tolist() == [value // 256]
+        assert [text.endswith(note) for text in decoded.notes] == [True]
+
+
+def test_a_color_image_of_16_bits_in_netpbm_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "a.ppm").write_bytes(b"P6 4 4 65535\n" + b"\x40\x00" * 48)
+    decoded = decode(tmp_path / "a.ppm")
+    assert decoded.pixels.unique().tolist() == [64] and len(decoded.notes) == 1
+    (tmp_path / "a.ppm").write_bytes(b"P6 4 4 255\n" + b"\x40" * 48)
+    assert decode(tmp_path / "a.ppm").notes == ()

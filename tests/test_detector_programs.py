@@ -388,6 +388,7 @@ def spoil(checkpoint: Path, out: Path, change: Callable[[dict[str, Any]], object
         (lambda source, path: torch.save([1, 2], path), "was not written by detector.train"),
         (lambda source, path: spoil(source, path, lambda c: c.update(class_names=[0, 1])), r"'class_names'.*\[0, 1\]"),
         (lambda source, path: spoil(source, path, lambda c: c.update(class_names="disc")), "'class_names'.*'disc'"),
+        (lambda source, path: spoil(source, path, lambda c: c.update(class_names=["a", "a"])), "'class_names'.*once"),
         (lambda source, path: spoil(source, path, lambda c: c.update(class_names=[])), "'class_names' is empty"),
         (lambda source, path: spoil(source, path, lambda c: c.update(class_names=["one"])), "'model' does not fit"),
         (lambda source, path: spoil(source, path, lambda c: c.update(model=[1])), r"'model'.*\[1\]"),
@@ -395,6 +396,9 @@ def spoil(checkpoint: Path, out: Path, change: Callable[[dict[str, Any]], object
         (lambda source, path: spoil(source, path, lambda c: c["arguments"].update(model="yolo")), "'arguments'.*yolo"),
         (lambda source, path: spoil(source, path, lambda c: c["arguments"].update(image_size="64")), "'arguments'"),
         (lambda source, path: spoil(source, path, lambda c: c["model"].popitem()), "'model' does not fit.*1 tensors"),
+        (lambda source, path: spoil(source, path, lambda c: c.update(step=-5)), "'step'.*-5"),
+        (lambda source, path: spoil(source, path, lambda c: c.update(step=True)), "'step'.*True"),
+        (lambda source, path: spoil(source, path, lambda c: c.update(data={"images": 4})), "'data'.*mark"),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line_that_names_file_and_entry(
@@ -820,3 +824,56 @@ def test_an_image_that_is_given_is_never_overwritten(voc: Path, checkpoint: Path
     with pytest.raises(ValueError, match="would overwrite"):
         run_detect(checkpoint, tmp_path, tmp_path / "images")
     assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("ignored", ["annotations", "detections"])
+def test_an_evaluation_that_would_ignore_a_file_is_refused(
+    ignored: str, voc: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", str(checkpoint), "--data", str(voc), f"--{ignored}", "a.json"]
+    status, printed, _ = ended(lambda: evaluate.main(words), capsys)
+    assert status == 2 and f"got {', '.join(sorted(['--checkpoint', '--data', f'--{ignored}']))}" in printed
+
+
+def test_pictures_of_an_earlier_call_are_no_images(
+    checkpoint: Path, voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes((voc / "JPEGImages" / "image_000.png").read_bytes())
+    first = run_detect(checkpoint, tmp_path / "detections", tmp_path)
+    capsys.readouterr()
+    assert run_detect(checkpoint, tmp_path / "detections", tmp_path) == first
+    assert "pictures of earlier calls, left out: 1 in " in capsys.readouterr().out
+    assert [record["file"] for record in first[1]] == [str(tmp_path / "a.png")]
+
+
+def test_a_link_to_nothing_is_an_image_that_cannot_be_decoded(checkpoint: Path, voc: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes((voc / "JPEGImages" / "image_000.png").read_bytes())
+    (tmp_path / "b.png").symlink_to("nowhere.png")
+    _, records = run_detect(checkpoint, tmp_path / "out", tmp_path)
+    assert [(Path(record["file"]).name, record.get("error")) for record in records] == [
+        ("a.png", None),
+        ("b.png", "cannot be decoded"),
+    ]
+
+
+def test_an_image_given_by_two_paths_is_one_image(
+    checkpoint: Path, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes((voc / "JPEGImages" / "image_000.png").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    inputs = (Path("a.png"), tmp_path / "a.png", Path("../") / tmp_path.name / "a.png", tmp_path)
+    _, records = run_detect(checkpoint, tmp_path / "out", *inputs)
+    assert [record["file"] for record in records] == ["a.png"]
+
+
+def test_ctrl_c_while_a_program_is_still_importing_ends_it_without_a_traceback() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "detector.evaluate"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "torch." in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert "Traceback" not in rest and "error: pass" not in rest

@@ -13,6 +13,7 @@ from small_data import write_voc
 from detector import detect, visualize
 from detector.checkpoint import save_atomically
 from detector.detectors import make_detector
+from detector.run_log import read_log
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +118,46 @@ def test_figures_are_of_the_kind_their_suffix_says(suffix: str, start: bytes, tm
 def test_a_run_without_a_log_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no log"):
         visualize.main(["curves", "--runs", str(tmp_path), "--out", str(tmp_path / "figure.png")])
+
+
+def curve_labels(*runs: Path) -> list[str]:
+    """The names in the legend of the curves of these runs."""
+    figure = visualize.plot_curves(list(runs))
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_every_run_has_its_curve_also_in_folders_of_one_name(tmp_path: Path) -> None:
+    runs = [tmp_path / folder / "mutual" for folder in ("seed0", "seed1")]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "log.jsonl").write_text('{"step": 0, "epoch": 1, "loss": 3}\n')
+    assert curve_labels(*runs) == [str(run) for run in runs]
+    assert curve_labels(runs[0]) == ["mutual"]
+
+
+def test_entries_of_a_log_that_are_not_whole_are_left_out_of_its_curve(tmp_path: Path) -> None:
+    entries = ['{"step": 0, "epoch": 1, "loss": 3}', '{"step": 1, "loss": 2}', '{"step": 2, "epoch": 2, "loss": "x"}']
+    (tmp_path / "log.jsonl").write_text("\n".join([*entries, '{"step": "3"}']))
+    (line,) = visualize.plot_curves([tmp_path]).axes[0].lines
+    assert line.get_xydata().tolist() == [[1, 3]]
+    assert [entry["step"] for entry in read_log(tmp_path / "log.jsonl")] == [0, 1, 2]
+
+
+def test_names_with_dollar_signs_are_no_formulas(checkpoint: Path, tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"val": 1})
+    for folder, suffix in (("JPEGImages", "png"), ("Annotations", "xml")):
+        (root / folder / f"image_000.{suffix}").rename(root / folder / f"$1_$.{suffix}")
+    (root / "ImageSets" / "Main" / "val.txt").write_text("$1_$")
+    out = tmp_path / "figure.png"
+    visualize.main(["assignment", "--checkpoint", str(checkpoint), "--data", str(root), "--out", str(out)])
+    assert out.is_file()
+
+
+def test_a_figure_names_the_image_that_cannot_be_decoded(checkpoint: Path, tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"val": 1})
+    image = root / "JPEGImages" / "image_000.png"
+    image.write_bytes(image.read_bytes()[:3000])
+    with pytest.raises(OSError, match=r"image_000\.png: image that cannot be decoded: .*truncated"):
+        visualize.main(
+            ["assignment", "--checkpoint", str(checkpoint), "--data", str(root), "--out", str(tmp_path / "a.png")]
+        )
