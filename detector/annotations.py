@@ -211,8 +211,9 @@ def read_bytes(path: Path, meaning: str) -> bytes:
 
 def encoding_by_mark(content: bytes) -> str | None:
     """The encoding that a byte order mark declares; None without one."""
-    marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"))
-    marks += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+    # UTF-32's little-endian mark begins with that of UTF-16.
+    marks = [(codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
+    marks += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
     return next((encoding for mark, encoding in marks if content.startswith(mark)), None)
 
 

@@ -86,7 +86,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _is_deep(image: Image.Image) -> bool:
     """Whether a file, not yet read, has 16 bits per channel of several, of which Pillow keeps the upper 8 itself."""
-    layouts = [(tile.codec_name, tile.args) for tile in image.tile]
+    layouts = [(tile[0], tile[3]) for tile in getattr(image, "tile", ())]  # codec and its arguments
     return not image.mode.startswith("I") and any(
         ";16" in str(args) or (codec == "ppm" and isinstance(args, tuple) and args[-1] > 255) for codec, args in layouts
     )
