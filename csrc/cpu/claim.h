@@ -26,6 +26,8 @@
 // and exponents. tests/test_bounds_change_nothing.py compares with brute force.
 #pragma once
 
+#include <type_traits>
+
 #include "image_work.h"
 
 namespace mg_ops {
@@ -155,9 +157,17 @@ static void evaluate_pairs(PairBatch& pairs, const FloatInput& cls_scores, bool 
     pairs.iou[i] = 1.0f;
     pairs.value[i] = 0.0f;
   }
-  for (int i = 0; i < padded; ++i) {  // vector loop
-    const float p = class_probability(pairs.value[i], scores_are_probabilities);
-    pairs.order[i] = exponent_order(amplified_exponent(det_log2(pairs.iou[i]), p, sigma));
+  // A loop for each kind of score: with a choice inside it would not be vectorized.
+  const auto evaluate = [&](auto are_probabilities) {
+    for (int i = 0; i < padded; ++i) {  // vector loop
+      const float p = class_probability(pairs.value[i], are_probabilities.value);
+      pairs.order[i] = exponent_order(amplified_exponent(det_log2(pairs.iou[i]), p, sigma));
+    }
+  };
+  if (scores_are_probabilities) {
+    evaluate(std::true_type{});
+  } else {
+    evaluate(std::false_type{});
   }
 }
 
