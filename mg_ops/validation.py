@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
 
 import torch
@@ -48,6 +49,14 @@ def check_values(
     _check_objects(objects, anchors, None if scores is None else scores.shape[2])
 
 
+def _warn(message: str) -> None:
+    """A warning at the line that called into mg_ops, by whatever function."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("mg_ops."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
 def _first(bad: Tensor) -> list[int]:
     """The position of the first True."""
     return bad.nonzero()[0].tolist()
@@ -74,11 +83,7 @@ def _check_scores(scores: Tensor, name: str) -> None:
             f"got {float(scores[image, index, label])}; logits are passed as cls_logits"
         )
     if name == "cls_logits" and within and bool((scores != scores.flatten()[0]).any()):
-        warnings.warn(
-            "cls_logits: all values lie between 0 and 1: are they probabilities? Then pass them as cls_probabilities",
-            UserWarning,
-            stacklevel=4,
-        )
+        _warn("cls_logits: all values lie between 0 and 1: are they probabilities? Then pass them as cls_probabilities")
 
 
 def _check_pred_boxes(boxes: Tensor, anchors: Tensor) -> None:
@@ -88,11 +93,9 @@ def _check_pred_boxes(boxes: Tensor, anchors: Tensor) -> None:
         hint = "; are they deltas? Then pass them as box_deltas, with box_coder" if float(inverted) > 0.25 else ""
         _check_corners("pred_boxes", of_image, f"pred_boxes: image {image}, anchor {{index}}", hint)
     if boxes.numel() > 0 and float(boxes.abs().max()) < 0.1 * float(anchors.abs().max()):
-        warnings.warn(
+        _warn(
             "pred_boxes: the largest coordinate is less than a tenth of the anchors': are they deltas, or fractions of "
-            "the image? Deltas are passed as box_deltas, with box_coder; boxes need the anchors' unit",
-            UserWarning,
-            stacklevel=4,
+            "the image? Deltas are passed as box_deltas, with box_coder; boxes need the anchors' unit"
         )
 
 
@@ -113,10 +116,8 @@ def _check_box_deltas(deltas: Tensor, anchors: Tensor, box_coder: BoxCoder) -> N
                 f"{decoded[index].tolist()}, expected finite coordinates; lower the clip of the box coder"
             )
     if deltas.numel() > 0 and float(deltas.float().abs().median()) > 20:
-        warnings.warn(
-            "box_deltas: half of the values are above 20: are they boxes? Then pass them as pred_boxes, without coder",
-            UserWarning,
-            stacklevel=4,
+        _warn(
+            "box_deltas: half of the values are above 20: are they boxes? Then pass them as pred_boxes, without coder"
         )
 
 

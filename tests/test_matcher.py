@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import pickle
 from typing import Any
@@ -118,3 +119,12 @@ def test_it_is_a_value() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         matchers[0].sigma = 3.0  # type: ignore[misc]
     assert "sigma=3.0" in repr(mg_ops.MutualMatcher(sigma=3.0))
+
+
+def test_a_warning_points_at_the_line_that_called() -> None:
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [5.0, 0.0, 15.0, 10.0]])
+    arguments = {"cls_logits": torch.tensor([[[0.2], [0.9]]]), "pred_boxes": anchors[None]}
+    for call in (functools.partial(mg_ops.mutual_match, check=True), mg_ops.MutualMatcher(check=True)):
+        with pytest.warns(UserWarning, match="cls_logits: all values lie between 0 and 1") as caught:
+            call(anchors, [anchors[:1]], [torch.tensor([0])], **arguments)
+        assert [warning.filename for warning in caught] == [__file__]
