@@ -301,3 +301,12 @@ def test_the_figures_of_the_readme_are_those_recorded() -> None:
             )
             assert headline in readme.replace("\n", " ")
     assert f"torch {machine['torch'].split('+')[0]}, commit {machine['commit']}, {machine['date'][:10]}" in readme
+
+    bench = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/match_speed.json").read_text())["cases"]
+    median = {
+        (name, key): bench[name]["methods"][key]["median_seconds"]
+        for name in recorded["cases"]
+        for key in ("cpp", "cpp-lists")
+    }
+    longer = [100 * median[name, "cpp-lists"] / median[name, "cpp"] - 100 for name in recorded["cases"]]
+    assert f"With objects as lists a call takes {min(longer):.0f} to {max(longer):.0f}% longer" in readme
