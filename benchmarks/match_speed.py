@@ -279,9 +279,9 @@ def reason_to_skip(method: Method, batch: Batch, results: dict[str, Result], lon
     """Why a method is not run on this batch: too much memory by estimate, or too much time by a trial on a part."""
     device = batch.anchors.device.type
     pairs, alive = count_pairs(batch, method)
-    needed, free = method.pair_bytes * alive, available_bytes(device)
-    if needed > 0.6 * free:
-        return f"needs about {format_bytes(needed)} by estimate, {format_bytes(free)} are free"
+    needed, allowed = method.pair_bytes * alive, 0.6 * available_bytes(device)
+    if needed > allowed:
+        return f"needs about {format_bytes(needed)} by estimate, over 60% of free memory ({format_bytes(allowed)})"
     if method.name == "compiled":  # a trial would compile for its own sizes
         eager = results["batched"]
         return f"(b) is: {eager.skipped}" if eager.skipped else None
