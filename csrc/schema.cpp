@@ -34,6 +34,22 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
       "float sigma, float iou_positive, float iou_ignored, float crowd_overlap) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 
+  // The classification loss of a batch (csrc/class_loss.h has the formula), added up over all but the ignored anchors.
+  //
+  //   cls_logits     (B, A, C) floating
+  //   class_targets  (B, A) int64        a label in [0, C), or -1 for background; any other number: ignored
+  //   soft_targets   (B, A) floating     the target at the label, 1 without them; with 0 the anchor is background
+  //
+  // Returns a float32 number, equal from run to run. Its derivative with respect to the logits is class_loss_backward,
+  // in their dtype and contiguous; mg_ops/losses.py registers it. The targets get none.
+  m.def(
+      "class_loss(Tensor cls_logits, Tensor class_targets, Tensor? soft_targets, float positive_weight, "
+      "float positive_gamma, float negative_weight, float negative_gamma, bool weigh_by_target) -> Tensor");
+  m.def(
+      "class_loss_backward(Tensor grad_output, Tensor cls_logits, Tensor class_targets, Tensor? soft_targets, "
+      "float positive_weight, float positive_gamma, float negative_weight, float negative_gamma, "
+      "bool weigh_by_target) -> Tensor");
+
   // Why the CUDA kernels of this library do not run on a device: "" where they do. Without a CUDA backend in the
   // library the operator has no kernel.
   m.def("cuda_device_error(int device_index) -> str");

@@ -1,5 +1,6 @@
 """Mutual Guidance (Zhang et al., ACCV 2020) as one fused operator: `mg_ops.mutual_match`."""
 
+from mg_ops import losses
 from mg_ops.backend_choice import backends
 from mg_ops.boxes import BoxCoder, anchors_from_points, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
@@ -19,6 +20,7 @@ __all__ = [
     "backends",
     "box_iou",
     "encode_targets",
+    "losses",
     "mutual_match",
     "summarize",
 ]

@@ -19,6 +19,7 @@ DTYPES: dict[str, tuple[set[torch.dtype], str]] = {
         "float16, bfloat16, float32 or float64",
     ),
     "integer": ({torch.int64, torch.int32}, "int64 or int32"),
+    "int64": ({torch.int64}, "int64"),
     "label": (
         {torch.int64, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64},
         "int64, int32 or floating point",
@@ -54,7 +55,7 @@ def check_tensor(
         device_of: the argument whose device it is.
     """
     if not isinstance(value, Tensor):
-        article = "an" if kind == "integer" else "a"
+        article = "an" if kind.startswith("int") else "a"
         raise TypeError(f"{name}: expected {article} {kind} tensor, got {describe(value)}")
     dtypes, allowed = DTYPES[kind]
     if value.dtype not in dtypes:

@@ -28,6 +28,15 @@ _SIGNATURE = (
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 """The one signature of every backend's operator; csrc/schema.cpp says the same and holds the contract."""
+_CLASS_LOSS_ARGUMENTS = (
+    "Tensor cls_logits, Tensor class_targets, Tensor? soft_targets, float positive_weight, float positive_gamma, "
+    "float negative_weight, float negative_gamma, bool weigh_by_target"
+)
+_COMPILED_OPERATORS = {
+    "mutual_match": _SIGNATURE,
+    "class_loss": f"({_CLASS_LOSS_ARGUMENTS}) -> Tensor",
+    "class_loss_backward": f"(Tensor grad_output, {_CLASS_LOSS_ARGUMENTS}) -> Tensor",
+}
 
 LIBRARY_FILE = Path(__file__).parent / "libmg_ops.so"
 MINIMUM_TORCH = (2, 10)
@@ -54,11 +63,11 @@ def _load_library() -> str:
         )
     try:
         torch.ops.load_library(LIBRARY_FILE)
-        schema = str(torch.ops.mg_ops.mutual_match.default._schema)
+        found = {name: str(getattr(torch.ops.mg_ops, name).default._schema) for name in _COMPILED_OPERATORS}
     except (OSError, RuntimeError, AttributeError) as error:
         reason = error.__cause__ or error  # torch puts the loader's words into the cause
         return f"{LIBRARY_FILE.name} does not load under torch {torch.__version__} ({reason}): install mg_ops again"
-    if schema != f"mg_ops::mutual_match{_SIGNATURE}":
+    if found != {name: f"mg_ops::{name}{signature}" for name, signature in _COMPILED_OPERATORS.items()}:
         return f"{LIBRARY_FILE.name} was built from other sources than these Python files: install mg_ops again"
     return ""
 
