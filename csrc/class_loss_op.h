@@ -16,10 +16,7 @@ inline ClassLossProblem class_loss_problem(Tensor& logits, Tensor& class_targets
                                            double negative_gamma, bool weigh_by_target) {
   check_tensor("cls_logits", logits, Kind::kFloating, {kAnySize, kAnySize, kAnySize}, logits);
   const int64_t batch_size = logits.size(0), num_anchors = logits.size(1);
-  check_tensor("class_targets", class_targets, Kind::kInteger, {batch_size, num_anchors}, logits);
-  if (class_targets.scalar_type() != ScalarType::Long) {
-    fail("class_targets: expected dtype int64, got ", torch::headeronly::toString(class_targets.scalar_type()));
-  }
+  check_int64_tensor("class_targets", class_targets, {batch_size, num_anchors}, logits);
   const auto check_factor = [](const char* name, double value) {
     if (!(value >= 0.0 && value <= kMaxNumber)) {
       fail(name, ": expected a finite number of at least 0, got ", value);
@@ -40,10 +37,7 @@ inline ClassLossProblem class_loss_problem(Tensor& logits, Tensor& class_targets
   if (soft_targets.has_value()) {
     check_tensor("soft_targets", *soft_targets, Kind::kFloating, {batch_size, num_anchors}, logits);
     align(*soft_targets);
-    problem.soft_targets.data = soft_targets->const_data_ptr();
-    problem.soft_targets.image_stride = soft_targets->stride(0);
-    problem.soft_targets.row_stride = soft_targets->stride(1);
-    problem.soft_targets.type = float_type(*soft_targets);
+    problem.soft_targets = anchor_input(*soft_targets);
   }
   problem.batch_size = batch_size;
   problem.num_anchors = num_anchors;
@@ -71,10 +65,7 @@ Tensor class_loss_backward(const Tensor& grad_output, Tensor logits, Tensor clas
                            double negative_weight, double negative_gamma, bool weigh_by_target) {
   const ClassLossProblem problem = class_loss_problem(logits, class_targets, soft_targets, positive_weight,
                                                       positive_gamma, negative_weight, negative_gamma, weigh_by_target);
-  check_tensor("grad_output", grad_output, Kind::kFloating, {}, logits);
-  if (grad_output.scalar_type() != ScalarType::Float) {
-    fail("grad_output: expected dtype float32, got ", torch::headeronly::toString(grad_output.scalar_type()));
-  }
+  check_grad_output(grad_output, logits);
   const Tensor gradient =
       new_result(logits, {problem.batch_size, problem.num_anchors, problem.num_classes}, logits.scalar_type());
   run(problem, logits, static_cast<const float*>(grad_output.const_data_ptr()), gradient.mutable_data_ptr());

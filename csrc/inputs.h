@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "check.h"
 #include "problem.h"
@@ -32,8 +33,36 @@ inline FloatInput float_input(const Tensor& tensor) {
   return input;
 }
 
+// One number an anchor, (B, A).
+inline FloatInput anchor_input(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), 0, float_type(tensor), false};
+}
+
 inline IntegerInput integer_input(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.scalar_type() == ScalarType::Long};
+}
+
+// Of five numbers that check_box_coder has passed.
+inline BoxCoder box_coder(const std::vector<double>& numbers) {
+  const auto number = [&](size_t i) { return static_cast<float>(numbers[i]); };
+  return {number(0), number(1), number(2), number(3), number(4)};
+}
+
+// Raises unless this is an int64 tensor of the shape, on the device of another one.
+inline void check_int64_tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
+                               const Tensor& other) {
+  check_tensor(name, tensor, Kind::kInteger, shape, other);
+  if (tensor.scalar_type() != ScalarType::Long) {
+    fail(name, ": expected dtype int64, got ", torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// Raises unless this is what autograd hands to the backward of a float32 number.
+inline void check_grad_output(const Tensor& grad_output, const Tensor& other) {
+  check_tensor("grad_output", grad_output, Kind::kFloating, {}, other);
+  if (grad_output.scalar_type() != ScalarType::Float) {
+    fail("grad_output: expected dtype float32, got ", torch::headeronly::toString(grad_output.scalar_type()));
+  }
 }
 
 // Replaces a tensor that starts between two numbers, as one over another library's buffer can, by a copy: C++ must not

@@ -42,8 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor p
   problem.scores_are_probabilities = scores_are_probabilities;
   problem.decode = box_coder.has_value();
   if (problem.decode) {
-    const auto number = [&](size_t i) { return static_cast<float>((*box_coder)[i]); };
-    problem.coder = {number(0), number(1), number(2), number(3), number(4)};
+    problem.coder = mg_ops::box_coder(*box_coder);
   }
   problem.params = {classification_by_regressed,     localization_by_amplified,
                     static_cast<float>(sigma),       static_cast<float>(iou_positive),

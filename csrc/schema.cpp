@@ -50,6 +50,28 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
       "float positive_weight, float positive_gamma, float negative_weight, float negative_gamma, "
       "bool weigh_by_target) -> Tensor");
 
+  // The box loss of a batch (csrc/box_loss.h has the formulas), added up over the positives and, for L1 losses, the
+  // four coordinates.
+  //
+  //   predictions  (B, A, 4) floating      boxes (x1, y1, x2, y2); with `box_coder` the regression deltas instead
+  //   anchors      (A, 4) floating
+  //   match        (B, A) int64            the object of a positive within its image; any other number: no positive
+  //   gt_boxes, gt_offsets                 as of mutual_match; wrong offsets raise on the CPU, are clamped on a GPU
+  //   weights      (B, A) floating         of the positives, 1 without them
+  //   loss         0 smooth L1 (beta), 1 balanced L1 (alpha, gamma, beta), 2 the same as released with the paper, all
+  //   on
+  //                deltas where there is a box coder; 3 GIoU, 4 CIoU, on boxes
+  //
+  // Returns a float32 number, equal from run to run. Its derivative with respect to the predictions is
+  // box_loss_backward, in their dtype and contiguous; mg_ops/losses.py registers it. Nothing else gets one.
+  m.def(
+      "box_loss(Tensor predictions, Tensor anchors, Tensor match, Tensor gt_boxes, Tensor gt_offsets, "
+      "Tensor? weights, float[]? box_coder, int loss, float alpha, float gamma, float beta) -> Tensor");
+  m.def(
+      "box_loss_backward(Tensor grad_output, Tensor predictions, Tensor anchors, Tensor match, Tensor gt_boxes, "
+      "Tensor gt_offsets, Tensor? weights, float[]? box_coder, int loss, float alpha, float gamma, float beta) "
+      "-> Tensor");
+
   // Why the CUDA kernels of this library do not run on a device: "" where they do. Without a CUDA backend in the
   // library the operator has no kernel.
   m.def("cuda_device_error(int device_index) -> str");

@@ -16,6 +16,7 @@
 #include "../mutual_match.h"
 #include "instruction_set.h"
 #include "mutual_match_kernel.h"
+#include "offsets.h"
 #include "os.h"
 #include "threads.h"
 
@@ -132,26 +133,8 @@ bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles
   return true;
 }
 
-// Raises unless the offsets start at 0, never decrease and stay within the objects.
-void check_offsets(const MatchProblem& problem) {
-  int64_t previous = 0;
-  for (int64_t i = 0; i <= problem.batch_size; ++i) {
-    const int64_t offset = load_integer(problem.gt_offsets, i);
-    if (i == 0 && offset != 0) {
-      fail("gt_offsets: must start at 0, got ", offset);
-    }
-    if (offset < previous) {
-      fail("gt_offsets: must not decrease, got ", previous, " then ", offset, " for image ", i - 1);
-    }
-    previous = offset;
-  }
-  if (previous > problem.num_gt) {
-    fail("gt_offsets: must not exceed the ", problem.num_gt, " packed objects, got ", previous);
-  }
-}
-
 void mutual_match_cpu(const MatchProblem& problem, const Tensor&) {
-  check_offsets(problem);
+  check_offsets(problem.gt_offsets, problem.batch_size, problem.num_gt);
   if (problem.num_gt > 0) {
     std::memset(problem.num_pos, 0, static_cast<size_t>(problem.num_gt) * sizeof(int32_t));
     std::memset(problem.num_total, 0, static_cast<size_t>(problem.num_gt) * sizeof(int32_t));

@@ -14,22 +14,17 @@
 namespace mg_ops::cuda {
 namespace {
 
-// The number of blocks, which are numbered in 31 bits.
-int64_t checked_grid(const LaunchedClassLoss& problem) {
-  constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
-  const ClassLossProblem& p = problem;
-  if (p.num_classes > kMaxBlocks - kLogitsABlock ||
-      (problem.blocks_per_image > 0 && p.batch_size > kMaxBlocks / problem.blocks_per_image)) {
-    fail("cls_logits: too many for one call, ", p.batch_size, " images of ", p.num_anchors, " anchors and ",
-         p.num_classes, " classes: split the batch");
+int64_t grid_of(const LaunchedClassLoss& problem) {
+  if (problem.num_classes > std::numeric_limits<int32_t>::max() - kLogitsABlock) {  // numbered in 32 bits
+    fail("cls_logits: expected fewer classes, got ", problem.num_classes);
   }
-  return p.batch_size * problem.blocks_per_image;
+  return checked_grid("cls_logits", problem.batch_size, problem.blocks_per_image);
 }
 
 void class_loss_cuda(const ClassLossProblem& problem, const Tensor& logits, float* loss) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   LaunchedClassLoss launch = launched(problem);
-  const int64_t grid = checked_grid(launch);
+  const int64_t grid = grid_of(launch);
   const cudaStream_t stream = current_stream(logits);
   // Released when this returns, which torch's allocator allows: later work on this stream comes after the kernels.
   const Tensor sums = torch::stable::new_empty(logits, {grid}, ScalarType::Double);
@@ -40,7 +35,7 @@ void class_loss_cuda(const ClassLossProblem& problem, const Tensor& logits, floa
     });
     check_launch("class_loss");
   }
-  sum_blocks_kernel<<<1, kLossThreads, 0, stream>>>(launch.block_sums, grid, loss);
+  sum_kernel<<<1, kLossThreads, 0, stream>>>(launch.block_sums, grid, loss);
   check_launch("class_loss");
 }
 
@@ -50,7 +45,7 @@ void class_loss_backward_cuda(const ClassLossProblem& problem, const Tensor& log
   LaunchedClassLoss launch = launched(problem);
   launch.grad_output = grad_output;
   launch.gradient = gradient;
-  const int64_t grid = checked_grid(launch);
+  const int64_t grid = grid_of(launch);
   if (grid > 0) {
     const cudaStream_t stream = current_stream(logits);
     with_exponent(problem.params.negative_gamma, [&](auto exponent) {

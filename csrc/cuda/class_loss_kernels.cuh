@@ -1,20 +1,14 @@
-// The classification losses on a GPU: one pass over the logits in which each block adds up some thousand of them, and a
-// block that adds up what the blocks found, in one order. No torch in here.
+// The classification losses on a GPU: one pass over the logits, a few thousand of them a block. No torch in here.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "../class_loss.h"
-#include "strided_input.cuh"
-
-#ifndef MG_OPS_SHARED
-#define MG_OPS_SHARED(Type, name) __shared__ Type name
-#endif
+#include "block_sum.cuh"
 
 namespace mg_ops::cuda {
 
-constexpr int kLossThreads = 256;
 constexpr int kLogitsAtOnce = 4;  // neighbors, by one load where they are aligned
 constexpr int kLoadsAThread = 4;
 constexpr int kLogitsABlock = kLossThreads * kLogitsAtOnce * kLoadsAThread;
@@ -107,52 +101,9 @@ MG_OPS_DEVICE void for_logits(const LaunchedClassLoss& problem, int64_t image, i
   }
 }
 
-// The sum over the threads of a block, in one order; valid in thread 0. Every thread must call it.
-MG_OPS_DEVICE double block_sum(double value, double* shared) {
-  shared[threadIdx.x] = value;
-  for (int distance = kLossThreads / 2; distance > 0; distance /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < distance) {
-      shared[threadIdx.x] += shared[threadIdx.x + distance];
-    }
-  }
-  return shared[0];
-}
-
-// Writes neighbors of a contiguous tensor; four at once from a multiple of four on.
-MG_OPS_DEVICE void store_numbers(FloatType type, void* output, int64_t first, int count, const float* numbers) {
-  const auto bits = [&](int i) -> uint32_t {
-    return type == FloatType::kFloat16 ? float_to_float16(numbers[i]) : float_to_bfloat16(numbers[i]);
-  };
-  if (type == FloatType::kFloat32) {
-    float* const place = static_cast<float*>(output) + first;
-    if (count == 4) {
-      *reinterpret_cast<float4*>(place) = float4{numbers[0], numbers[1], numbers[2], numbers[3]};
-    } else {
-      *place = numbers[0];
-    }
-  } else if (type == FloatType::kFloat64) {
-    double* const place = static_cast<double*>(output) + first;
-    for (int i = 0; i < count; ++i) {
-      place[i] = static_cast<double>(numbers[i]);
-    }
-  } else {
-    uint16_t* const place = static_cast<uint16_t*>(output) + first;
-    if (count == 4) {
-      *reinterpret_cast<uint2*>(place) = uint2{bits(0) | (bits(1) << 16), bits(2) | (bits(3) << 16)};
-    } else {
-      *place = static_cast<uint16_t>(bits(0));
-    }
-  }
-}
-
-struct LossShared {
-  double values[kLossThreads];
-};
-
 template <Exponent exponent>
 __global__ void __launch_bounds__(kLossThreads) class_loss_kernel(const __grid_constant__ LaunchedClassLoss problem) {
-  MG_OPS_SHARED(LossShared, shared);
+  MG_OPS_SHARED(SumShared, shared);
   const int64_t image = blockIdx.x / problem.blocks_per_image;
   const int64_t block = blockIdx.x - image * problem.blocks_per_image;
   float negatives = 0.0f, at_labels = 0.0f;
@@ -172,22 +123,9 @@ __global__ void __launch_bounds__(kLossThreads) class_loss_kernel(const __grid_c
     }
   });
   const double sum = static_cast<double>(at_labels) + static_cast<double>(problem.params.negative_weight) * negatives;
-  const double total = block_sum(sum, shared.values);
+  const double total = block_sum(sum, shared);
   if (threadIdx.x == 0) {
     problem.block_sums[blockIdx.x] = total;
-  }
-}
-
-// By one block.
-__global__ void __launch_bounds__(kLossThreads) sum_blocks_kernel(const double* sums, int64_t count, float* loss) {
-  MG_OPS_SHARED(LossShared, shared);
-  double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kLossThreads) {
-    sum += sums[i];
-  }
-  const double total = block_sum(sum, shared.values);
-  if (threadIdx.x == 0) {
-    *loss = static_cast<float>(total);
   }
 }
 

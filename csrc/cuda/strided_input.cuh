@@ -54,4 +54,31 @@ MG_OPS_DEVICE int64_t load_integer(const IntegerInput& input, int64_t index) {
                         : static_cast<int64_t>(__ldg(static_cast<const int32_t*>(input.data) + index * input.stride));
 }
 
+// Writes neighbors of a contiguous tensor; four at once from a multiple of four on.
+MG_OPS_DEVICE void store_numbers(FloatType type, void* output, int64_t first, int count, const float* numbers) {
+  const auto bits = [&](int i) -> uint32_t {
+    return type == FloatType::kFloat16 ? float_to_float16(numbers[i]) : float_to_bfloat16(numbers[i]);
+  };
+  if (type == FloatType::kFloat32) {
+    float* const place = static_cast<float*>(output) + first;
+    if (count == 4) {
+      *reinterpret_cast<float4*>(place) = float4{numbers[0], numbers[1], numbers[2], numbers[3]};
+    } else {
+      *place = numbers[0];
+    }
+  } else if (type == FloatType::kFloat64) {
+    double* const place = static_cast<double*>(output) + first;
+    for (int i = 0; i < count; ++i) {
+      place[i] = static_cast<double>(numbers[i]);
+    }
+  } else {
+    uint16_t* const place = static_cast<uint16_t*>(output) + first;
+    if (count == 4) {
+      *reinterpret_cast<uint2*>(place) = uint2{bits(0) | (bits(1) << 16), bits(2) | (bits(3) << 16)};
+    } else {
+      *place = static_cast<uint16_t>(bits(0));
+    }
+  }
+}
+
 }  // namespace mg_ops::cuda

@@ -1,5 +1,5 @@
-// The CUDA kernels of the classification losses as a plain C function, run by cuda_on_cpu.h; tests/test_losses.py calls
-// it through ctypes.
+// The CUDA kernels of the classification losses as a plain C function, run by cuda_on_cpu.h; tests/test_class_losses.py
+// calls it through ctypes.
 #include "cuda_on_cpu.h"
 // The built-ins come first.
 #include "../../csrc/cuda/class_loss_kernels.cuh"
@@ -46,7 +46,7 @@ extern "C" int class_loss_on_cpu(const void* logits, const int64_t* strides, int
       launch(grid, seed, [&] { class_loss_kernel<decltype(exponent)::value>(launch_of); });
       launch(grid, seed + 2, [&] { class_loss_backward_kernel<decltype(exponent)::value>(launch_of); });
     });
-    launch(1, seed + 1, [&] { sum_blocks_kernel(sums.data(), grid, loss); });
+    launch(1, seed + 1, [&] { sum_kernel(sums.data(), grid, loss); });
     return 0;
   } catch (const std::exception& error) {
     std::snprintf(message, static_cast<size_t>(message_bytes), "%s", error.what());

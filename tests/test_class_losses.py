@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import mg_ops
-from mg_ops import losses
+from mg_ops import loss_definitions, losses
 
 Loss = Callable[..., Tensor]
 
@@ -292,7 +292,7 @@ def test_the_cuda_kernels_equal_the_definition(
     )
     assert not failed, message.value
     exact = logits.double().requires_grad_()
-    expected = losses.class_loss(exact, class_targets, soft_targets, *numbers, False)
+    expected = loss_definitions.class_loss(exact, class_targets, soft_targets, *numbers, False)
     expected.backward()
     assert exact.grad is not None
     assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
