@@ -6,7 +6,7 @@ from mg_ops.boxes import BoxCoder, anchors_from_points, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
 from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
-from mg_ops.targets import Targets, encode_targets
+from mg_ops.targets import Targets, encode_class_targets, encode_targets
 
 __all__ = [
     "BACKGROUND",
@@ -19,6 +19,7 @@ __all__ = [
     "anchors_from_points",
     "backends",
     "box_iou",
+    "encode_class_targets",
     "encode_targets",
     "losses",
     "mutual_match",

@@ -157,6 +157,39 @@ def test_smooth_l1_by_hand() -> None:
     assert torch.allclose(deltas.grad, torch.tensor([[[0.25, 0, 0, -0.125], [0, 0, 0, 0]]]), atol=1e-6)
 
 
+def slopes_of_balanced_l1(errors: Tensor, **options: Any) -> Tensor:
+    """The gradient for errors of the first delta; the object is the anchor."""
+    deltas = torch.zeros(1, len(errors), 4, dtype=errors.dtype)
+    deltas[0, :, 0] = errors
+    deltas.requires_grad_()
+    anchors = torch.tensor([[0.0, 0, 10, 10]]).repeat(len(errors), 1)
+    match = torch.zeros(1, len(errors)).long()
+    loss = losses.balanced_l1_loss(deltas, match, anchors, [anchors[:1]], box_coder=CODER, **options)
+    return torch.autograd.grad(loss, deltas)[0][0, :, 0]
+
+
+def test_balanced_l1_has_the_gradient_of_its_definition() -> None:
+    """alpha * ln(b x / beta + 1) below beta = 0.11, gamma beyond, and no jump between the two."""
+    errors, b = torch.linspace(-0.3, 0.3, 101), math.exp(3) - 1
+    expected = torch.where(errors.abs() < 0.11, 0.5 * torch.log(b * errors.abs() / 0.11 + 1), 1.5) * errors.sign()
+    torch.testing.assert_close(slopes_of_balanced_l1(errors), expected, atol=1e-5, rtol=1e-4)
+    near = slopes_of_balanced_l1(torch.tensor([0.11 - 1e-6, 0.11 + 1e-6]))
+    assert near[0] == pytest.approx(near[1], abs=1e-4)
+
+
+def test_the_released_balanced_l1_is_the_papers_at_a_beta_of_1_and_steeper_below() -> None:
+    errors = torch.linspace(-3, 3, 61)
+    same = slopes_of_balanced_l1(errors, beta=1.0, as_released=True)
+    torch.testing.assert_close(same, slopes_of_balanced_l1(errors, beta=1.0))
+    errors = torch.tensor([1e-7, 0.05, 0.10999, 0.11001])
+    released = slopes_of_balanced_l1(errors, as_released=True)
+    # alpha / beta - alpha at 0; gamma + alpha * ((b * beta + 1) / (b * beta + beta) - 1) at beta; gamma beyond.
+    assert released[0].item() == pytest.approx(0.5 / 0.11 - 0.5, rel=2e-4)
+    assert released[2].item() == pytest.approx(1.5 + 0.5 * ((19.0855 * 0.11 + 1) / (20.0855 * 0.11) - 1), rel=2e-4)
+    assert released[3].item() == 1.5
+    assert bool((released[:3] > slopes_of_balanced_l1(errors)[:3]).all())
+
+
 @every_loss
 def test_objects_in_any_form(loss: Loss) -> None:
     batch = random_batch()
