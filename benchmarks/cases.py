@@ -12,8 +12,8 @@ Predictions are made, not run through a network, so that every size is reproduci
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 import mg_ops
-from benchmarks import anchors as anchor_grids
 from benchmarks.objects import ImageObjects, generate_coco, generate_dense, generate_voc
-from detector.anchors import make_anchors as make_detector_anchors
+from detector.anchors import make_anchors
 
 CODER = mg_ops.BoxCoder()
 
@@ -37,47 +36,73 @@ class Case:
     name: str
     batch_size: int
     num_classes: int
+    objects: str
+    """Which generator: "voc", "coco" or "dense"."""
+    objects_per_image: int | None = None
+    """For "dense"."""
+    _: KW_ONLY
     make_anchors: Callable[[], Tensor]
     image_size: tuple[int, int]
     """(width, height) in pixels."""
     keep_aspect: bool
     """Scale images to fit, placed at the top left (RetinaNet); else stretch them (SSD)."""
-    objects: str
-    """Which generator: "voc", "coco" or "dense"."""
-    objects_per_image: int | None = None
-    """For "dense"."""
 
     @property
     def takes_file(self) -> bool:
         """Whether --boxes replaces the generator."""
         return self.objects != "dense"
 
-    def with_images(self, most: int | None) -> Case:
-        """The same case with at most so many images a batch."""
-        return self if most is None else replace(self, batch_size=min(self.batch_size, most))
+    def quick(self) -> Case:
+        """The same case small enough for a check in seconds."""
+        objects = None if self.objects_per_image is None else min(self.objects_per_image, 20)
+        return replace(self, batch_size=min(self.batch_size, 4 if objects is None else 1), objects_per_image=objects)
 
 
-def _case(
-    name: str, batch_size: int, grid: str, objects: str, per_image: int | None = None, num_classes: int = 80
-) -> Case:
-    make_anchors, image_size, keep_aspect = {
-        "ssd": (partial(make_detector_anchors, 320), (320, 320), False),
-        "retinanet": (anchor_grids.make_retinanet_anchors, (1333, 800), True),
-        "dense": (anchor_grids.make_dense_anchors, (608, 800), True),
-    }[grid]
-    return Case(name, batch_size, num_classes, make_anchors, image_size, keep_aspect, objects, per_image)
+def make_pyramid(width: int, height: int, strides: Sequence[int], side: float, scales: Sequence[float]) -> Tensor:
+    """Anchors (A, 4) at every cell of each stride, level by level and row by row: `side` strides at each scale.
+
+    Of ratios 1/2, 1 and 2; float32, (x1, y1, x2, y2) in pixels, not clipped.
+    """
+    levels = []
+    for stride in strides:
+        shapes = [
+            (side * stride * scale / math.sqrt(ratio), side * stride * scale * math.sqrt(ratio))
+            for scale in scales
+            for ratio in (0.5, 1.0, 2.0)
+        ]
+        center_y = (torch.arange(math.ceil(height / stride)) + 0.5) * stride
+        center_x = (torch.arange(math.ceil(width / stride)) + 0.5) * stride
+        centers = torch.stack(torch.meshgrid(center_x, center_y, indexing="xy"), dim=-1).unsqueeze(2)
+        half = 0.5 * torch.tensor(shapes)
+        levels.append(torch.cat([centers - half, centers + half], dim=-1).reshape(-1, 4))
+    return torch.cat(levels)
 
 
+SSD = {"make_anchors": partial(make_anchors, 320), "image_size": (320, 320), "keep_aspect": False}
+"""The detectors' own anchors: 12,750."""
+RETINANET = {
+    "make_anchors": partial(make_pyramid, 1344, 800, (8, 16, 32, 64, 128), 4, (1.0, 2 ** (1 / 3), 2 ** (2 / 3))),
+    "image_size": (1333, 800),
+    "keep_aspect": True,
+}
+"""RetinaNet's at 1333 x 800, P3 to P7: 201,600."""
+DENSE = {
+    "make_anchors": partial(make_pyramid, 608, 800, (4, 8, 16, 32, 64), 3, (1.0,)),
+    "image_size": (608, 800),
+    "keep_aspect": True,
+}
+"""For many small objects, P2 to P6: 121,515."""
 SWEEP = (5, 50, 500)
+SWEEP_CASES = tuple(f"sweep{count}" for count in SWEEP)
 CASES = {
     case.name: case
     for case in (
-        _case("voc320", 32, "ssd", "voc", num_classes=20),
-        _case("coco320", 32, "ssd", "coco"),
-        _case("coco800", 16, "retinanet", "coco"),
-        _case("dense", 8, "dense", "dense", 500),
-        _case("dense5000", 1, "dense", "dense", 5000),
-        *(_case(f"sweep{count}", 1, "dense", "dense", count) for count in SWEEP),
+        Case("voc320", 32, 20, "voc", **SSD),
+        Case("coco320", 32, 80, "coco", **SSD),
+        Case("coco800", 16, 80, "coco", **RETINANET),
+        Case("dense", 8, 80, "dense", 500, **DENSE),
+        Case("dense5000", 1, 80, "dense", 5000, **DENSE),
+        *(Case(f"sweep{count}", 1, 80, "dense", count, **DENSE) for count in SWEEP),
     )
 }
 
@@ -104,18 +129,14 @@ class Batch:
         self.labels_list = list(self.gt_labels.split(self.counts))
         self.crowd_list = None if self.gt_crowd is None else list(self.gt_crowd.split(self.counts))
 
-    def arguments(self, device: str | None = None) -> dict[str, Any]:
-        """What `mg_ops.mutual_match` takes, objects packed; copied to a device if one is named."""
-        arguments = {
-            "anchors": self.anchors,
-            "cls_logits": self.logits,
-            "box_deltas": self.deltas,
-            "gt_boxes": self.gt_boxes,
-            "gt_labels": self.gt_labels,
-            "gt_offsets": self.gt_offsets,
-            "gt_crowd": self.gt_crowd,
-            "box_coder": CODER,
-        }
+    def arguments(self, device: str | None = None, lists: bool = False) -> dict[str, Any]:
+        """What `mg_ops.mutual_match` takes, objects packed or as lists; copied to a device if one is named."""
+        arguments = {"anchors": self.anchors, "cls_logits": self.logits, "box_deltas": self.deltas, "box_coder": CODER}
+        if lists:
+            objects = {"gt_boxes": self.boxes_list, "gt_labels": self.labels_list, "gt_crowd": self.crowd_list}
+            return {**arguments, **objects}
+        arguments |= {"gt_boxes": self.gt_boxes, "gt_labels": self.gt_labels, "gt_crowd": self.gt_crowd}
+        arguments["gt_offsets"] = self.gt_offsets
         if device is None:
             return arguments
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
@@ -124,7 +145,7 @@ class Batch:
         """The first images, with the first objects of each."""
         counts = [min(count, most_objects) for count in self.counts[:num_images]]
         kept = [slice(0, count) for count in counts]
-        padded = max(counts, default=0)
+        padded = max(1, *counts)
         return Batch(
             self.anchors,
             self.deltas[:num_images],

@@ -10,10 +10,14 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import mg_ops
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks/results"
@@ -71,6 +75,15 @@ def describe_machine(device: str) -> dict[str, object]:
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
             machine["driver"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
     return machine
+
+
+def print_machine(machine: dict[str, object], console: Console) -> None:
+    """The line above the tables."""
+    console.print(
+        f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops {machine['mg_ops']} at {machine['commit']}; "
+        f"load average {machine['load_average_at_start']:.1f}",
+        highlight=False,
+    )
 
 
 def machine_folder(machine: dict[str, object]) -> str:
