@@ -9,6 +9,7 @@ as they are. All that ncu says goes to ncu-<case>.csv; the output holds what dec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import re
@@ -85,14 +86,6 @@ PREDICTED: dict[str, dict[str, dict[str, str]]] = {
 }
 
 
-def read_number(text: str) -> float | None:
-    """A number as ncu writes it, with commas between thousands; None if it is none."""
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
-
-
 def read_raw_page(text: str) -> list[dict[str, Any]]:
     """The launches in what `ncu --csv --page raw` wrote, whatever stands around them.
 
@@ -113,9 +106,8 @@ def read_raw_page(text: str) -> list[dict[str, Any]]:
         without_arguments = re.split(r"[<(]", row[name_column])[0]
         launch: dict[str, Any] = {"kernel": re.split(r"::| ", without_arguments)[-1]}
         for name, unit, cell in zip(header, units, row, strict=False):
-            number = read_number(cell)
-            if number is not None:
-                launch[name] = number * UNITS.get(unit, 1.0)
+            with contextlib.suppress(ValueError):  # commas stand between thousands; "n/a" is no number
+                launch[name] = float(cell.replace(",", "")) * UNITS.get(unit, 1.0)
         launches.append(launch)
     if not launches:
         raise ValueError("ncu saw no kernel of mg_ops")
@@ -136,11 +128,10 @@ def describe_launch(name: str, summary: dict[str, Any]) -> str:
     """A line for the log."""
     predicted = PREDICTED.get(name, {}).get(summary["kernel"].removesuffix("_kernel"), {}).get("microseconds", "-")
     shown = {key: "?" if summary[key] is None else f"{summary[key]:.3g}" for key in METRICS}
-    moved = [summary["device_bytes_read"], summary["device_bytes_written"]]
-    size = "?" if None in moved else f"{sum(moved) / 1e6:.3g}"
     stalls = ", ".join(f"{reason} {value:.2f}" for reason, value in list(summary["stalls"].items())[:4])
     return (
-        f"{name} {summary['kernel']}: {shown['microseconds']} us (predicted {predicted}), {size} MB, issue slots busy "
+        f"{name} {summary['kernel']}: {shown['microseconds']} us (predicted {predicted}), read "
+        f"{shown['device_bytes_read']} and wrote {shown['device_bytes_written']} bytes, issue slots busy "
         f"{shown['issue_slots_busy_percent']}%, occupancy {shown['occupancy_percent']}%; waits: {stalls}"
     )
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.status import Status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,14 +35,13 @@ sys.path.append(str(ROOT))
 import mg_ops  # noqa: E402
 from benchmarks import measure, report  # noqa: E402
 from benchmarks.cases import CASES, SWEEP_CASES, Batch, Case, batches_beyond_cache, make_batches  # noqa: E402
-from benchmarks.machine import add_output_options, describe_machine, prepare_output, print_machine  # noqa: E402
+from benchmarks.machine import begin, check_options, make_parser  # noqa: E402
 from benchmarks.methods import (  # noqa: E402
     LEAST_AGREEMENT,
     build_methods,
     check_backends,
     different_values,
     match,
-    reason_to_skip,
     share_equal,
     usable_backends,
 )
@@ -106,7 +104,7 @@ def run_case(
         num_batches = min(4, math.ceil(BATCH_BYTES / predictions)) if case.objects_per_image is None else 1
     else:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        num_batches = batches_beyond_cache(case, cache, measure.available_bytes(device))
+        num_batches = batches_beyond_cache(case, cache, torch.cuda.mem_get_info()[0])
     with measure.thread_count(1):
         batches = make_batches(case, source, num_batches, SEED, device)
     batch = batches[0]
@@ -122,8 +120,7 @@ def run_case(
         record |= dict.fromkeys(("threads", "median_seconds", "quartile_seconds", "loop_over_this"))
         record |= dict.fromkeys(("share_of_labels_equal", "extra_bytes", "output_bytes"))
         record |= {"timed_calls": 0, "extra_bytes_resolution": 0, "note": "", "memory_note": ""}
-        batched = records.get("batched", {}).get("skipped")
-        record["skipped"] = method.skip or reason_to_skip(name, method, batch, batched)
+        record["skipped"] = method.reason_to_skip(batch)
         records[name] = record
         if record["skipped"]:
             continue
@@ -208,7 +205,7 @@ def run_case(
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked against what is usable here."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=list(CASE_GROUPS), help="what to run (all)")
     parser.add_argument(
         "--boxes",
@@ -216,19 +213,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE_OR_FOLDER",
         help="objects of voc320, coco320 and coco800 from COCO-style JSON or VOC XML, instead of generated ones",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="backends of mg_ops (all that are usable)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     parser.add_argument("--no-baselines", action="store_true", help="mg_ops alone")
     parser.add_argument("--quick", action="store_true", help="small batches, no torch.compile: a check, no figures")
-    add_output_options(parser)
     options = parser.parse_args(arguments)
     if options.record and (options.quick or options.boxes or options.cases or options.no_baselines):
         parser.error("--record: expected all cases and methods on generated objects")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
-    if options.threads < 1:
-        parser.error(f"--threads: expected at least 1, got {options.threads}")
+    check_options(parser, options)
     usable = usable_backends(options.device)
     options.backends = options.backends or usable
     for name in options.backends:
@@ -243,9 +234,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for; the exit status."""
     options = parse_options(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 150)
     start = time.perf_counter()
-    torch.set_num_threads(options.threads)
+    console, machine, output = begin(options, "quick" if options.quick else "match_speed")
+    console.print(f"backends: {', '.join(options.backends)}")
+    for name, status in mg_ops.backends().items():
+        if not status.usable:
+            console.print(f"  backend {name}: {status.detail}")
     source, num_classes = None, 0
     if options.boxes is not None:
         try:
@@ -255,13 +249,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         source, num_classes = read.images, len(read.classes)
         console.print(f"{options.boxes}: {len(source):,} images, {num_classes} classes", *read.notes, sep="\n")
-    machine = describe_machine(options.device)
-    print_machine(machine, console)
-    console.print(f"backends: {', '.join(options.backends)}", highlight=False)
-    for name, status in mg_ops.backends().items():
-        if not status.usable:
-            console.print(f"  backend {name}: {status.detail}", highlight=False)
-    output = prepare_output(options, machine, "quick" if options.quick else "match_speed")
     floor = None
     if options.device == "cuda":
         floor = {"bytes_per_second": measure.copy_bandwidth(), "seconds_per_launch": measure.launch_seconds()}
@@ -276,19 +263,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with console.status("") as progress:
                 cases[name] = run_case(case, source, options, floor, progress)
         except RuntimeError as error:
-            console.print(f"[bold red]{name} failed:[/] {error}", highlight=False)
+            console.print(f"[bold red]{name} failed:[/] {error}")
             return 1
         output.write_text(json.dumps(content, indent=1, default=str) + "\n")  # so that a later case cannot lose it
         if name not in SWEEP_CASES:
             report.print_table(report.case_table(name, cases[name]), console)
     if len(swept := report.swept_cases(cases)) > 1:
         report.print_table(report.sweep_table(swept), console)
-    console.print(f"\nwrote {output}", highlight=False)
+    console.print(f"\nwrote {output}")
     if report.plot_sweep(cases, machine, output.with_suffix(".png")):
-        console.print(f"wrote {output.with_suffix('.png')}", highlight=False)
+        console.print(f"wrote {output.with_suffix('.png')}")
     console.print(f"\n[bold]Verdict[/] ({time.perf_counter() - start:.0f} s in all)")
     for line in report.verdict_lines(cases):
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {line}")
     if options.quick:
         console.print("  --quick: small batches and few calls; run without it for figures to quote")
     return 0

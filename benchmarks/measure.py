@@ -108,16 +108,6 @@ def take_turns(
 # Memory
 
 
-def available_bytes(device: str) -> float:
-    """Memory that is free now, on the machine or on the GPU; infinity where the system does not say."""
-    if device != "cpu":
-        return float(torch.cuda.mem_get_info()[0])
-    with contextlib.suppress(OSError):
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return 1024.0 * int(found[1]) if found else math.inf
-    return math.inf
-
-
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> tuple[int, int, int]:
     """(bytes before a call, bytes at its peak, bytes of the tensors it returns), of the GPU or of this process.
 
@@ -231,19 +221,6 @@ def launch_seconds(replays: int = REPLAYS) -> float:
     return quartiles(GraphOfCalls([lambda: small.add_(1.0)] * 200).time(replays))[1]
 
 
-@contextlib.contextmanager
-def counting_synchronizations(counts: dict[str, Any]) -> Iterator[None]:
-    """Adds to the counts how often the host waits for the device."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    counts["host_synchronizations"] = sum("synchroniz" in str(warning.message) for warning in caught)
-
-
 def measure_on_gpu(
     call: Callable[[Any], object], batches: Sequence[object], replays: int, same: Callable[[Any, Any], bool] | None
 ) -> dict[str, Any]:
@@ -260,8 +237,14 @@ def measure_on_gpu(
         RuntimeError: a replay's answer is another one.
     """
     figures: dict[str, Any] = {"graph_replay_seconds": None, "graph_replay_quartiles": None, "graph_replay_note": ""}
-    with counting_synchronizations(figures):
-        call(batches[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call(batches[0])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    figures["host_synchronizations"] = sum("synchroniz" in str(warning.message) for warning in caught)
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:

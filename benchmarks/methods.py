@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 import mg_ops
-from benchmarks import baselines, measure
+from benchmarks import baselines
 from benchmarks.cases import CODER, SWEEP_CASES, Batch, Case
-from benchmarks.report import LOOP, format_quantity
+from benchmarks.report import LOOP
 
 LEAST_AGREEMENT = 0.999  # of a baseline's labels with mg_ops'
-LONGEST_CALL_SECONDS = 3.0  # a baseline other than the loop that would take longer is not run
-LONGEST_LOOP_SECONDS = 10.0  # the same for the loop on a single image
+MOST_PAIRS = {"eager": 1e7, "looped": 5e8, "padded": 1e8}
+"""Of anchors and objects, that a method is run on: seconds of one call, or gigabytes of memory, on 2 CPU cores."""
 MOST_COMPARED_PAIRS = 6_000_000  # of anchors and objects: what "eager" does in seconds
 
 
@@ -35,14 +35,23 @@ class Method:
     strategy: str | None = "mutual"
     """What its answer is compared with: mg_ops' answer under this strategy, or None: another algorithm."""
     subject: bool = False
-    pair_bytes: float = 0.0
-    """Estimate of its peak memory per pair of an anchor and a padded object that is alive at once."""
-    per_image: bool = False
-    """Whether only one image's pairs are alive at once."""
+    most_pairs: float = math.inf
+    """It is not run on batches with more pairs of anchors and objects: they take too long, or too much memory."""
+    padded: bool = False
+    """Whether it works on as many objects in every image as the fullest has."""
     captured: bool = True
     """Whether a CUDA graph may hold it: not where a call reads host memory that it frees."""
-    skip: str | None = None
+    missing: str | None = None
     """Why it cannot run here."""
+
+    def reason_to_skip(self, batch: Batch) -> str | None:
+        """Why it is not run on this batch."""
+        objects = batch.padded_boxes.shape[:2].numel() if self.padded else sum(batch.counts)
+        pairs = len(batch.anchors) * objects
+        if self.missing or pairs <= self.most_pairs:
+            return self.missing
+        most = self.most_pairs / 1e6
+        return f"{pairs / 1e6:,.0f} million pairs of anchors and objects; it is run on at most {most:.0f} million"
 
 
 def usable_backends(device: str) -> list[str]:
@@ -79,69 +88,36 @@ def compiled_baseline(device: str) -> Callable[..., baselines.Match]:
 def build_methods(case: Case, anchors: Tensor, options: argparse.Namespace) -> dict[str, Method]:
     """The methods of a case, in the order of the tables."""
     best, sweep = options.backends[0], case.name in (*SWEEP_CASES, "dense5000")
+    ours = partial(Method, subject=True)
     methods: dict[str, Method] = {}
     for name in options.backends:
-        size: dict[str, Any] = {"pair_bytes": 90.0, "per_image": True} if name == "eager" else {}
-        methods[name] = Method(f"mg_ops {name}", partial(match, backend=name), subject=True, **size)
+        most = MOST_PAIRS["eager"] if name == "eager" else math.inf
+        methods[name] = ours(f"mg_ops {name}", partial(match, backend=name), most_pairs=most)
         if name == best != "eager" and not sweep:  # beside the packed objects: their turns follow each other
             call = partial(match, backend=best, lists=True)
-            methods[f"{best}-lists"] = Method(f"mg_ops {best}, objects as lists", call, subject=True, captured=False)
-    if not options.no_baselines:
-        methods[LOOP] = Method("(a) loop over images and objects", match_loop, per_image=True)
-        methods["batched"] = Method("(b) batched, padded", match_padded, pair_bytes=36.0)
-        if not sweep:
-            methods["compiled"] = compiled = replace(methods["batched"], label="(c) batched, torch.compile")
-            compiled.call = lambda b: match_padded(b, compiled_baseline(options.device))
-            compiled.skip = "--quick" if options.quick else None
+            methods[f"{best}-lists"] = ours(f"mg_ops {best}, objects as lists", call, captured=False)
     if best != "eager":
-        call = partial(match, backend=best, strategy="iou")
-        methods[f"{best}-iou"] = Method(f'mg_ops {best}, strategy="iou"', call, "iou", subject=True)
-    if not options.no_baselines:
-        methods["torchvision"] = Method(
-            "(d) torchvision Matcher (IoU only)",
-            lambda b: baselines.match_by_torchvision(b.anchors, b.boxes_list, b.crowd_list),
-            "iou",
-            pair_bytes=44.0,
-            per_image=True,
+        methods[f"{best}-iou"] = ours(
+            f'mg_ops {best}, strategy="iou"', partial(match, backend=best, strategy="iou"), "iou"
         )
-        methods["task-aligned"] = other = replace(methods["batched"], strategy=None, pair_bytes=60.0)
-        other.label = "(e) ultralytics TaskAlignedAssigner"
-        try:
-            assign = baselines.make_task_aligned_assigner(anchors, case.num_classes, CODER.weights, CODER.clip)
-            other.call = lambda b: assign(b.deltas, b.logits, b.padded_boxes, b.padded_labels)
-        except ImportError as error:
-            other.skip = f"not installed ({error})"
+    if options.no_baselines:
+        return methods
+    methods[LOOP] = Method("(a) loop over images and objects", match_loop, most_pairs=MOST_PAIRS["looped"])
+    padded = partial(Method, padded=True, most_pairs=MOST_PAIRS["padded"])
+    methods["batched"] = padded("(b) batched, padded", match_padded)
+    if not sweep:
+        call = lambda b: match_padded(b, compiled_baseline(options.device))  # noqa: E731
+        missing = "--quick" if options.quick else None
+        methods["compiled"] = padded("(c) batched, torch.compile", call, missing=missing)
+    call = lambda b: baselines.match_by_torchvision(b.anchors, b.boxes_list, b.crowd_list)  # noqa: E731
+    methods["torchvision"] = Method("(d) torchvision Matcher (IoU only)", call, "iou", most_pairs=MOST_PAIRS["looped"])
+    try:
+        assign = baselines.make_task_aligned_assigner(anchors, case.num_classes, CODER.weights, CODER.clip)
+        call, missing = lambda b: assign(b.deltas, b.logits, b.padded_boxes, b.padded_labels), None
+    except ImportError as error:
+        call, missing = match_padded, f"not installed ({error})"
+    methods["task-aligned"] = padded("(e) ultralytics TaskAlignedAssigner", call, None, missing=missing)
     return methods
-
-
-def count_pairs(batch: Batch, method: Method) -> tuple[int, int]:
-    """(pairs worked on in all, pairs alive at once) of a method that handles every pair."""
-    num_anchors, counts = len(batch.anchors), batch.counts
-    if method.per_image:
-        return num_anchors * sum(counts), num_anchors * max(counts)
-    return (num_anchors * batch.padded_boxes.shape[1] * len(counts),) * 2
-
-
-def reason_to_skip(name: str, method: Method, batch: Batch, batched: str | None) -> str | None:
-    """Why a method is not run on this batch: too much memory by estimate, or too much time by a trial on a part."""
-    pairs, alive = count_pairs(batch, method)
-    needed, allowed = method.pair_bytes * alive, 0.6 * measure.available_bytes(batch.anchors.device.type)
-    if needed > allowed:
-        sizes = [format_quantity(size, "B") for size in (needed, allowed)]
-        return f"needs about {sizes[0]} by estimate, over 60% of free memory ({sizes[1]})"
-    if name == "compiled":  # a trial would compile for its own sizes
-        return f"(b) is: {batched}" if batched else None
-    longest = LONGEST_CALL_SECONDS
-    if name == LOOP:  # what the ratios are to; but one image of 5,000 objects alone would take half a minute
-        longest = math.inf if len(batch.counts) > 1 else LONGEST_LOOP_SECONDS
-    if longest == math.inf or (method.subject and name != "eager") or pairs < 5_000_000:
-        return None
-    part = batch.head(4, 30)
-    seconds = measure.time_call(method.call, part)[0] * pairs / count_pairs(part, method)[0]
-    if seconds <= longest:
-        return None
-    images = "1 image" if len(part.counts) == 1 else f"{len(part.counts)} images"
-    return f"would take about {seconds:.0f} s a call, by a trial on {images} with {sum(part.counts)} objects"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

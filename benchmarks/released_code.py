@@ -6,7 +6,7 @@
 The released matching (utils/box/box_utils.py) is run as it is, image by image as its loss does. What the losses would
 see is compared anchor by anchor: the class, background or ignored; whether the box is learned, and which. The two may
 differ where qualities are equal or nearly so, and where two objects have the same best anchor, which the released code
-lets both keep. Beside its time stands that of baseline (a), the plain loop of match_speed.py.
+lets both keep. Each is timed at its best number of threads, and they take turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,8 +30,8 @@ sys.path.append(str(ROOT))
 import mg_ops  # noqa: E402
 from benchmarks import measure, report  # noqa: E402
 from benchmarks.cases import CASES, CODER, Batch, make_batches  # noqa: E402
-from benchmarks.machine import add_output_options, describe_machine, prepare_output, print_machine  # noqa: E402
-from benchmarks.methods import match, match_loop  # noqa: E402
+from benchmarks.machine import begin, check_options, make_parser  # noqa: E402
+from benchmarks.methods import match  # noqa: E402
 
 DEFAULT_CASES = ("voc320", "coco320", "coco800")
 NUM_BATCHES = 3
@@ -137,7 +136,7 @@ def run_case(name: str, matching: Callable[..., None], options: argparse.Namespa
     for batch in batches:
         totals.update(count_differences(our_targets(batch), released_targets(released(batch))))
     turns = {}
-    for label, call in (("released code", released), ("(a) loop", match_loop), ("mutual_match", match)):
+    for label, call in (("released code", released), ("mutual_match", match)):
         threads = (
             measure.best_threads(call, batches[0], options.threads) if options.device == "cpu" else options.threads
         )
@@ -152,7 +151,7 @@ def run_case(name: str, matching: Callable[..., None], options: argparse.Namespa
 
 def cases_table(cases: dict[str, dict[str, Any]]) -> report.Table:
     """A row per case."""
-    header = ["", "classes that differ", "boxes that differ", "released code", "(a) loop", "mutual_match"]
+    header = ["", "classes that differ", "boxes that differ", "released code", "mutual_match"]
     rows = []
     for name, case in cases.items():
         counts, timed = case["differences"], case["timed"]
@@ -167,32 +166,27 @@ def cases_table(cases: dict[str, dict[str, Any]]) -> report.Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--code", type=Path, required=True, metavar="FOLDER", help="checkout of the released code")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULT_CASES, metavar="CASE", help="what to run")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="most CPU threads (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small batches: a check, no figures")
-    add_output_options(parser)
     options = parser.parse_args(argv)
     if options.record and options.quick:
         parser.error("--record: expected a run without --quick")
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    check_options(parser, options)
     try:
         matching = load_released_matching(options.code)
     except ValueError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
+        print(error, file=sys.stderr)
         return 2
-    machine = describe_machine(options.device)
-    output = prepare_output(options, machine, "released_code_quick" if options.quick else "released_code")
+    console, machine, output = begin(options, "released_code_quick" if options.quick else "released_code")
     cases: dict[str, dict[str, Any]] = {}
     for name in options.cases:
         with console.status(name):
             cases[name] = run_case(name, matching, options)
     output.write_text(json.dumps({"machine": machine, "seed": 0, "cases": cases}, indent=1) + "\n")
-    print_machine(machine, console)
     report.print_table(cases_table(cases), console)
-    console.print(f"wrote {output}", highlight=False)
+    console.print(f"wrote {output}")
     return 0
 
 

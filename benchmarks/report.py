@@ -64,7 +64,7 @@ def print_table(table: Table, console: Console) -> None:
     from rich import box
     from rich.table import Table as Layout
 
-    console.print(f"\n[bold]{table.title}[/]  {table.text}", highlight=False)
+    console.print(f"\n[bold]{table.title}[/]  {table.text}")
     layout = Layout(box=box.SIMPLE_HEAD)
     for index, head in enumerate(table.header):
         layout.add_column(head, justify="right" if index else "left", no_wrap=index == 0)
@@ -72,7 +72,7 @@ def print_table(table: Table, console: Console) -> None:
         layout.add_row(*row, style="bold green" if index in table.bold else None)
     console.print(layout)
     for note in table.notes:
-        console.print(f"  [dim]{note}[/]", highlight=False)
+        console.print(f"  [dim]{note}[/]")
 
 
 def table_as_markdown(table: Table) -> list[str]:

@@ -301,3 +301,17 @@ def test_boxes_that_are_fractions_are_refused_by_name(tmp_path: Path) -> None:
     write_file(tmp_path / "a.json", "dog", [0.1, 0.1, 0.5, 0.5])
     with pytest.raises(ValueError, match=r"--boxes: .*a\.json: expected boxes in pixels"):
         read_objects(tmp_path / "a.json")
+
+
+def test_objects_packed_as_lists_and_padded_are_the_same() -> None:
+    batch = make_batch_with_crowds_and_bad_boxes()
+    assert 0 in batch.counts and batch.gt_offsets.diff().tolist() == batch.counts
+    for packed, lists, padded in (
+        (batch.gt_boxes, batch.boxes_list, batch.padded_boxes),
+        (batch.gt_labels, batch.labels_list, batch.padded_labels),
+        (batch.gt_crowd, batch.crowd_list, batch.padded_crowd),
+    ):
+        rows = list(zip(padded, batch.counts, strict=True))
+        assert torch.equal(torch.cat(lists), packed)
+        assert torch.equal(torch.cat([row[:count] for row, count in rows]), packed)
+        assert not any(row[count:].any() for row, count in rows)

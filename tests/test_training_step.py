@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks import training_step
+from benchmarks.baselines import Match
+from benchmarks.cases import Batch
 
 TINY = ["--detectors", "fssd-resnet18", "--image-size", "64", "--batch", "2", "--steps", "2", "--threads", "1"]
 
@@ -44,29 +46,23 @@ def test_every_phase_of_every_matching_is_measured_and_written(
     assert "optimizer" in said and "images/s" in said and "(a) loop" in said
 
 
-def test_each_matching_gets_the_same_objects_in_its_own_form(options: argparse.Namespace) -> None:
-    batches = training_step.make_batches(options)
-    assert len(batches) == training_step.NUM_BATCHES and batches[0].images.shape == (2, 3, 64, 64)
-    for batch in batches:
-        sizes = batch.gt_offsets.diff().tolist()
-        assert min(sizes) >= 1 and batch.gt_boxes.min() >= -1e-3 and batch.gt_boxes.max() <= 64 + 1e-3
-        for form in (0, 1):
-            packed = (batch.gt_boxes, batch.gt_labels)[form]
-            assert torch.equal(torch.cat(batch.lists[form]), packed)
-            rows = list(zip(batch.padded[form], sizes, strict=True))
-            assert torch.equal(torch.cat([row[:size] for row, size in rows]), packed)
-            assert not any(row[size:].any() for row, size in rows)
+def test_its_samples_have_images_and_objects_of_the_size_asked_for(options: argparse.Namespace) -> None:
+    samples = training_step.make_samples(options)
+    assert len(samples) == training_step.NUM_BATCHES
+    for images, objects in samples:
+        assert images.shape == (2, 3, 64, 64) and len(objects.counts) == 2 and min(objects.counts) >= 1
+        assert objects.gt_boxes.min() >= -1e-3 and objects.gt_boxes.max() <= 64 + 1e-3
 
 
 def test_a_step_trains_the_same_weights_whatever_matches(options: argparse.Namespace) -> None:
     """The matchings agree on these labels, so a step with one is a step with another: nothing else differs."""
-    batch = training_step.make_batches(options)[0]
+    sample = training_step.make_samples(options)[0]
     weights = []
     for matching in training_step.make_matchings("cpu").values():
         trainer = training_step.Trainer("fssd-resnet18", options)
         before = trainer.model.head.boxes[0].weight.detach().clone()
-        assert trainer.agreement(batch, matching) == 1.0
-        trainer.step(batch, matching)
+        assert trainer.agreement(sample, matching) == 1.0
+        trainer.step(sample, matching)
         weights.append(trainer.model.head.boxes[0].weight.detach())
         assert not torch.equal(before, weights[-1])
     for other in weights[1:]:
@@ -74,11 +70,11 @@ def test_a_step_trains_the_same_weights_whatever_matches(options: argparse.Names
 
 
 def test_a_matching_whose_labels_are_wrong_is_refused(options: argparse.Namespace) -> None:
-    batch = training_step.make_batches(options)[0]
+    sample = training_step.make_samples(options)[0]
 
-    def match_nothing(anchors: torch.Tensor, deltas: torch.Tensor, logits: torch.Tensor, batch: object) -> object:
-        labels = torch.full(logits.shape[:2], 0)
-        return training_step.mg_ops.MutualMatch(labels, labels, labels, labels)
+    def match_nothing(batch: Batch) -> Match:
+        labels = torch.zeros(batch.logits.shape[:2], dtype=torch.int64)
+        return Match(labels, labels)
 
     with pytest.raises(RuntimeError, match="of the labels"):
-        training_step.measure_detector("fssd-resnet18", [batch], {"wrong": match_nothing}, options)
+        training_step.measure_detector("fssd-resnet18", [sample], {"wrong": match_nothing}, options)
