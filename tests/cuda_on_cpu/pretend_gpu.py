@@ -1,6 +1,6 @@
 """Pretends that there is a GPU: a program written for CUDA tensors runs, unchanged, on CPU tensors.
 
-    PYTHONPATH=.:tests python -m cuda_on_cpu.pretend_gpu benchmarks/graph_replay.py --images 1 --cases coco320
+    PYTHONPATH=.:tests python -m cuda_on_cpu.pretend_gpu benchmarks/match_speed.py --device cuda --quick
     PYTHONPATH=.:tests python -m pytest -p cuda_on_cpu.pretend_gpu tests/test_gpu.py
 
 So `benchmarks/gpu_check.py --dry-run` tries every line that a GPU will run, without one. "cuda" means the CPU. The
