@@ -5,13 +5,17 @@ from mg_ops.boxes import BoxCoder, anchors_from_points, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
 from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
+from mg_ops.rules.max_iou_match import MaxIouMatcher, max_iou_match
+from mg_ops.rules.result import Match
 from mg_ops.targets import Targets, encode_targets
 
 __all__ = [
     "BACKGROUND",
     "IGNORED",
     "BoxCoder",
+    "Match",
     "MatchSummary",
+    "MaxIouMatcher",
     "MutualMatch",
     "MutualMatcher",
     "Targets",
@@ -19,6 +23,7 @@ __all__ = [
     "backends",
     "box_iou",
     "encode_targets",
+    "max_iou_match",
     "mutual_match",
     "summarize",
 ]

@@ -13,6 +13,7 @@ from mg_ops.checks import check_num_classes, check_tensor, describe, join_levels
 from mg_ops.matching import GroundTruth, Levels, MutualMatch, check_counts
 from mg_ops.objects import pack_objects
 from mg_ops.reference import BACKGROUND, IGNORED, autocast_type
+from mg_ops.rules.result import Match
 
 
 class Targets(NamedTuple):
@@ -28,7 +29,7 @@ class Targets(NamedTuple):
 
 
 def encode_targets(
-    match: MutualMatch,
+    match: MutualMatch | Match,
     anchors: Levels,
     gt_boxes: GroundTruth,
     gt_labels: Tensor | Sequence[Tensor] | None = None,
@@ -42,7 +43,7 @@ def encode_targets(
     """Gathers the targets of a match: class targets with the ignore mask, and the encoded boxes of the positives.
 
     Args:
-        match: what `mutual_match` returned for these objects.
+        match: what `mutual_match`, or another rule, returned for these objects.
         anchors: (A, 4) floating, (x1, y1, x2, y2); or a list of one tensor per feature level.
         gt_boxes: the boxes, as given to `mutual_match`, like the arguments after it.
         gt_labels: the labels.
@@ -65,8 +66,8 @@ def encode_targets(
         >>> positive = match.loc_positive.unsqueeze(-1)
         >>> loss = (error * positive).sum() / (4 * positive.sum()).clamp(min=1)
     """
-    if not isinstance(match, MutualMatch):
-        raise TypeError(f"match: expected what mg_ops.mutual_match returned, got {describe(match)}")
+    if not isinstance(match, (MutualMatch, Match)):
+        raise TypeError(f"match: expected what mg_ops.mutual_match or another rule returned, got {describe(match)}")
     if num_classes is not None:
         check_num_classes(num_classes)
     anchors = check_tensor("anchors", join_levels("anchors", anchors), "floating point", ("A", 4), None)

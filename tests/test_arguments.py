@@ -828,7 +828,11 @@ def test_wrong_boxes(call: Any, error: type[Exception], message: str) -> None:
             r"^gt_boxes\[0\]: expected a dense tensor",
         ),
         ({"box_coder": "ssd"}, TypeError, r"^box_coder: expected mg_ops.BoxCoder or None, got str"),
-        ({"match": (1, 2)}, TypeError, r"^match: expected what mg_ops.mutual_match returned, got tuple"),
+        (
+            {"match": (1, 2)},
+            TypeError,
+            r"^match: expected what mg_ops.mutual_match or another rule returned, got tuple",
+        ),
         ({"num_classes": 2.5}, TypeError, r"^num_classes: expected an integer or None, got float"),
         ({"num_classes": -1}, ValueError, r"^num_classes: expected at least 0, got -1"),
         ({"num_classes": 10**30}, ValueError, r"^num_classes: expected at most 2147483647"),
