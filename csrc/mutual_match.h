@@ -8,23 +8,18 @@
 
 namespace mg_ops {
 
-// What csrc/schema.cpp says. `run` writes the results of the problem, whose tensors live until it returns; `anchors`
-// tells it the device.
-template <void (*run)(const MatchProblem& problem, const Tensor& anchors)>
-std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores,
-                                                        Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
-                                                        const std::optional<Tensor>& gt_crowd,
-                                                        const std::optional<std::vector<double>>& box_coder,
-                                                        bool scores_are_probabilities, bool classification_by_regressed,
-                                                        bool localization_by_amplified, double sigma,
-                                                        double iou_positive, double iou_ignored, double crowd_overlap) {
+// Checks what every operator takes, and fills it into the problem. The tensors must live as long as that: one that had
+// to be copied is replaced.
+inline void read_inputs(MatchProblem& problem, Tensor& anchors, Tensor& pred_boxes, Tensor& cls_scores,
+                        Tensor& gt_boxes, Tensor& gt_labels, Tensor& gt_offsets, const std::optional<Tensor>& gt_crowd,
+                        const std::optional<std::vector<double>>& box_coder, bool scores_are_probabilities) {
   check_match_tensors(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd);
-  check_match_numbers(box_coder, sigma, iou_positive, iou_ignored, crowd_overlap);
+  if (box_coder.has_value()) {
+    check_box_coder(*box_coder);
+  }
   for (Tensor* tensor : {&anchors, &pred_boxes, &cls_scores, &gt_boxes, &gt_labels, &gt_offsets}) {
     align(*tensor);
   }
-
-  MatchProblem problem{};
   problem.anchors = float_input(anchors);
   problem.pred_boxes = float_input(pred_boxes);
   problem.cls_scores = float_input(cls_scores);
@@ -44,6 +39,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor p
   if (problem.decode) {
     problem.coder = mg_ops::box_coder(*box_coder);
   }
+}
+
+// What csrc/schema.cpp says. `run` writes the results of the problem, whose tensors live until it returns; `anchors`
+// tells it the device.
+template <void (*run)(const MatchProblem& problem, const Tensor& anchors)>
+std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores,
+                                                        Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
+                                                        const std::optional<Tensor>& gt_crowd,
+                                                        const std::optional<std::vector<double>>& box_coder,
+                                                        bool scores_are_probabilities, bool classification_by_regressed,
+                                                        bool localization_by_amplified, double sigma,
+                                                        double iou_positive, double iou_ignored, double crowd_overlap) {
+  check_match_numbers(sigma, iou_positive, iou_ignored, crowd_overlap);
+  MatchProblem problem{};
+  read_inputs(problem, anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd, box_coder,
+              scores_are_probabilities);
   problem.params = {classification_by_regressed,     localization_by_amplified,
                     static_cast<float>(sigma),       static_cast<float>(iou_positive),
                     static_cast<float>(iou_ignored), static_cast<float>(crowd_overlap)};

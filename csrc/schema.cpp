@@ -72,6 +72,16 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
       "Tensor gt_offsets, Tensor? weights, float[]? box_coder, int loss, float alpha, float gamma, float beta) "
       "-> Tensor");
 
+  // The other rules (docs/definition/rules.md) take the same inputs, whether they read them or not, and then options of
+  // their own. They return cls_match as above, and num_pos (N,) int32: how many anchors have each object there.
+  //
+  // Max-IoU matching reads no predictions. low_quality: 0 none, 1 keep_owner, 2 take_all, 3 take_first.
+  m.def(
+      "max_iou_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
+      "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
+      "float[]? box_coder, bool scores_are_probabilities, float iou_positive, float iou_ignored, "
+      "int low_quality, float iou_low_quality, float crowd_overlap) -> (Tensor, Tensor)");
+
   // Why the CUDA kernels of this library do not run on a device: "" where they do. Without a CUDA backend in the
   // library the operator has no kernel.
   m.def("cuda_device_error(int device_index) -> str");

@@ -6,13 +6,17 @@ from mg_ops.boxes import BoxCoder, anchors_from_points, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
 from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
+from mg_ops.rules.max_iou_match import MaxIouMatcher, max_iou_match
+from mg_ops.rules.result import Match
 from mg_ops.targets import Targets, encode_class_targets, encode_targets
 
 __all__ = [
     "BACKGROUND",
     "IGNORED",
     "BoxCoder",
+    "Match",
     "MatchSummary",
+    "MaxIouMatcher",
     "MutualMatch",
     "MutualMatcher",
     "Targets",
@@ -22,6 +26,7 @@ __all__ = [
     "encode_class_targets",
     "encode_targets",
     "losses",
+    "max_iou_match",
     "mutual_match",
     "summarize",
 ]

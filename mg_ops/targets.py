@@ -13,6 +13,7 @@ from mg_ops.checks import check_num_classes, check_tensor, describe, join_levels
 from mg_ops.matching import GroundTruth, Levels, MutualMatch, check_counts
 from mg_ops.objects import Objects, pack_objects
 from mg_ops.reference import BACKGROUND, IGNORED, autocast_type
+from mg_ops.rules.result import Match
 
 
 class Targets(NamedTuple):
@@ -28,7 +29,7 @@ class Targets(NamedTuple):
 
 
 def encode_targets(
-    match: MutualMatch,
+    match: MutualMatch | Match,
     anchors: Levels,
     gt_boxes: GroundTruth,
     gt_labels: Tensor | Sequence[Tensor] | None = None,
@@ -42,7 +43,7 @@ def encode_targets(
     """Gathers the targets of a match: class targets with the ignore mask, and the encoded boxes of the positives.
 
     Args:
-        match: what `mutual_match` returned for these objects.
+        match: what `mutual_match`, or another rule, returned for these objects.
         anchors: (A, 4) floating, (x1, y1, x2, y2); or a list of one tensor per feature level.
         gt_boxes: the boxes, as given to `mutual_match`, like the arguments after it.
         gt_labels: the labels.
@@ -88,7 +89,7 @@ def encode_targets(
 
 
 def encode_class_targets(
-    match: MutualMatch,
+    match: MutualMatch | Match,
     gt_boxes: GroundTruth,
     gt_labels: Tensor | Sequence[Tensor] | None = None,
     gt_offsets: Tensor | None = None,
@@ -127,8 +128,8 @@ def _objects_of(
     device: torch.device | None,
 ) -> Objects:
     """The packed objects, once they fit the match; the match's device if none is given."""
-    if not isinstance(match, MutualMatch):
-        raise TypeError(f"match: expected what mg_ops.mutual_match returned, got {describe(match)}")
+    if not isinstance(match, (MutualMatch, Match)):
+        raise TypeError(f"match: expected what mg_ops.mutual_match or another rule returned, got {describe(match)}")
     cls_match = check_tensor("match.cls_match", match.cls_match, "integer", ("B", num_anchors), device)
     check_tensor("match.loc_match", match.loc_match, "integer", tuple(cls_match.shape), cls_match.device)
     objects = pack_objects(
@@ -151,7 +152,7 @@ def _owners(match: Tensor, objects: Objects) -> Tensor:
     return (start + match).clamp(0, objects.gt_boxes.shape[0] - 1)
 
 
-def _class_targets(match: MutualMatch, objects: Objects, num_classes: int | None) -> Tensor:
+def _class_targets(match: MutualMatch | Match, objects: Objects, num_classes: int | None) -> Tensor:
     if num_classes is not None:
         check_num_classes(num_classes)
     if objects.gt_boxes.shape[0] == 0:

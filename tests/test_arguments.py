@@ -288,7 +288,7 @@ MATCH_TENSORS = (
     Given("match.num_pos", zeros(3).int(), "integer", ""),
 )
 MATCH_AND_CLASS_TYPES: Rows = [
-    ({"match": (1, 2)}, "match: expected what mg_ops.mutual_match returned, got tuple"),
+    ({"match": (1, 2)}, "match: expected what mg_ops.mutual_match or another rule returned, got tuple"),
     ({"num_classes": 2.5}, "num_classes: expected an integer or None, got float"),
 ]
 CLASS_VALUES: Rows = [

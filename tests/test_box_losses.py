@@ -333,7 +333,7 @@ def test_boxes_and_deltas_cannot_be_confused() -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> ctypes.CDLL:
-    return ctypes.CDLL(str(cuda_on_cpu.compile_kernels("box_loss_on_cpu.cpp", "losses", [])))
+    return ctypes.CDLL(str(cuda_on_cpu.compile_kernels("box_loss_on_cpu.cpp")))
 
 
 @pytest.mark.parametrize("name", loss_definitions.BOX_LOSSES)

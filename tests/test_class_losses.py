@@ -267,7 +267,7 @@ def test_the_operator_checks_by_itself() -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> ctypes.CDLL:
-    return ctypes.CDLL(str(cuda_on_cpu.compile_kernels("class_loss_on_cpu.cpp", "losses", [])))
+    return ctypes.CDLL(str(cuda_on_cpu.compile_kernels("class_loss_on_cpu.cpp")))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

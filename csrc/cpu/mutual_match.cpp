@@ -9,7 +9,6 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
-#include <optional>
 #include <tuple>
 #include <vector>
 

@@ -83,21 +83,19 @@ def build(threads: int = 256, staged_keys: int = 1024, sanitize: bool = False) -
         sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer; the process must then have libasan preloaded
             (`sanitizer_environment`).
     """
-    flags = [f"-DMG_OPS_CUDA_THREADS={threads}", f"-DMG_OPS_CUDA_STAGED_KEYS={staged_keys}"]
-    flags += SANITIZERS if sanitize else []
-    name = f"{threads}_{staged_keys}{'_sanitized' if sanitize else ''}"
-    return Emulator(compile_kernels("mutual_match_on_cpu.cpp", name, flags))
+    return Emulator(compile_kernels("mutual_match_on_cpu.cpp", threads, staged_keys, sanitize))
 
 
-def compile_kernels(source: str, name: str, options: list[str]) -> Path:
-    """The library that g++ makes of a source in this folder."""
+def compile_kernels(source: str, threads: int = 256, staged_keys: int = 1024, sanitize: bool = False) -> Path:
+    """The library that `build` compiles from a source beside this file; the arguments are those of `build`."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise RuntimeError("cuda_on_cpu: needs g++")
     flags = ["-std=c++17", "-O2", "-g", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    flags += ["-Wno-unknown-pragmas", *options]
+    flags += ["-Wno-unknown-pragmas", f"-DMG_OPS_CUDA_THREADS={threads}", f"-DMG_OPS_CUDA_STAGED_KEYS={staged_keys}"]
+    flags += SANITIZERS if sanitize else []
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources()) + repr(flags).encode()).hexdigest()[:12]
-    library = BUILD_DIR / f"{Path(source).stem}_{name}_{digest}.so"
+    library = BUILD_DIR / f"{Path(source).stem}_{threads}_{staged_keys}{'_sanitized' if sanitize else ''}_{digest}.so"
     if not library.exists():
         BUILD_DIR.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")  # other test processes may be building it too
