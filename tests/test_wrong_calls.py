@@ -76,7 +76,8 @@ def test_a_wrong_answer_shows() -> None:
     ):
         with pytest.raises(AssertionError, match=message):
             wrong_calls.run_case(wrong)
-    assert wrong_calls.run_case(case._replace(must_answer=False)) == "refused"
+    refusing = case._replace(call=lambda: fail("anchors: expected"), must_answer=False)
+    assert wrong_calls.run_case(refusing) == "refused"
 
 
 def test_a_crash_names_the_call(tmp_path: Path) -> None:
