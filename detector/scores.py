@@ -347,7 +347,7 @@ def merge_categories(
             for entry in image.objects
             if entry.category_id is not None
         ]
-    detections = [replace(record, category_id=id_of[record.category_id]) for record in detections]
+    detections = [record._replace(category_id=id_of[record.category_id]) for record in detections]
     return CocoAnnotations(annotations.images, {category_id: name for name, category_id in first.items()}), detections
 
 

@@ -20,12 +20,13 @@ from torchvision.transforms import v2
 
 import mg_ops
 from detector.checkpoint import load_detector
-from detector.data import AnnotatedImage, AnnotatedImages, LoadedImage, default_splits, load_image, read_data
+from detector.data import AnnotatedImage, AnnotatedImages, LoadedImage, load_image
 from detector.detectors import OneStageDetector
+from detector.evaluate import read_split
 from detector.images import CANNOT_BE_DECODED, OTHER_PROPORTIONS, decode
 from detector.inference import Detections, detect
 from detector.outputs import prepare_folder
-from detector.program import real_number, run_program, whole_number
+from detector.program import add_data_arguments, real_number, run_program, whole_number
 from detector.run_log import read_log
 
 mpl.rcParams["text.parse_math"] = False  # names may have dollar signs
@@ -259,6 +260,15 @@ def plot_curves(runs: list[Path]) -> Figure:
     return figure
 
 
+def detect_in(
+    model: OneStageDetector, images: list[AnnotatedImage], image_size: int, device: torch.device | str, threshold: float
+) -> dict[int, Detections]:
+    """Detections by position in the list."""
+    paths = [image.path for image in images]
+    options = {"num_workers": 0, "score_threshold": threshold, "show_progress": False}
+    return detect(model, paths, image_size, device, **options)[0]
+
+
 def choose_images(data: AnnotatedImages, names: list[str] | None, count: int) -> list[int]:
     """Positions of the images asked for by name, or of `count` spread evenly over those with objects."""
     if names:
@@ -293,9 +303,8 @@ def main(argv: list[str] | None = None) -> None:
     detections.add_argument("--threshold", type=real_number(0, 1), default=0.3, help="lowest score shown")
 
     for figure in (assignment, detections):
-        figure.add_argument("--data", type=Path, required=True, help="folder of the data set")
-        figure.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out")
-        figure.add_argument("--split", help="by default VOC2007/test, val2017 or val")
+        add_data_arguments(figure)
+        figure.add_argument("--split", help="by default what training held out, or VOC2007/test, val2017, val or test")
         figure.add_argument("--images", nargs="+", help="names of images; by default some spread over the split")
         figure.add_argument("--count", type=whole_number(1), default=4, help="how many images, without --images")
 
@@ -318,8 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         checkpoints = [args.checkpoint] if args.figure == "assignment" else args.checkpoints
         loaded = [load_detector(checkpoint, "cpu") for checkpoint in checkpoints]
-        split = args.split or default_splits(args.data, args.format)[1]
-        data = read_data(args.data, args.format, split, loaded[0][1]["class_names"])
+        data = read_split(args, loaded[0][1])
         positions = choose_images(data, args.images, args.count)
         if args.figure == "assignment":
             model, content = loaded[0]
