@@ -47,7 +47,11 @@ def decode_all(data: AnnotatedImages) -> dict[int, DecodedImage]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = tqdm(
-            pool.map(decode_one, range(len(data.images))), f"decoding {data.name}", len(data.images), leave=False
+            pool.map(decode_one, range(len(data.images))),
+            f"decoding {data.name}",
+            len(data.images),
+            False,
+            disable=None,
         )
         return {index: image for index, image in enumerate(decoded) if image is not None}
 

@@ -45,7 +45,8 @@ def claim_folder(folder: Path, files: Iterable[str]) -> Iterator[None]:
         raise ValueError(f"--out: another process trains in {folder}; wait for it, or choose another folder") from None
     try:
         for unfinished in folder.glob(".*.unfinished"):  # of a process that was killed
-            unfinished.unlink()
+            if unfinished.is_file():
+                unfinished.unlink()
         yield
     finally:
         lock.release()
@@ -110,8 +111,7 @@ class RunLog:
             model.eval()
             positions = visualize.choose_images(data, None, 4)
             images = [data.images[position] for position in positions]
-            device = model.anchors.device
-            found = visualize.detect_in(model, images, image_size, device, threshold=0.3)
+            found = visualize.detect_in(model, images, image_size, threshold=0.3)
             figures = {
                 "detections": visualize.plot_detections(["detections"], [found], [data.class_names], images),
                 "assignment": visualize.plot_assignment(model, image_size, data, positions[:1], sigma),

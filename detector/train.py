@@ -316,18 +316,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         OSError: a file cannot be read or written.
         FloatingPointError: a loss that is not finite.
     """
-    args = parse_arguments(argv)
-    is_first = int(os.environ.get("RANK", 0)) == 0
-    if args.format == "auto":
-        settle_format(args)
-        print(f"{args.data}: recognized as {args.format.upper()}" if is_first else "", end="\n" * is_first, flush=True)
-    files = ("last.pt", "log.jsonl", "results.json", "detections.json")
-    with claim_folder(args.out, files) if is_first else contextlib.nullcontext():
-        return train(args)
+    with contextlib.ExitStack() as held:
+        return train(parse_arguments(argv), held)
 
 
-def train(args: argparse.Namespace) -> dict[str, Any]:
-    """`main`, in a folder that no other process trains in."""
+def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any]:
+    """`main`; what it holds until its end, it gives to `held`."""
     # ---- Processes: one, or those of torchrun
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, num_processes = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if distributed else (0, 1)
@@ -354,7 +348,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = not args.deterministic
     matcher = make_matcher(args, device)
 
-    # ---- The checkpoint to resume or to start from
+    # ---- The run's folder, and the checkpoint to resume or to start from
+    if args.format == "auto":
+        settle_format(args)
+        say(f"{args.data}: recognized as {args.format.upper()}")
+    if is_first:
+        held.enter_context(claim_folder(args.out, ("last.pt", "log.jsonl", "results.json", "detections.json")))
     checkpoint_file = args.out / "last.pt"
     if checkpoint_file.is_file() and not args.resume:
         raise ValueError(f"{args.out} already holds a run: pass --resume to continue it, or another --out")
@@ -383,10 +382,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     data_mark = {"images": len(train_data.images), "fingerprint": data_fingerprint(train_data)}
     if resumed is not None:
         check_resumed(resumed, checkpoint_file, arguments, train_data.class_names, data_mark)
-    if train_data.num_objects() == 0:
-        raise ValueError(
-            f"{args.data}: no object to train on in split {train_data.name!r}\n{train_data.defects.report()}"
-        )
     say(f"training on {train_data.summary()}\nevaluating on {eval_data.summary()}")
     decoded = decode_all(train_data) if args.cache else None
     start_step = resumed["step"] if resumed is not None else 0
