@@ -131,7 +131,9 @@ def detect_each(
         pin_memory=device.type == "cuda",
     )
     try:
-        for images, samples in tqdm(batches, "detecting", len(keys), leave=False, disable=not show_progress):
+        for images, samples in tqdm(
+            batches, "detecting", len(keys), leave=False, disable=None if show_progress else True
+        ):
             yield from ((sample.position, sample.notes[0]) for sample in samples if sample.placement is None)
             if images is None:
                 continue

@@ -728,7 +728,7 @@ def test_data_without_an_object_to_train_on_is_refused(tmp_path: Path) -> None:
     for annotation in content["annotations"]:
         annotation["iscrowd"] = 1
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="no object to train on in split 'train'"):
+    with pytest.raises(ValueError, match="no object in split 'train'"):
         detector.train.main(flags(root, tmp_path / "run", format="coco"))
 
 
