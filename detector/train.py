@@ -43,7 +43,14 @@ from detector.batches import (
     decode_all,
     load_batches,
 )
-from detector.checkpoint import check_resumed, data_fingerprint, load_entry, read_checkpoint, save_atomically
+from detector.checkpoint import (
+    check_resumed,
+    data_fingerprint,
+    load_entry,
+    read_checkpoint,
+    save_atomically,
+    save_best,
+)
 from detector.data import Defects, default_splits, note_small_objects, read_data
 from detector.detectors import MODELS, OneStageDetector, make_detector
 from detector.evaluate import evaluate
@@ -325,10 +332,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     # ---- The run's folder, and the checkpoint to resume from
     checkpoint_file = args.out / "last.pt"
-    if checkpoint_file.is_file() and not args.resume:
-        raise ValueError(f"{args.out} already holds a run: pass --resume to continue it, or another --out")
+    held = [name for name in ("last.pt", "best.pt") if (args.out / name).is_file()]
+    if held and not (args.resume and "last.pt" in held):
+        raise ValueError(
+            f"{args.out} already holds a run ({', '.join(held)}): pass --resume to continue last.pt, or another --out"
+        )
     if is_first:
-        prepare_folder(args.out, ("last.pt", "log.jsonl", "results.json", "detections.json"))
+        written = ("last.pt", "best.pt", "best.safetensors", "log.jsonl", "results.json", "detections.json")
+        prepare_folder(args.out, written)
     resumed = read_checkpoint(checkpoint_file) if args.resume and checkpoint_file.is_file() else None
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
@@ -395,23 +406,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     box_coder = matcher.box_coder
     assert box_coder is not None  # make_matcher gives it one
 
+    def checkpoint_of(step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "model": model.state_dict(),
+            "ema": average.module.state_dict() if average is not None else None,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "arguments": arguments,
+            "class_names": train_data.class_names,
+            "data": data_mark,
+        }
+
     def save(step: int) -> None:
         losses.check()
         if is_first:
-            content = {
-                "step": step,
-                "model": model.state_dict(),
-                "ema": average.module.state_dict() if average is not None else None,
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "arguments": arguments,
-                "class_names": train_data.class_names,
-                "data": data_mark,
-            }
-            save_atomically(content, checkpoint_file)
+            save_atomically(checkpoint_of(step), checkpoint_file)
 
-    def run_evaluation() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        return evaluate(
+    def run_evaluation(step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        metrics, detections = evaluate(
             cast(OneStageDetector, average.module) if average is not None else model,
             eval_data,
             args.image_size,
@@ -420,6 +433,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             num_workers=args.workers,
             amp=autocast_type,
         )
+        if is_first:
+            save_best(checkpoint_of(step), metrics["AP"], args.out)
+        return metrics, detections
 
     if is_first:  # what is done with the results of hours is tried before them
         ground_truth = to_coco_ground_truth(eval_data)
@@ -570,7 +586,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             epochs_before, epochs_done = images_before // len(train_data.images), images_done // len(train_data.images)
             if args.eval_every and not is_last and epochs_done // args.eval_every > epochs_before // args.eval_every:
                 with saving_on_error(save, step + 1):
-                    metrics, _ = run_evaluation()
+                    metrics, _ = run_evaluation(step + 1)
                 log({"step": step, "epoch": epochs_done, **{f"eval_{name}": metrics[name] for name in EVALUATED}}, step)
                 logged_at = time.perf_counter()
     finally:
@@ -581,7 +597,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     # ---- The end: checkpoint, evaluation, results.json
     save(num_steps)
-    metrics, detections = run_evaluation()
+    metrics, detections = run_evaluation(num_steps)
     log({"step": num_steps, "epoch": args.epochs, **{f"eval_{name}": metrics[name] for name in EVALUATED}}, num_steps)
     if distributed:
         everywhere: list[Any] = [None] * num_processes

@@ -780,7 +780,7 @@ def test_a_bad_file_costs_no_other_its_results(
 
     calls = []
 
-    def draws_once(*arguments: Any) -> Tensor:
+    def draws_once(*arguments: Any) -> Image.Image:
         calls.append(arguments)
         if len(calls) == 1:
             raise RuntimeError("no font")
