@@ -1,12 +1,27 @@
 """FSSD, RetinaNet and RFBNet trained with Mutual Guidance: the reference training system around `mg_ops`.
 
-It runs from the checkout: `python -m detector.train --help`, and `evaluate`, `detect`, `visualize`, `reproduce` and
-`download` beside it.
+It runs from the checkout: `python -m detector.train --help`, and `evaluate`, `detect`, `export`, `visualize`,
+`reproduce` and `download` beside it. In Python, `detector.Detector.load(checkpoint)(images)`.
 """
 
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from detector.inference import Detector
+
+__all__ = ["Detector"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Detector`, with all that it imports, when it is first asked for."""
+    if name == "Detector":
+        from detector.inference import Detector
+
+        return Detector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def end_at_once(signal_number: int, frame: object) -> None:

@@ -218,6 +218,7 @@ class EvaluationSample(NamedTuple):
     image: Tensor | None  # (3, S, S) uint8; None if the image cannot be used
     placement: Placement | None  # of the image as annotated in the image as decoded
     notes: tuple[str, ...]  # what was changed in reading it, or why it cannot be used
+    pixels: Tensor | None = None  # (3, H, W) uint8, the image as decoded; None if the image cannot be used
 
 
 class EvaluationImages(Dataset[EvaluationSample]):
@@ -250,13 +251,8 @@ class EvaluationImages(Dataset[EvaluationSample]):
             placement = place_annotation(self.annotated_sizes[index], (width, height), decoded.orientation)
         if placement is None:
             return EvaluationSample(index, None, None, (OTHER_PROPORTIONS,))
-        return EvaluationSample(index, self.resize(decoded.pixels), placement, decoded.notes + placement.notes)
-
-
-def collate_evaluation(samples: list[EvaluationSample]) -> tuple[Tensor | None, list[EvaluationSample]]:
-    """-> the usable images (B, 3, S, S) uint8, if any, and every sample, now without its pixels."""
-    images = [sample.image for sample in samples if sample.image is not None]
-    return torch.stack(images) if images else None, [sample._replace(image=None) for sample in samples]
+        notes = decoded.notes + placement.notes
+        return EvaluationSample(index, self.resize(decoded.pixels), placement, notes, decoded.pixels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,66 @@ def save_atomically(content: dict[str, Any], path: Path) -> None:
             raise
 
 
+def save_best(content: dict[str, Any], ap: float | None, folder: Path) -> None:
+    """Writes best.pt and best.safetensors unless they hold weights of a higher AP; no state of the training.
+
+    Args:
+        content: of a checkpoint. Of its weights the averaged ones are kept, if there are any: they are evaluated.
+        ap: of the evaluation split; None if it has no objects, which is below every number.
+        folder: of the run.
+
+    Raises:
+        OSError: they cannot be written; with the path.
+    """
+    path = folder / "best.pt"
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # what cannot be read holds no better weights
+            best = read_checkpoint(path).get("AP")
+            if (-1.0 if ap is None else ap) <= (-1.0 if best is None else best):
+                return
+    best_content = {name: value for name, value in content.items() if name not in ("optimizer", "scaler")}
+    best_content |= {"AP": ap, "model": content["ema"] or content["model"], "ema": None}
+    save_atomically(best_content, path)
+    with contextlib.suppress(ImportError):  # a training without safetensors is not worth less
+        save_weights(best_content, path.with_suffix(".safetensors"))
+
+
+def save_weights(content: dict[str, Any], path: Path) -> None:
+    """Writes the weights of a checkpoint, and what it takes to build their model, as a safetensors file.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: it cannot be written; with the path.
+    """
+    from safetensors.torch import save
+
+    description = {name: content.get(name) for name in ("step", "AP", "arguments", "class_names")}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in (content.get("ema") or content["model"]).items()}
+    with whole_file(path) as file:
+        file.write(save(tensors, {"detector": strict_json(description)}))
+
+
+def load_weights(path: Path, device: torch.device | str) -> dict[str, Any]:
+    """What `save_weights` wrote, as a checkpoint.
+
+    Raises:
+        ValueError: it is something else, or cut off.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            content = json.loads((file.metadata() or {})["detector"])
+            content["model"] = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"checkpoint: {path} was not written by detector.train, or is cut off ({error})") from error
+    return dict(content)
+
+
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What `detector.train` saved: step, model, ema, optimizer, scaler, arguments, class_names, and the data's mark.
+
+    A safetensors file has no optimizer, scaler and mark.
 
     Raises:
         ValueError: there is no such file, or it is something else; the message names the file and the entry.
@@ -51,7 +111,8 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise ValueError(
             f"checkpoint: expected a file written by detector.train or its folder, and there is none at {path}"
         )
-    content = load_torch_file(path, "checkpoint", device)
+    is_torch = path.suffix != ".safetensors"
+    content = load_torch_file(path, "checkpoint", device) if is_torch else load_weights(path, device)
     if not isinstance(content, dict) or not {"model", "arguments", "class_names"} <= content.keys():
         raise ValueError(f"checkpoint: {path} was not written by detector.train")
     names = content["class_names"]

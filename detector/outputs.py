@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +57,37 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """
     with whole_file(path) as file:
         file.write(strict_json(content, indent).encode())
+
+
+@contextlib.contextmanager
+def growing_list(path: Path) -> Iterator[Callable[[Any], None]]:
+    """A function that adds an entry to a JSON list, which is written as it grows.
+
+    Each entry is at once a line of the .jsonl file beside path. At the end, also after an error, the lines become the
+    list in path, and the .jsonl file goes; a process that is killed leaves it.
+
+    Raises:
+        OSError: an entry cannot be written; with the path.
+    """
+    lines = path.with_suffix(".jsonl")
+
+    def add(entry: Any) -> None:
+        try:
+            file.write(strict_json(entry).encode() + b"\n")
+            file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(lines)) from error
+
+    with lines.open("w+b") as file:
+        try:
+            yield add
+        finally:
+            file.seek(0)
+            with whole_file(path) as whole:
+                for number, line in enumerate(file):
+                    whole.write((b",\n" if number else b"[\n") + line.rstrip())
+                whole.write(b"\n]\n")
+    lines.unlink()
 
 
 def prepare_folder(folder: Path, files: Iterable[str]) -> None:

@@ -50,6 +50,7 @@ from detector.checkpoint import (
     load_entry,
     read_checkpoint,
     save_atomically,
+    save_best,
 )
 from detector.data import (
     Defects,
@@ -320,6 +321,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return train(parse_arguments(argv), held)
 
 
+RUN_FILES = ("last.pt", "best.pt", "best.safetensors", "log.jsonl", "results.json", "detections.json")
+"""What a run writes into its folder."""
+
+
 def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any]:
     """`main`; what it holds until its end, it gives to `held`."""
     # ---- Processes: one, or those of torchrun
@@ -353,10 +358,13 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
         settle_format(args)
         say(f"{args.data}: recognized as {args.format.upper()}")
     if is_first:
-        held.enter_context(claim_folder(args.out, ("last.pt", "log.jsonl", "results.json", "detections.json")))
+        held.enter_context(claim_folder(args.out, RUN_FILES))
     checkpoint_file = args.out / "last.pt"
-    if checkpoint_file.is_file() and not args.resume:
-        raise ValueError(f"{args.out} already holds a run: pass --resume to continue it, or another --out")
+    there = [name for name in ("last.pt", "best.pt") if (args.out / name).is_file()]
+    if there and not (args.resume and "last.pt" in there):
+        raise ValueError(
+            f"{args.out} already holds a run ({', '.join(there)}): pass --resume to continue last.pt, or another --out"
+        )
     resumed = read_checkpoint(checkpoint_file) if args.resume and checkpoint_file.is_file() else None
     initial = read_checkpoint(args.init_from) if args.init_from is not None and resumed is None else None
     is_auto = args.amp == "auto"
@@ -439,22 +447,24 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
 
     saved_step = start_step
 
+    def checkpoint_of(step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "model": model.state_dict(),
+            "ema": average.module.state_dict() if average is not None else None,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "arguments": arguments,
+            "class_names": train_data.class_names,
+            "data": data_mark,
+            "held_out": held_out,
+        }
+
     def save(step: int) -> None:
         nonlocal saved_step
         losses.check()
         if is_first:
-            content = {
-                "step": step,
-                "model": model.state_dict(),
-                "ema": average.module.state_dict() if average is not None else None,
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "arguments": arguments,
-                "class_names": train_data.class_names,
-                "data": data_mark,
-                "held_out": held_out,
-            }
-            save_atomically(content, checkpoint_file)
+            save_atomically(checkpoint_of(step), checkpoint_file)
         saved_step = step
 
     if is_first:  # what is done with the results of hours is tried before them
@@ -513,6 +523,8 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
                 num_workers=args.workers,
                 amp=autocast_type,
             )
+            if is_first:
+                save_best(checkpoint_of(step), metrics["AP"], args.out)
             scores = {f"eval_{name}": metrics[name] for name in ("AP", "AP50", "AP75", "VOC_AP50")}
             at = step - 1 if step < num_steps else step
             log({"step": at, "epoch": epochs_done, **scores}, at)

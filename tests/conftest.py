@@ -93,6 +93,31 @@ def pytest_report_header() -> str:
     return f"mg_ops {mg_ops.__version__}, torch {torch.__version__}: {targets}"
 
 
+@pytest.fixture
+def one_thread() -> Generator[None, None, None]:
+    """Networks as small as the detector's tests train gain nothing from a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VOC folder of four training images and two to evaluate on, for tests that change nothing in it."""
+    from small_data import write_voc
+
+    return write_voc(tmp_path_factory.mktemp("voc"), {"train": 4, "val": 2})
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained detector that finds something everywhere, as `detector.train` would have left it."""
+    from small_data import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("run"))
+
+
 def fuzz_cases(count: int) -> int:
     """How many random cases to run: `count` times the environment variable MG_OPS_FUZZ (0.1: quick, 100: overnight)."""
     return max(1, int(count * float(os.environ.get("MG_OPS_FUZZ", "1"))))

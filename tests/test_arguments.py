@@ -490,9 +490,10 @@ def entry_points() -> dict[str, tuple[Callable[[Arguments], Any], str]]:
             if status.usable and device in device_types[backend]:
                 calls[f"function, {backend} on {device}"] = call_function(mg_ops.mutual_match, backend), device
                 calls[f"operator, {backend} on {device}"] = call_operator(operator_of[backend], False), device
-        if hasattr(torch.ops.mg_ops, operator_of[backend]):
-            calls[f"fake of {backend}"] = call_operator(operator_of[backend], True), "cpu"
-            calls[f"meta of {backend}"] = call_operator(operator_of[backend], False), "meta"
+    for name in sorted(set(operator_of.values())):
+        if hasattr(torch.ops.mg_ops, name):
+            calls[f"fake of {name}"] = call_operator(name, True), "cpu"
+            calls[f"meta of {name}"] = call_operator(name, False), "meta"
     calls["matcher"] = call_function(mg_ops.MutualMatcher, "eager"), "cpu"
     calls["function on meta"] = call_function(mg_ops.mutual_match, "eager"), "meta"
     return calls

@@ -6,52 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from small_data import write_voc
 
 from detector import detect, visualize
-from detector.checkpoint import save_atomically
-from detector.detectors import make_detector
 from detector.run_log import read_log
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks this small gain nothing from a second thread, in this process or in those it starts."""
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="module")
-def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_voc(tmp_path_factory.mktemp("voc"), {"train": 4, "val": 2})
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained detector that finds something everywhere, as `detector.train` would have saved it."""
-    torch.manual_seed(0)
-    model = make_detector("fssd", "resnet18", 64, 2)
-    for conv in model.head.classes:
-        torch.nn.init.normal_(conv.bias, -1, 1)
-    folder = tmp_path_factory.mktemp("run")
-    arguments = {"model": "fssd", "backbone": "resnet18", "image_size": 64, "strategy": "mutual"}
-    content = {
-        "step": 1,
-        "model": model.state_dict(),
-        "ema": None,
-        "arguments": arguments,
-        "class_names": ["disc", "square"],
-    }
-    save_atomically(content, folder / "last.pt")
-    lines = [
-        {"step": step, "epoch": step / 2, "loss": 3 - step, "cls_loss": 1, "box_loss": 2 - step, "lr": 0.1}
-        for step in (0, 1)
-    ]
-    lines.append({"step": 2, "epoch": 1, "eval_AP": 0.4, "eval_AP50": 0.6, "eval_AP75": 0.5, "eval_VOC_AP50": 0.6})
-    (folder / "log.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"step": 3, "lo')
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_detect_annotates_every_image_it_can_read_and_names_those_it_cannot(

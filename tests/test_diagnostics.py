@@ -115,16 +115,8 @@ def test_the_iou_strategy_never_disagrees() -> None:
     boxes, labels = [anchors[:4] + 1, anchors[50:53] - 1], [torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 2])]
 
     def disagreement(strategy: str) -> float:
-        match = mg_ops.mutual_match(
-            anchors,
-            boxes,
-            labels,
-            cls_logits=scores,
-            pred_boxes=predictions,
-            strategy=strategy,
-            iou_positive=0.3,
-            iou_ignored=0.2,
-        )
+        options = {"strategy": strategy, "iou_positive": 0.3, "iou_ignored": 0.2}
+        match = mg_ops.mutual_match(anchors, boxes, labels, cls_logits=scores, pred_boxes=predictions, **options)
         return float(mg_ops.summarize(match, boxes).disagreement)
 
     assert disagreement("iou") == 0.0

@@ -9,8 +9,9 @@ makes a right call from each seed, spoils nothing, one or a few of its arguments
 - a call that is right but for where its tensors lie and what floating values they hold is answered;
 - nothing crashes the process or hangs: each call runs in a child process that is watched, and a failure names the seed.
 
-What must be refused, and by which words, is the table in test_arguments.py. `make fuzz` runs tens of thousands of calls
-against a library with AddressSanitizer and UndefinedBehaviorSanitizer in it. No test framework in here.
+What must be refused, and by which words, is the table in test_arguments.py, sizes beyond 32 bits and memory included.
+`make fuzz` runs tens of thousands of calls against a library with AddressSanitizer and UndefinedBehaviorSanitizer in
+it. No test framework in here.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ OBJECTS = ("gt_boxes", "gt_labels", "gt_offsets", "gt_crowd", "gt_mask", "gt_box
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
 NUMBERS = ("sigma", "iou_positive", "iou_ignored", "crowd_overlap")
 FLAGS = ("scores_are_probabilities", "classification_by_regressed", "localization_by_amplified")
-SECONDS_A_CALL = 120
-"""After which a call counts as hanging. Ordinary ones take milliseconds."""
+SECONDS_A_CALL = 600
+"""After which a call counts as hanging: ordinary ones take milliseconds, those of interpreted Triton seconds, and on a
+busy machine many times as long."""
 FAILED = 3
 """The child's exit status where a call ended wrongly; any other one but 0 is a crash."""
 
@@ -327,33 +329,6 @@ def spoil(random: Random, value: Any, choices: list[Any]) -> Any:
     return spoil_list(random, value) if isinstance(value, list) else anything(random)
 
 
-def huge_together(random: Random, arguments: Arguments) -> Arguments:
-    """Sizes that belong together, beyond 32 bits or any memory; every tensor is one element, repeated."""
-    kind = random.integers(0, 4)
-    given = [name for name in (*PREDICTIONS, "cls_scores") if isinstance(arguments.get(name), Tensor)]
-    if len(given) < 2 or not isinstance(arguments["anchors"], Tensor):
-        return arguments
-    boxes_name, scores_name = given
-    anchors, boxes, scores = (arguments[name] for name in ("anchors", *given))
-    if kind == 0 and arguments["gt_offsets"] is not None and len(arguments["gt_boxes"]) > 0:
-        count = int(random.choice([2**31, 2**32 + 1]))
-        names = [name for name in ("gt_boxes", "gt_labels", "gt_crowd") if arguments[name] is not None]
-        return arguments | {name: arguments[name][:1].expand(count, *arguments[name].shape[1:]) for name in names}
-    if kind == 1 and scores.shape[2] > 0:  # allowed: the classes are read where they are
-        return arguments | {scores_name: scores[..., :1].expand(-1, -1, 2**40), "check": False}
-    if len(anchors) == 0 or len(boxes) == 0:
-        return arguments
-    count = int(random.choice([2**31, 2**31 + 5, 2**32 + 1]))
-    changed = {"anchors": anchors[:1], boxes_name: boxes[:, :1], scores_name: scores[:, :1]}
-    if kind == 2:  # as many anchors as can be, in so many images that B * A bytes are beyond any memory
-        count, batch_size = 2**31 - 1, 2**16
-        changed |= {name: changed[name][:1].expand(batch_size, -1, -1) for name in given}
-        arguments = arguments | dict.fromkeys({"gt_crowd", "gt_mask"} & arguments.keys()) | {"check": False}
-        arguments |= {"gt_boxes": torch.zeros(0, 4), "gt_labels": torch.zeros(0, dtype=torch.int64)}
-        arguments |= {"gt_offsets": torch.zeros(batch_size + 1, dtype=torch.int64)}
-    return arguments | {name: v.expand(*v.shape[:-2], count, v.shape[-1]) for name, v in changed.items()}
-
-
 def all_to_meta(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to("meta")
@@ -547,7 +522,7 @@ def mutual_match_case(random: Random, backends: Sequence[str]) -> Case:
     right = {**right_match_call(random), "backend": str(random.choice(backends))}
     choices = {"strategy": [*STRATEGIES, "Mutual"], "check": [True, False], "gt_box_format": [*BOX_FORMATS, "xyxyxy"]}
     choices |= {"backend": [None, "cuda", "tpu", *mg_ops.backends()]}
-    arguments = huge_together(random, right) if random.random() < 0.03 else spoil_some(random, right, choices)
+    arguments = spoil_some(random, right, choices)
     offsets = arguments["gt_offsets"]
     if all(arguments[name] is None for name in PREDICTIONS) and isinstance(offsets, Tensor) and is_huge(offsets):
         arguments["gt_offsets"] = right["gt_offsets"]  # they alone would say how many images there are
@@ -575,8 +550,7 @@ def operator_case(random: Random, backends: Sequence[str]) -> Case:
     coders: list[Any] = [None, [1.0] * 4, [1.0] * 6, []]
     coders += [[a_number(random) if random.random() < 0.3 else 5.0 for _ in range(5)] for _ in range(5)]
     choices: dict[str, list[Any]] = {flag: [True, False] for flag in FLAGS} | {"box_coder": coders}
-    arguments = huge_together(random, right) if random.random() < 0.03 else spoil_some(random, right, choices)
-    arguments.pop("check", None)
+    arguments = spoil_some(random, right, choices)
 
     def definition() -> tuple[Tensor, ...]:
         return defined_match(arguments, arguments["box_coder"], [arguments[flag] for flag in FLAGS])
