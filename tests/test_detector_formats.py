@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import write_coco, write_voc
-from test_detector_programs import flags
+from small_data import train_flags, write_coco, write_voc
 
 import detector.train
 from detector import evaluate
@@ -249,7 +248,7 @@ def test_one_command_trains_and_evaluates_an_export(
     write: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = write(tmp_path / "data"), tmp_path / "run"
-    detector.train.main(flags(root, out))
+    detector.train.main(train_flags(root, out))
     assert capsys.readouterr().out.startswith(f"{root}: recognized as {write.__name__.split('_')[0].upper()}\n")
     metrics = evaluate.main([*("--checkpoint", str(out), "--data", str(root), "--device", "cpu", "--workers", "0")])
     assert metrics["AP"] == json.loads((out / "results.json").read_text())["AP"]
@@ -261,8 +260,8 @@ def test_without_lists_a_share_is_held_out_and_evaluated_again(tmp_path: Path) -
         path.rename(root / "train" / path.name)
     (root / "val").rmdir()
     with pytest.raises(ValueError, match=r"no split 'val'.*--val-fraction 0.2 holds out"):
-        detector.train.main(flags(root, out))
-    trained = detector.train.main(flags(root, out, **{"val-fraction": 0.25}))
+        detector.train.main(train_flags(root, out))
+    trained = detector.train.main(train_flags(root, out, **{"val-fraction": 0.25}))
     names = json.loads((out / "held_out.json").read_text())
     assert len(names) == 2 and read_checkpoint(out)["held_out"] == names
     metrics = evaluate.main([*("--checkpoint", str(out), "--data", str(root), "--device", "cpu", "--workers", "0")])

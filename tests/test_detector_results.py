@@ -25,9 +25,11 @@ def test_detect_annotates_every_image_it_can_read_and_names_those_it_cannot(
     out = tmp_path / "out"
     common = ["--checkpoint", str(checkpoint), "--out", str(out), "--workers", "0", "--device", "cpu"]
     detect.main([str(tmp_path / "in"), str(image), str(image), *common])
-    records = json.loads((out / "detections.json").read_text())
-    assert [Path(record["file"]).name for record in records] == ["image_000.png", "image_000.png", "broken.png"]
-    assert records[2]["error"] == "cannot be decoded"
+    broken, *records = sorted(
+        json.loads((out / "detections.json").read_text()), key=lambda record: "error" not in record
+    )
+    assert Path(broken["file"]).name == "broken.png" and broken["error"] == "cannot be decoded"
+    assert [Path(record["file"]).name for record in records] == ["image_000.png", "image_000.png"]
     assert records[0]["objects"] == records[1]["objects"] != []
     for found in records[0]["objects"]:
         assert found["class"] in ("disc", "square") and found["score"] > 0.3
@@ -35,8 +37,7 @@ def test_detect_annotates_every_image_it_can_read_and_names_those_it_cannot(
         assert 0 <= x1 < x2 <= 128 and 0 <= y1 < y2 <= 96
     for place in ("deeper/image_000.png", "image_000.png"):
         with Image.open(out / "images" / place) as annotated:
-            assert annotated.size == (128, 96)
-            assert annotated.tobytes() != Image.open(image).convert("RGB").tobytes()
+            assert annotated.size == (2 * 128, 2 * 96)  # enlarged, so that the labels can be read
     assert "1 images cannot be decoded" in capsys.readouterr().out
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_data import write_voc
-from test_detector_programs import flags
+from small_data import train_flags, write_voc
 
 import detector.train
 from detector.checkpoint import initialize_from, read_checkpoint
@@ -37,7 +36,7 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_that_another_process_trains_in_is_refused(voc: Path, tmp_path: Path) -> None:
     with claim_folder(tmp_path, []), pytest.raises(ValueError, match=f"--out: another process trains in {tmp_path}"):
-        detector.train.main(flags(voc, tmp_path))
+        detector.train.main(train_flags(voc, tmp_path))
     assert not (tmp_path / "log.jsonl").exists()
 
 
@@ -66,12 +65,12 @@ def test_a_signal_in_an_evaluation_ends_it_at_once_and_every_step_is_saved(
     with monkeypatch.context() as patch:
         patch.setattr(detector.train, "evaluate", slow)
         with pytest.raises(SystemExit) as end:
-            detector.train.main(flags(voc, tmp_path, **changes))
+            detector.train.main(train_flags(voc, tmp_path, **changes))
     saved = 2 if eval_every else 4  # of 4 steps
     assert end.value.code == 143 and read_checkpoint(tmp_path)["step"] == saved
     assert f"SIGTERM: saved step {saved} of 4" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is handler
-    detector.train.main(flags(voc, tmp_path, resume=True, **changes))
+    detector.train.main(train_flags(voc, tmp_path, resume=True, **changes))
     assert (tmp_path / "results.json").is_file()
 
 
@@ -84,7 +83,7 @@ def test_a_logger_that_fails_costs_nothing_but_its_entries(
         raise RuntimeError("the server is full")
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", fails)
-    detector.train.main(flags(voc, tmp_path))
+    detector.train.main(train_flags(voc, tmp_path))
     assert len(read_log(tmp_path / "log.jsonl")) == 3
     assert capsys.readouterr().err.count("the server is full") == 1
 
@@ -92,15 +91,15 @@ def test_a_logger_that_fails_costs_nothing_but_its_entries(
 def test_a_run_goes_on_to_more_epochs_and_not_to_fewer(
     voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    detector.train.main(flags(voc, tmp_path))
-    metrics = detector.train.main(flags(voc, tmp_path, resume=True, epochs=3))
+    detector.train.main(train_flags(voc, tmp_path))
+    metrics = detector.train.main(train_flags(voc, tmp_path, resume=True, epochs=3))
     assert "--epochs raised from 1 to 3" in capsys.readouterr().out
     assert metrics["arguments"]["epochs"] == 3 and read_checkpoint(tmp_path)["step"] == 6
     entries = read_log(tmp_path / "log.jsonl")
     assert {"step": 2, "epochs_before": 1, "epochs": 3} in entries
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(6))
     with pytest.raises(ValueError, match="started with other flags: epochs 3 -> 2"):
-        detector.train.main(flags(voc, tmp_path, resume=True, epochs=2))
+        detector.train.main(train_flags(voc, tmp_path, resume=True, epochs=2))
 
 
 # ---- Fine-tuning
@@ -138,9 +137,9 @@ def test_a_checkpoint_of_which_nothing_fits_is_refused() -> None:
 
 
 def test_training_starts_from_another_run(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    detector.train.main(flags(voc, tmp_path / "first"))
+    detector.train.main(train_flags(voc, tmp_path / "first"))
     changes = {"init-from": tmp_path / "first", "backbone-weights": None, "strategy": "iou", "lr": 0}
-    detector.train.main(flags(voc, tmp_path / "second", **changes))
+    detector.train.main(train_flags(voc, tmp_path / "second", **changes))
     assert f"--init-from {tmp_path / 'first'}: " in capsys.readouterr().out
     first, second = (read_checkpoint(tmp_path / name)["model"] for name in ("first", "second"))
     weight = "neck.fuse.0.weight"
@@ -162,7 +161,7 @@ def test_the_types_that_autocast_takes_are_what_the_device_has(monkeypatch: pyte
 
 
 def test_a_log_that_is_no_terminal_gets_lines(voc: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    detector.train.main(flags(voc, tmp_path, cache=True))
+    detector.train.main(train_flags(voc, tmp_path, cache=True))
     printed = capfd.readouterr()
     assert "\r" not in printed.out + printed.err
     assert "step 1 of 2, epoch 0.50 of 1: loss " in printed.out and "step 2 of 2, epoch 1.00 of 1: " in printed.out
@@ -171,7 +170,7 @@ def test_a_log_that_is_no_terminal_gets_lines(voc: Path, tmp_path: Path, capfd: 
 def test_tensorboard_gets_pictures_and_what_the_matching_did(voc: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    detector.train.main(flags(voc, tmp_path, epochs=2, **{"eval-every": 1}))
+    detector.train.main(train_flags(voc, tmp_path, epochs=2, **{"eval-every": 1}))
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
     assert set(events.Tags()["images"]) == {"detections", "assignment"}
     for name in ("detections", "assignment"):
@@ -192,7 +191,7 @@ def test_pictures_that_cannot_be_drawn_cost_no_training(
         raise OSError("an image is gone")
 
     monkeypatch.setattr(visualize, "load", fails)
-    detector.train.main(flags(voc, tmp_path))
+    detector.train.main(train_flags(voc, tmp_path))
     assert capsys.readouterr().err.count("an image is gone") == 1
     assert json.loads((tmp_path / "results.json").read_text())["images"] == 2
 
