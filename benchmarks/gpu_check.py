@@ -16,6 +16,7 @@ last.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -31,6 +32,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,9 +55,12 @@ CUDA_TESTS = (
     "tests/test_cpp_equals_reference.py",
     "tests/test_every_clause_of_the_definition.py",
     "tests/test_examples.py",
+    "tests/test_losses_on_gpu.py",
     "tests/test_matcher.py",
+    "tests/test_max_iou_match.py",
     "tests/test_object_forms.py",
     "tests/test_probabilities.py",
+    "tests/test_rules.py",
     "tests/test_torch_integration.py",
 )
 """All files with tests that need a GPU but no Triton. Named, so that no other file's imports can stop them."""
@@ -140,33 +145,13 @@ class Outcome:
         return f"  {'passed' if self.passed else 'FAILED'}  {self.name:14} {self.seconds:4.0f} s  {self.detail}"
 
 
-@dataclass
-class Running:
-    """A step under way."""
-
-    step: Step
-    command: Command
-    process: subprocess.Popen[bytes]
-    log: Path
-    started: float
-    deadline: float
-
-    def lines(self) -> list[str]:
-        """What it has printed, blank lines aside."""
-        text = self.log.read_text(errors="replace").splitlines()[1:]  # the first is the command
-        return [line.strip() for line in text if line.strip()]
-
-    def end(self) -> None:
-        """Ends it and all it has started."""
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, how)
-                self.process.wait(3.0)
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        self.process.wait()
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all it has started."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, how)
+            process.wait(3.0)
+    process.wait()
 
 
 class Check:
@@ -185,68 +170,63 @@ class Check:
 
     def run_side_by_side(self, steps: tuple[Step, ...]) -> bool:
         """Runs the steps at once, each as long as it may; whether all passed."""
-        running = [started for step in steps if (started := self.start(step)) is not None]
-        said = time.monotonic()
-        while running:
-            time.sleep(0.1)
-            now = time.monotonic()
-            for item in list(running):
-                reason = None
-                if item.process.poll() is None:
-                    if self.ended_by is None and now < item.deadline:
-                        continue
-                    reason = self.ended_by or f"cut off after {now - item.started:.0f} s"
-                running.remove(item)
-                item.end()  # what it left behind, too
-                self.finish(item, reason)
-            if running and now - said > SAY_EVERY_SECONDS:
-                said = now
+        with ThreadPoolExecutor(len(steps)) as pool:
+            running = {pool.submit(self.run, step): step for step in steps}
+            while running:
+                ended = wait(running, SAY_EVERY_SECONDS, FIRST_COMPLETED).done
+                for future in ended:
+                    self.outcomes.append(future.result())
+                    print(self.outcomes[-1], flush=True)
+                    del running[future]
+                for step in running.values() if not ended else ():
+                    print(f"  {step.name}: {(self.log_of(step) or [''])[-1]}", flush=True)
                 self.keep()
-                for item in running:
-                    print(f"  {item.step.name}, {now - item.started:.0f} s: {(item.lines() or [''])[-1]}", flush=True)
         return all(outcome.passed for outcome in self.outcomes[-len(steps) :])
 
-    def start(self, step: Step) -> Running | None:
-        """Starts a step, its output into <name>.log; None if that is not possible, which is its outcome."""
-        now = time.monotonic()
-        left = self.deadline - now
+    def log_of(self, step: Step) -> list[str]:
+        """What a step has printed, the command above it and blank lines aside."""
+        log = self.logs / f"{step.name}.log"
+        text = log.read_text(errors="replace") if log.is_file() else ""
+        return [line.strip() for line in text.splitlines()[1:] if line.strip()]
+
+    def run(self, step: Step) -> Outcome:
+        """Runs a step, its output into <name>.log, until it ends or has to; what it left behind is ended, too."""
+        started = time.monotonic()
         paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         try:
-            if self.ended_by or left < 1.0:
+            if self.ended_by or self.deadline - started < 1.0:
                 raise MissingTool(f"not run: {self.ended_by or 'the time of this call is over'}")
             command = step.command(self)
-            print(f"{step.name}: {shlex.join(command.words)}", flush=True)
-            log = self.logs / f"{step.name}.log"
-            log.write_text(f"$ {shlex.join(command.words)}\n")
-            with log.open("a") as file:
+            words = shlex.join(command.words)
+            print(f"{step.name}: {words}", flush=True)
+            with (self.logs / f"{step.name}.log").open("w") as file:
+                file.write(f"$ {words}\n")
+                file.flush()
+                # A session of its own, so that all it starts can be ended with it.
                 process = subprocess.Popen(
                     command.words,
                     cwd=ROOT,
                     env={**environment, **command.environment},
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # so that all it starts can be ended with it
+                    start_new_session=True,
                 )
         except (MissingTool, OSError) as error:
-            self.report(Outcome(step.name, False, 0.0, str(error)))
-            return None
-        return Running(step, command, process, log, now, now + (left if self.dry_run else min(step.seconds, left)))
-
-    def finish(self, item: Running, reason: str | None) -> None:
-        """Reports a step that has ended; `reason` if it was made to."""
-        passed = reason is None and item.process.returncode == 0
-        lines = item.lines()
-        telling = [line for line in lines if re.search(item.command.telling, line)]
+            return Outcome(step.name, False, 0.0, str(error))
+        deadline = self.deadline if self.dry_run else min(self.deadline, started + step.seconds)
+        while process.poll() is None and self.ended_by is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        seconds = time.monotonic() - started
+        reason = f"exit status {process.returncode}"
+        if process.poll() is None:
+            reason = self.ended_by or f"cut off after {seconds:.0f} s"
+        passed = process.poll() == 0
+        end_session(process)
+        lines = self.log_of(step)
+        telling = [line for line in lines if re.search(command.telling, line)]
         detail = (telling or lines or [""])[-1][-200:]
-        detail = detail if passed else f"{reason or f'exit status {item.process.returncode}'}: {detail}"
-        self.report(Outcome(item.step.name, passed, time.monotonic() - item.started, detail, telling[-12:]))
-
-    def report(self, outcome: Outcome) -> None:
-        """Prints and keeps an outcome."""
-        self.outcomes.append(outcome)
-        print(outcome, flush=True)
-        self.keep()
+        return Outcome(step.name, passed, seconds, detail if passed else f"{reason}: {detail}", telling[-12:])
 
     def keep(self) -> None:
         """Writes the summary of what there is so far, and the archive of logs and results."""

@@ -45,7 +45,7 @@ from benchmarks.methods import (  # noqa: E402
 from detector.anchors import make_anchors  # noqa: E402
 from detector.detectors import make_detector  # noqa: E402
 from detector.loss import detection_loss  # noqa: E402
-from detector.train import Stopwatch  # noqa: E402
+from detector.watches import Stopwatch  # noqa: E402
 
 DETECTORS = ("fssd-resnet18", "fssd-vgg16", "retinanet-resnet18", "retinanet-vgg16", "rfbnet-vgg16")
 PHASES = ("to device", "forward", "matching", "losses", "backward", "optimizer")

@@ -76,10 +76,14 @@ def as_parameter(target: Target) -> Any:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A file without Triton, of operators that have no Triton kernel, says so by WITHOUT_TRITON = True."""
+    targets = usable_targets()
+    if getattr(metafunc.module, "WITHOUT_TRITON", False):
+        targets = [target for target in targets if target.backend != "triton"]
     if "target" in metafunc.fixturenames:
-        metafunc.parametrize("target", [as_parameter(target) for target in usable_targets()])
+        metafunc.parametrize("target", [as_parameter(target) for target in targets])
     if "compiled_target" in metafunc.fixturenames:
-        params = [as_parameter(target) for target in usable_targets() if target.backend != "eager"]
+        params = [as_parameter(target) for target in targets if target.backend != "eager"]
         if not params:
             reason = "no backend but eager is usable here: " + "; ".join(
                 f"{name}: {status.detail}" for name, status in mg_ops.backends().items() if not status.usable

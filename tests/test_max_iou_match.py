@@ -21,6 +21,8 @@ from benchmarks import upstream
 BACKGROUND, IGNORED = mg_ops.BACKGROUND, mg_ops.IGNORED
 LOW_QUALITY = ("none", "keep_owner", "take_all", "take_first")
 
+WITHOUT_TRITON = True
+
 
 def box(width: float, x: float = 0.0) -> list[float]:
     """Of height 10, at x: its IoU with box(10, x) is width / 10."""

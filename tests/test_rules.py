@@ -30,6 +30,7 @@ from small_batches import small_batches
 import mg_ops
 from mg_ops.rules import operators
 
+WITHOUT_TRITON = True
 pytestmark = pytest.mark.parametrize("rule", RULES)
 SMALL_BLOCKS = {"threads": 32, "staged_keys": 8}
 

@@ -31,6 +31,9 @@ from torch.utils._pytree import tree_leaves
 
 import cuda_on_cpu
 import mg_ops
+from cuda_on_cpu import rules
+from mg_ops import matching
+from mg_ops.rules.operators import RULES
 
 MOST_EMULATED_PAIRS = 1500  # of images, anchors and objects; more would take the emulator too long
 NEEDS_A_GPU = {
@@ -215,6 +218,27 @@ def install() -> None:
                 return emulator.mutual_match(*arguments, **options)
         return match
 
+    real_operator_of, rule_emulator = matching.operator_of, rules.build(threads=64)
+
+    def operator_of(backend: str | None, device: torch.device, operator: str = "mutual_match") -> Callable[..., Any]:
+        """Of the other rules the kernels on the CPU, too."""
+        if backend != "cuda" or operator not in RULES:
+            return real_operator_of(backend, device, operator)
+
+        def run(*arguments: Any) -> Any:
+            match = real_operator_of("cpp", device, operator)(*arguments)  # which checks the arguments too
+            pairs = arguments[2].shape[0] * arguments[2].shape[1] * max(1, len(arguments[3]))
+            if pairs > MOST_EMULATED_PAIRS or capturing:
+                return match
+            with torch.device("cpu"):
+                return rule_emulator.operator(
+                    operator,
+                    *(argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments),
+                )
+
+        return run
+
+    matching.operator_of = operator_of  # type: ignore[assignment]
     mg_ops.mutual_match, mg_ops.backends = mutual_match, backends  # type: ignore[assignment]
     CudaMeansCpu().__enter__()
 
