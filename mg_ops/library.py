@@ -110,6 +110,13 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mg_ops.triton.mutual_match import mutual_match
 
     _check(*arguments)
+    device = arguments[0].device
+    if device.type == "cuda" and len(TRITON_DEVICES) > 1:
+        # The kernels get addresses, which the interpreter would read on the CPU.
+        raise RuntimeError(
+            f"backend 'triton': expected CPU tensors where TRITON_INTERPRET=1, got tensors on {device}; "
+            "unset TRITON_INTERPRET to run on the GPU"
+        )
     return mutual_match(*arguments)
 
 
