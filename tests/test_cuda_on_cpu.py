@@ -25,7 +25,7 @@ from small_batches import small_batches
 
 import mg_ops
 
-SMALL_BLOCKS = {"threads": 32, "staged_keys": 8}
+SMALL_BLOCKS = {"threads": 32, "list_room": 8}
 """One warp a block and tiny lists in shared memory: all chunks, all long lists, on inputs of a few hundred anchors."""
 
 
