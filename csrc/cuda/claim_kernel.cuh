@@ -83,7 +83,8 @@ MG_OPS_DEVICE uint32_t claim_tile(const LaunchedProblem& problem, uint32_t image
 
   Box anchor_box[2], pred_box[2];
   float pred_area[2];
-  TileBounds bounds = no_bounds();
+  SplitBounds bounds{no_bounds(), no_bounds()};
+  const uint32_t split = first_anchor < num_anchors ? problem.anchor_tiles[2 * tile].split : kTile;
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
     const uint32_t anchor = first_anchor + static_cast<uint32_t>(slot * 32 + lane_index());
@@ -95,13 +96,21 @@ MG_OPS_DEVICE uint32_t claim_tile(const LaunchedProblem& problem, uint32_t image
       }
     }
     pred_area[slot] = box_area(pred_box[slot]);
-    widen(bounds, pred_box[slot], pred_area[slot]);
+    const bool in_first = static_cast<uint32_t>(slot * 32 + lane_index()) < split;
+    widen(bounds.first, pred_box[slot], pred_area[slot], in_first);
+    widen(bounds.second, pred_box[slot], pred_area[slot], !in_first);
   }
   if (by_regressed) {
-    bounds = warp_bounds(bounds);
+    bounds.first = warp_bounds(bounds.first);
+    bounds.first.split = split;
+    if (split < kTile) {
+      bounds.second = warp_bounds(bounds.second);
+    }
     if (lane_index() == 0 && first_anchor < num_anchors) {
-      problem.pred_tiles[static_cast<int64_t>(image) * count_tiles(problem) + tile] = {bounds.box.x1, bounds.box.y1,
-                                                                                       bounds.box.x2, bounds.box.y2};
+      const Box first = bounds.first.box, second = bounds.second.box;
+      problem.pred_tiles[static_cast<int64_t>(image) * count_tiles(problem) + tile] = {
+          min_float(first.x1, second.x1), min_float(first.y1, second.y1), max_float(first.x2, second.x2),
+          max_float(first.y2, second.y2)};
     }
   }
 

@@ -65,11 +65,12 @@ struct alignas(32) Object {
   uint32_t image;
 };
 
-// The box around a tile's boxes that overlap anything at all, and the least and largest of their areas.
+// The box around boxes, those that overlap anything at all, and the least and largest of their areas.
 struct alignas(32) TileBounds {
   Box box;
   float least_area, most_area;
-  float unused[2];
+  uint32_t split;  // of the first part of a tile of anchors: which of them is the first of the second part
+  uint32_t unused;
 };
 
 // Where the two lists of an object lie, and how long they are.
@@ -88,7 +89,7 @@ struct LaunchedProblem : MatchProblem {
   int32_t* image_starts;     // (B + 1,) gt_offsets, clamped: within 0 and N, and never decreasing
   Word64* taken;             // (2,) entries of `pairs` and `fronts` that objects have asked for
   float4* anchor_boxes;      // (A,) the anchors as float32, empty where they are not finite
-  TileBounds* anchor_tiles;  // (A / kTile,) rounded up
+  TileBounds* anchor_tiles;  // (A / kTile, 2) rounded up: bounds of the parts of each tile
   float4* pred_tiles;        // (B, A / kTile) boxes around the predicted boxes
   Object* objects;           // (N,)
   ObjectLists* lists;        // (N,)
@@ -101,7 +102,7 @@ struct LaunchedProblem : MatchProblem {
 };
 
 // Points the scratch arrays of a problem whose sizes are set into one allocation, aligned to 32 bytes. Returns how many
-// bytes that needs; with a null pointer that is all it is for. About 8.3 B A + 16.5 A + 470 N.
+// bytes that needs; with a null pointer that is all it is for. About 8.3 B A + 17 A + 470 N.
 inline size_t place_scratch(LaunchedProblem& problem, char* memory) {
   size_t bytes = 0;
   const auto place = [&](auto& array, int64_t count) {
@@ -120,7 +121,7 @@ inline size_t place_scratch(LaunchedProblem& problem, char* memory) {
   place(problem.image_starts, problem.batch_size + 1);
   place(problem.taken, 2);
   place(problem.anchor_boxes, problem.num_anchors);
-  place(problem.anchor_tiles, num_tiles);
+  place(problem.anchor_tiles, 2 * num_tiles);
   place(problem.pred_tiles, problem.params.classification_by_regressed ? problem.batch_size * num_tiles : 0);
   place(problem.objects, problem.num_gt);
   place(problem.lists, problem.num_gt);
@@ -214,12 +215,12 @@ MG_OPS_DEVICE float from_ordered_bits(uint32_t ordered) {
 
 // Bounds of nothing: they overlap no box.
 MG_OPS_DEVICE TileBounds no_bounds() {
-  return {{kMaxFloat, kMaxFloat, -kMaxFloat, -kMaxFloat}, bits_float(0x7f800000u), 0.0f, {0.0f, 0.0f}};
+  return {{kMaxFloat, kMaxFloat, -kMaxFloat, -kMaxFloat}, bits_float(0x7f800000u), 0.0f, kTile, 0};
 }
 
-// Widens bounds by a box, if that overlaps anything at all.
-MG_OPS_DEVICE void widen(TileBounds& bounds, const Box& box, float area) {
-  if (box.x2 > box.x1 && box.y2 > box.y1) {
+// Widens bounds by a box, if that counts and overlaps anything at all.
+MG_OPS_DEVICE void widen(TileBounds& bounds, const Box& box, float area, bool counts = true) {
+  if (counts && box.x2 > box.x1 && box.y2 > box.y1) {
     bounds.box = {min_float(bounds.box.x1, box.x1), min_float(bounds.box.y1, box.y1), max_float(bounds.box.x2, box.x2),
                   max_float(bounds.box.y2, box.y2)};
     bounds.least_area = min_float(bounds.least_area, area);
@@ -237,10 +238,8 @@ MG_OPS_DEVICE Box warp_box(const Box& box) {
 
 // The bounds of all lanes together; areas are not negative, so their bits have their order. Every lane must call it.
 MG_OPS_DEVICE TileBounds warp_bounds(const TileBounds& bounds) {
-  return {warp_box(bounds.box),
-          bits_float(__reduce_min_sync(kAllLanes, float_bits(bounds.least_area))),
-          bits_float(__reduce_max_sync(kAllLanes, float_bits(bounds.most_area))),
-          {0.0f, 0.0f}};
+  return {warp_box(bounds.box), bits_float(__reduce_min_sync(kAllLanes, float_bits(bounds.least_area))),
+          bits_float(__reduce_max_sync(kAllLanes, float_bits(bounds.most_area))), bounds.split, 0};
 }
 
 // Whether a box inside `bounds` can overlap `box`.
@@ -257,6 +256,25 @@ MG_OPS_DEVICE bool can_exceed(const TileBounds& bounds, const Box& box, float ar
   const float needed = quality * least_union;
   const bool cannot = needed > 1e-30f && most * (1.0f + 1e-5f) < needed;
   return can_overlap(bounds.box, box) && !cannot;
+}
+
+// The bounds of a tile's two parts. Anchors follow each other closely but for ends of rows and of levels: a tile across
+// such an end is cut there, or the box around it would reach across the image.
+struct SplitBounds {
+  TileBounds first, second;
+};
+
+MG_OPS_DEVICE bool can_exceed(const SplitBounds& bounds, const Box& box, float area, float quality) {
+  return can_exceed(bounds.first, box, area, quality) ||
+         (bounds.first.split < kTile && can_exceed(bounds.second, box, area, quality));
+}
+
+MG_OPS_DEVICE SplitBounds load_tile(const LaunchedProblem& problem, uint32_t tile) {
+  SplitBounds bounds{problem.anchor_tiles[2 * tile], no_bounds()};
+  if (bounds.first.split < kTile) {
+    bounds.second = problem.anchor_tiles[2 * tile + 1];
+  }
+  return bounds;
 }
 
 // The largest float below a quality > 0.

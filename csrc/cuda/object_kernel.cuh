@@ -116,9 +116,9 @@ MG_OPS_DEVICE void find_pairs(const LaunchedProblem& problem, uint32_t index, Ob
     for (uint32_t first = 0; first < num_tiles; first += kThreads) {
       // Neighboring tiles go to different warps.
       const uint32_t tested = first + static_cast<uint32_t>(lane_index() * kWarps + warp_index());
-      TileBounds bounds = no_bounds();
+      SplitBounds bounds{no_bounds(), no_bounds()};
       if (tested < num_tiles) {
-        bounds = problem.anchor_tiles[tested];
+        bounds = load_tile(problem, tested);
       }
       uint32_t left = __ballot_sync(kAllLanes, can_exceed(bounds, object.box, object.area, just_below(sought)));
       while (left != 0) {

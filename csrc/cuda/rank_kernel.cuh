@@ -300,8 +300,8 @@ MG_OPS_DEVICE void search_anchors(const LaunchedProblem& problem, const Ranking&
     const uint32_t tested = first + static_cast<uint32_t>(lane_index() * kRankWarps + warp_index());
     bool near = false;
     if (tested < num_tiles) {
-      near = can_overlap(problem.anchor_tiles[tested].box, ranking.object.box) || tested == best_anchor / kTile ||
-             tested == forced / kTile;
+      near = can_exceed(load_tile(problem, tested), ranking.object.box, ranking.object.area, 0.0f) ||
+             tested == best_anchor / kTile || tested == forced / kTile;
       if (regressed) {
         const int64_t pred_tile = static_cast<int64_t>(ranking.object.image) * num_tiles + tested;
         near = near || can_overlap(load_box(problem.pred_tiles + pred_tile), ranking.object.box);

@@ -131,6 +131,7 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.threads = self.library.threads_of_a_block()
+        self.list_room = self.library.list_room()
         self.last_call = EmulatedCall()
         """Of the last call: its `scores_read` (loads of cls_scores), `scratch_bytes` and `launches`."""
 

@@ -173,3 +173,4 @@ extern "C" const char* notes_of_the_last_call() {
 }
 
 extern "C" int threads_of_a_block() { return mg_ops::cuda::kThreads; }
+extern "C" int list_room() { return static_cast<int>(mg_ops::cuda::kListRoom); }
