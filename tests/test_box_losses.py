@@ -173,8 +173,8 @@ def test_balanced_l1_has_the_gradient_of_its_definition() -> None:
     errors, b = torch.linspace(-0.3, 0.3, 101), math.exp(3) - 1
     expected = torch.where(errors.abs() < 0.11, 0.5 * torch.log(b * errors.abs() / 0.11 + 1), 1.5) * errors.sign()
     torch.testing.assert_close(slopes_of_balanced_l1(errors), expected, atol=1e-5, rtol=1e-4)
-    near = slopes_of_balanced_l1(torch.tensor([0.11 - 1e-6, 0.11 + 1e-6]))
-    assert near[0] == pytest.approx(near[1], abs=1e-4)
+    below, beyond = slopes_of_balanced_l1(torch.tensor([0.11 - 1e-6, 0.11 + 1e-6])).tolist()
+    assert below == pytest.approx(beyond, abs=1e-4)
 
 
 def test_the_released_balanced_l1_is_the_papers_at_a_beta_of_1_and_steeper_below() -> None:
@@ -365,5 +365,6 @@ def test_the_cuda_kernels_equal_the_definition(
     expected.backward()
     assert exact.grad is not None
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    error = (gradient.double() / 3 - exact.grad).abs().max()
-    assert error <= TOLERANCES[dtype] * exact.grad.abs().max()
+    apart = (gradient.double() / 3 - exact.grad).abs() > TOLERANCES[dtype] * exact.grad.abs().max()
+    # The gradient of the released form jumps, and rounding decides on which side an error is.
+    assert apart.sum() <= (2 if name == "released_balanced_l1" else 0)

@@ -32,7 +32,7 @@ from mg_ops.rules import operators
 
 WITHOUT_TRITON = True
 pytestmark = pytest.mark.parametrize("rule", RULES)
-SMALL_BLOCKS = {"threads": 32, "staged_keys": 8}
+SMALL_BLOCKS = {"threads": 32, "list_room": 8}
 
 
 @pytest.fixture(scope="module")

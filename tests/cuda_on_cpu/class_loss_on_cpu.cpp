@@ -13,7 +13,8 @@ void launch(int64_t grid, uint64_t seed, std::function<void()> kernel) {
   cuda_on_cpu::LaunchOptions options;
   options.seed = seed;
   options.resident_blocks = 1 + static_cast<int>(seed % 4);
-  cuda_on_cpu::Launch(static_cast<unsigned>(grid), mg_ops::cuda::kLossThreads, std::move(kernel), options).run();
+  cuda_on_cpu::Launch({static_cast<unsigned>(grid), 1, 1}, mg_ops::cuda::kLossThreads, std::move(kernel), options)
+      .run();
 }
 
 }  // namespace

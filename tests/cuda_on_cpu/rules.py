@@ -56,9 +56,9 @@ class RuleCall(ctypes.Structure):
     )
 
 
-def build(threads: int = 256, staged_keys: int = 1024, sanitize: bool = False) -> RuleEmulator:
+def build(threads: int = 256, list_room: int = 2048, sanitize: bool = False) -> RuleEmulator:
     """As `cuda_on_cpu.build`."""
-    return RuleEmulator(compile_kernels("rules_on_cpu.cpp", threads, staged_keys, sanitize))
+    return RuleEmulator(compile_kernels("rules_on_cpu.cpp", threads, list_room, sanitize))
 
 
 def float_input(tensor: Tensor) -> FloatInput:

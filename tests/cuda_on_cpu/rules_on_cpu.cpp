@@ -61,7 +61,9 @@ void launch_rule(RuleCall& call, Launched& problem, LaunchKernels launch_kernels
     options.seed = call.seed + static_cast<uint64_t>(call.launches++);
     options.resident_blocks = 1 + static_cast<int>(options.seed % 4);
     options.yield_probability = options.seed % 3 == 0 ? 0.0 : 0.2;
-    cuda_on_cpu::Launch(static_cast<unsigned>(grid), mg_ops::cuda::kThreads, [&] { kernel(problem); }, options).run();
+    cuda_on_cpu::Launch(
+        {static_cast<unsigned>(grid), 1, 1}, mg_ops::cuda::kThreads, [&] { kernel(problem); }, options)
+        .run();
   });
 }
 
