@@ -282,6 +282,7 @@ CODER_TYPES: Rows = [
 CODER_VALUES: Rows = [
     ({"weights": (10.0, 10.0, 5.0)}, FOUR + "(10.0, 10.0, 5.0)"),
     ({"weights": (0.1, 0.2)}, FOUR + "(0.1, 0.2); weights are 1 / variances"),
+    ({"clip": NAN}, "BoxCoder: clip must be a number, got NaN"),
 ]
 MATCH_TENSORS = (
     Given("match.loc_match", zeros(B, A).long(), "integer", "(2, 3)", "anchors"),
@@ -308,6 +309,7 @@ SUMMARY_TYPES: Rows = [
 ]
 SUMMARY_VALUES: Rows = [
     *(({name: None}, "gt_labels, num_classes: ... both") for name in ("gt_labels", "num_classes")),
+    ({"gt_boxes": zeros(B, 2, 4), "gt_labels": None, "num_classes": None}, "gt_mask: of padded gt_boxes (B, M, 4)"),
     ({"num_pos": zeros(2).int()}, "match: made for 2 objects, but gt_boxes has 3"),
     *(({"size_limits": value}, LIMITS) for value in ((96.0, 32.0), (0.0, NAN))),
 ]
@@ -551,12 +553,12 @@ TINY = 2.0**-126  # the smallest normal float32
 # is rounded to 2^-126.
 LEAST = ([TINY, TINY - 2.0**-150], [TINY - 1.01 * 2.0**-150])
 THRESHOLDS = (
-    [1.0, 1 - 2.0**-30, 0.5, *LEAST[0]],
+    [1, 1.0, 1 - 2.0**-30, 0.5, *LEAST[0]],
     [0.0, -0.0, -0.1, 1.1, 1 + 2.0**-40, 1e-50, 2.0**-127, NAN, INF, *LEAST[1]],
 )
 NUMBERS: dict[str, tuple[list[float], list[float]]] = {
     "sigma": (
-        [2.0, 1.01, MAX, 1 + 2.0**-23, 1 + 1.5 * 2.0**-24, 1 + 1.001 * 2.0**-24],
+        [2, 2.0, 1.01, MAX, 1 + 2.0**-23, 1 + 1.5 * 2.0**-24, 1 + 1.001 * 2.0**-24],
         [1.0, 1 + 2.0**-24, 1 + 1e-9, 0.5, 0.0, -2.0, NAN, INF, -INF, 1e39, MAX * 1.00001],
     ),
     "iou_positive": THRESHOLDS,
@@ -849,4 +851,5 @@ def test_check_takes_every_ordinary_emptiness() -> None:
     no_anchor = {"anchors": zeros(0, 4), "pred_boxes": zeros(B, 0, 4), "cls_logits": zeros(B, 0, C)}
     for changes in (no_image, no_object, no_object | no_anchor):
         mg_ops.mutual_match(**listed() | changes, check=True)
+    mg_ops.mutual_match(ANCHORS, *(listed()[name] for name in ("gt_boxes", "gt_labels")), strategy="iou", check=True)
     assert_check_raises("gt_boxes: image 0, object 0: no anchor overlaps", listed() | no_anchor)

@@ -89,6 +89,15 @@ def test_size_limits_are_in_the_boxes_unit() -> None:
     assert mg_ops.summarize(match, scaled, size_limits=(0.0319, 0.0961)).num_objects.tolist() == [5, 2, 2, 1]
 
 
+def test_padded_objects_need_no_labels_where_a_mask_tells_the_padding() -> None:
+    match, boxes, _ = hand_made()
+    mask = torch.tensor([[True, True, True], [False] * 3, [True, True, False]])
+    padded = torch.full((3, 3, 4), float("nan")).masked_scatter(mask.unsqueeze(-1), torch.cat(boxes))
+    counts = [torch.zeros(3, 3, dtype=torch.int32).masked_scatter(mask, value) for value in match[2:]]
+    found = mg_ops.summarize(match._replace(num_pos=counts[0], num_total=counts[1]), padded, gt_mask=mask)
+    assert found.as_dict() == mg_ops.summarize(match, boxes).as_dict()
+
+
 def test_a_batch_without_objects_has_zeros() -> None:
     nothing = torch.full((2, 3), mg_ops.BACKGROUND)
     match = mg_ops.MutualMatch(nothing, nothing, torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
