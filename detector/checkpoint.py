@@ -45,7 +45,7 @@ def save_best(content: dict[str, Any], ap: float | None, folder: Path) -> None:
     """Writes best.pt and best.safetensors unless they hold weights of a higher AP; no state of the training.
 
     Args:
-        content: of a checkpoint. What is kept of it is the weights that are evaluated, the averaged ones if there are.
+        content: of a checkpoint. Of its weights the averaged ones are kept, if there are any: they are evaluated.
         ap: of the evaluation split; None if it has no objects, which is below every number.
         folder: of the run.
 
@@ -58,7 +58,7 @@ def save_best(content: dict[str, Any], ap: float | None, folder: Path) -> None:
             best = read_checkpoint(path).get("AP")
             if (-1.0 if ap is None else ap) <= (-1.0 if best is None else best):
                 return
-    best_content = {name: content[name] for name in ("step", "arguments", "class_names", "data")}
+    best_content = {name: value for name, value in content.items() if name not in ("optimizer", "scaler")}
     best_content |= {"AP": ap, "model": content["ema"] or content["model"], "ema": None}
     save_atomically(best_content, path)
     with contextlib.suppress(ImportError):  # a training without safetensors is not worth less

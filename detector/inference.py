@@ -239,7 +239,9 @@ def detect_each(
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     with contextlib.closing(run_ahead(run, batches, num_workers)) as results:
         try:
-            for of_batch in tqdm(results, "detecting", len(batches), leave=False, disable=not show_progress):
+            for of_batch in tqdm(
+                results, "detecting", len(batches), leave=False, disable=None if show_progress else True
+            ):
                 yield from of_batch
         finally:
             results.close()  # before the model changes under a thread
