@@ -1,14 +1,13 @@
 """What people run today for the same job, written with torch's own operators, to measure `mg_ops` against.
 
 (a) `match_per_image`: mutual matching image by image and object by object, written plainly.
-(a2) `match_per_image_tuned`: the same loop, as fast as we could make it.
 (b) `match_batched`: mutual matching of the whole batch in padded (B, G, A) tensors, without a data-dependent shape.
-(c) (b) under torch.compile: see match_speed.py.
+(c) (b) under torch.compile: see methods.py.
 (d) `match_by_torchvision`: torchvision's box_iou and Matcher, the classic IoU assignment (classification only).
 (e) `make_task_aligned_assigner`: ultralytics' assigner, a different algorithm of the same family, where it is
     installed.
 
-(a), (a2) and (b) follow the definition independently of mg_ops: native exp, sigmoid and pow, sort and topk. Their
+(a) and (b) follow the definition independently of mg_ops: native exp, sigmoid and pow, sort and topk. Their
     answers differ from mg_ops only where two qualities are equal or nearly so. Sizes: B images, A anchors, C classes,
     G objects in an image.
 """
@@ -93,15 +92,10 @@ def match_per_image(
         gt_boxes, gt_labels, gt_crowd: lists of B tensors (G, 4), (G,), (G,) bool.
         weights, clip: of the box coder.
     """
-    cls_matches, loc_matches = [], []
-    for image in range(len(deltas)):
-        pred_boxes = decode(anchors, deltas[image], weights, clip)
-        crowd = None if gt_crowd is None else gt_crowd[image]
-        cls_match, loc_match = _match_image(
-            anchors, pred_boxes, logits[image], gt_boxes[image], gt_labels[image], crowd
-        )
-        cls_matches.append(cls_match)
-        loc_matches.append(loc_match)
+    pred_boxes = (decode(anchors, of_image, weights, clip) for of_image in deltas)
+    crowds = gt_crowd or [None] * len(deltas)
+    images = zip(pred_boxes, logits, gt_boxes, gt_labels, crowds, strict=True)
+    cls_matches, loc_matches = zip(*(_match_image(anchors, *image) for image in images), strict=True)
     return Match(torch.stack(cls_matches), torch.stack(loc_matches))
 
 
@@ -127,13 +121,8 @@ def _match_image(
         q_amplified = q_anchor ** ((SIGMA - p) / SIGMA)
         best_regressed = q_regressed.argmax() if q_regressed.max() > 0 else q_anchor.argmax()
         # The best anchor of each quality is the object's, whatever others offer.
-        for quality, best in (
-            (q_anchor, q_anchor.argmax()),
-            (q_regressed, best_regressed),
-            (q_amplified, q_amplified.argmax()),
-        ):
-            quality[best] = 1.0
-        quality = torch.stack([q_anchor, q_regressed, q_amplified])
+        claimed = torch.stack([q_anchor.argmax(), best_regressed, q_amplified.argmax()])
+        quality = torch.stack([q_anchor, q_regressed, q_amplified]).scatter(1, claimed.unsqueeze(1), 1.0)
         better = quality > best_quality
         best_quality = torch.where(better, quality, best_quality)
         owner = torch.where(better, index, owner)
@@ -152,128 +141,6 @@ def _match_image(
 
     if gt_crowd is not None:
         cls_match = ignore_crowds(cls_match, anchors.T, area(anchors), gt_boxes, gt_crowd)
-    return cls_match, loc_match
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# (a2) the same loop, tuned
-
-
-def match_per_image_tuned(
-    anchors: Tensor,
-    deltas: Tensor,
-    logits: Tensor,
-    gt_boxes: Sequence[Tensor],
-    gt_labels: Sequence[Tensor],
-    gt_crowd: Sequence[Tensor] | None,
-    weights: Sequence[float],
-    clip: float,
-    objects_at_once: int | None = 1,
-) -> Match:
-    """`match_per_image` tuned: boxes as columns, areas computed once, objects of an image at once where that is faster.
-
-    Args:
-        anchors: (A, 4). deltas: (B, A, 4). logits: (B, A, C).
-        gt_boxes, gt_labels, gt_crowd: lists of B tensors (G, 4), (G,), (G,) bool.
-        weights, clip: of the box coder.
-        objects_at_once: qualities are computed for so many objects at a time; None: for all of an image.
-    """
-    columns = anchors.T.contiguous()
-    anchor_area = area(anchors)
-    cls_matches, loc_matches = [], []
-    for image in range(len(deltas)):
-        pred_boxes = decode(anchors, deltas[image], weights, clip)
-        cls_match, loc_match = _match_image_tuned(
-            columns,
-            anchor_area,
-            pred_boxes.T.contiguous(),
-            area(pred_boxes),
-            logits[image],
-            gt_boxes[image],
-            gt_labels[image],
-            None if gt_crowd is None else gt_crowd[image],
-            objects_at_once,
-        )
-        cls_matches.append(cls_match)
-        loc_matches.append(loc_match)
-    return Match(torch.stack(cls_matches), torch.stack(loc_matches))
-
-
-class _Owners:
-    """For each anchor the object with the best quality seen so far."""
-
-    def __init__(self, num_anchors: int, device: torch.device) -> None:
-        self.quality = torch.zeros(num_anchors, device=device)
-        self.owner = torch.full((num_anchors,), -1, device=device)
-
-    def add(self, objects: Tensor, quality: Tensor) -> None:
-        """Objects (K,) in ascending order with their qualities (K, A)."""
-        value, row = quality.max(dim=0) if len(quality) > 1 else (quality[0], None)
-        better = value > self.quality
-        self.quality = torch.where(better, value, self.quality)
-        self.owner = torch.where(better, objects[0] if row is None else objects[row], self.owner)
-
-
-def _match_image_tuned(
-    anchor_columns: Tensor,
-    anchor_area: Tensor,
-    pred_columns: Tensor,
-    pred_area: Tensor,
-    logits: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_crowd: Tensor | None,
-    objects_at_once: int | None,
-) -> tuple[Tensor, Tensor]:
-    num_anchors, num_objects, device = len(anchor_area), len(gt_boxes), anchor_area.device
-    cls_match = torch.full((num_anchors,), BACKGROUND, device=device)
-    loc_match = torch.full((num_anchors,), BACKGROUND, device=device)
-    if num_objects == 0:
-        return cls_match, loc_match
-    by_anchor, by_regressed, by_amplified = (_Owners(num_anchors, device) for _ in range(3))
-    objects = is_object(gt_boxes)
-    if gt_crowd is not None:
-        objects &= ~gt_crowd
-    for index in objects.nonzero().squeeze(1).split(objects_at_once or num_objects):
-        boxes = gt_boxes[index]
-        columns, box_area = boxes.T.unsqueeze(2), area(boxes).unsqueeze(1)
-        inter = intersection(anchor_columns.unsqueeze(1), columns)
-        q_anchor = inter / (anchor_area + box_area - inter)
-        inter = intersection(pred_columns.unsqueeze(1), columns)
-        q_regressed = inter / (pred_area + box_area - inter)
-        p = logits[:, gt_labels[index]].T.sigmoid()
-        q_amplified = q_anchor ** ((SIGMA - p) / SIGMA)
-
-        # Each object claims its best anchor of each quality; an object that no anchor overlaps takes no part.
-        best_quality, best = q_anchor.max(dim=1, keepdim=True)
-        found = (best_quality > 0).float()
-        regressed_quality, best_regressed = q_regressed.max(dim=1, keepdim=True)
-        best_regressed = torch.where(regressed_quality > 0, best_regressed, best)
-        best_amplified = q_amplified.argmax(dim=1, keepdim=True)
-        q_regressed *= found
-        for owners, quality, claimed in (
-            (by_anchor, q_anchor, best),
-            (by_regressed, q_regressed, best_regressed),
-            (by_amplified, q_amplified, best_amplified),
-        ):
-            owners.add(index, quality.scatter_(1, claimed, found))
-
-    owned = by_anchor.owner >= 0
-    num_pos = by_anchor.owner[owned & (by_anchor.quality >= IOU_POSITIVE)].bincount(minlength=num_objects).clamp(min=1)
-    num_total = (
-        by_anchor.owner[owned & (by_anchor.quality >= IOU_IGNORED)].bincount(minlength=num_objects).maximum(num_pos)
-    )
-    for index, positive, total in zip(range(num_objects), num_pos.tolist(), num_total.tolist(), strict=True):
-        competing = (by_regressed.owner == index).nonzero().squeeze(1)
-        ranked = by_regressed.quality[competing].topk(min(total, len(competing))).indices
-        cls_match[competing[ranked]] = IGNORED
-        cls_match[competing[ranked[:positive]]] = index
-        competing = (by_amplified.owner == index).nonzero().squeeze(1)
-        ranked = by_amplified.quality[competing].topk(min(positive, len(competing))).indices
-        loc_match[competing[ranked]] = index
-
-    if gt_crowd is not None:
-        cls_match = ignore_crowds(cls_match, anchor_columns, anchor_area, gt_boxes, gt_crowd)
     return cls_match, loc_match
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,25 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # After everything else: an installed mg_ops goes before the checkout's.
 sys.path.append(str(ROOT))
 
-from benchmarks.graph_replay import REPLAYS, GraphOfCalls, quartiles  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
+from benchmarks.measure import REPLAYS, GraphOfCalls, copy_bandwidth, launch_seconds, quartiles  # noqa: E402
 
 THREADS = 256  # as in card_limits.cu
 BLOCKS_A_MULTIPROCESSOR = 4
 CHECKED_ROUNDS = 7
-
-
-def copy_bandwidth(size: int = 1 << 30, replays: int = REPLAYS) -> float:
-    """Bytes a second, read and written, of a large copy."""
-    source = torch.empty(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * size / statistics.median(GraphOfCalls([lambda: target.copy_(source)], least_calls=4).time(replays))
-
-
-def launch_seconds(replays: int = REPLAYS) -> float:
-    """Seconds of a launch in a graph that depends on the one before."""
-    small = torch.zeros(32, device="cuda")
-    return statistics.median(GraphOfCalls([lambda: small.add_(1.0)] * 200).time(replays))
 
 
 class CardKernels:
@@ -92,44 +78,39 @@ class CardKernels:
             raise RuntimeError(f"wrong in {int((answer != expected).sum())} of {len(expected)} threads")
         operations = self.threads / 32 / self.multiprocessors * rounds
         seconds = GraphOfCalls([lambda: call(rounds)], least_calls=4).time(replays)
-        return {"nanoseconds": [1e3 * value / operations for value in quartiles(seconds)], "rounds": rounds}
+        return {"nanoseconds": [1e9 * value / operations for value in quartiles(seconds)], "rounds": rounds}
 
 
 def main() -> int:
     """Measures, writes after each figure, prints; the exit status is 1 if any answer was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, required=True, help="card_limits.cu as a shared library")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to write the figures")
-    parser.add_argument("--copy-bytes", type=int, default=1 << 30, help="size of the copy (default 2^30)")
-    parser.add_argument("--rounds", type=int, default=4096, help="operations of a thread (default 4096)")
-    parser.add_argument("--replays", type=int, default=REPLAYS, help=f"of each graph (default {REPLAYS})")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="where to write the figures")
+    parser.add_argument("--quick", action="store_true", help="little of each: a check, no figures")
     options = parser.parse_args()
+    copied, rounds, replays = (1 << 20, 2, 2) if options.quick else (1 << 30, 4096, REPLAYS)
     content: dict[str, Any] = {"machine": describe_machine("cuda")}
 
     def keep(name: str, value: Any, text: str) -> None:
         content[name] = value
         print(f"{name}: {text}", flush=True)
-        if options.output:
-            options.output.write_text(json.dumps(content, indent=1) + "\n")
+        options.output.write_text(json.dumps(content, indent=1) + "\n")
 
-    bandwidth = copy_bandwidth(options.copy_bytes, options.replays)
+    bandwidth, launch = copy_bandwidth(copied, replays), launch_seconds(replays)
     keep("copy_bytes_per_second", bandwidth, f"{bandwidth / 1e12:.3g} TB/s read and written")
-    launch = launch_seconds(options.replays)
     keep("seconds_per_launch_in_a_graph", launch, f"{1e6 * launch:.2f} us")
-    kernels = CardKernels(options.library)
-    failed = False
-    for name, (call, expected) in {
-        "divide 1 by x": kernels.divisions(1.0),
-        "divide 0 by x": kernels.divisions(0.0),
-        "count by 1 in 32 bits, each lane its own": kernels.counts("count_32", conflict=False),
-        "count by 1 in 32 bits, all lanes one": kernels.counts("count_32", conflict=True),
-        "add in 32 bits, each lane its own": kernels.counts("add_32", conflict=False),
-        "add in 32 bits, all lanes one": kernels.counts("add_32", conflict=True),
-        "add in 64 bits, each lane its own": kernels.counts("add_64", conflict=False),
-        "add in 64 bits, all lanes one": kernels.counts("add_64", conflict=True),
-    }.items():
+    kernels, failed = CardKernels(options.library), False
+    questions = {f"divide {number} by x": kernels.divisions(float(number)) for number in (1, 0)}
+    for name, function in (
+        ("count by 1 in 32 bits", "count_32"),
+        ("add in 32 bits", "add_32"),
+        ("add in 64 bits", "add_64"),
+    ):
+        questions[f"{name}, each lane its own"] = kernels.counts(function, conflict=False)
+        questions[f"{name}, all lanes one"] = kernels.counts(function, conflict=True)
+    for name, (call, expected) in questions.items():
         try:
-            result = kernels.measure(call, expected, options.rounds, options.replays)
+            result = kernels.measure(call, expected, rounds, replays)
         except RuntimeError as error:
             failed = True
             keep(name, {"failed": str(error)}, f"failed: {error}")

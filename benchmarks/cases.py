@@ -12,9 +12,10 @@ Predictions are made, not run through a network, so that every size is reproduci
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 import mg_ops
-from benchmarks import anchors as anchor_grids
 from benchmarks.objects import ImageObjects, generate_coco, generate_dense, generate_voc
-from detector.anchors import make_anchors as make_detector_anchors
+from detector.anchors import make_anchors
 
 CODER = mg_ops.BoxCoder()
 
@@ -37,13 +37,13 @@ class Case:
     name: str
     batch_size: int
     num_classes: int
+    objects: str
+    """Which generator: "voc", "coco" or "dense"."""
     make_anchors: Callable[[], Tensor]
     image_size: tuple[int, int]
     """(width, height) in pixels."""
-    keep_aspect: bool
+    keep_aspect: bool = False
     """Scale images to fit, placed at the top left (RetinaNet); else stretch them (SSD)."""
-    objects: str
-    """Which generator: "voc", "coco" or "dense"."""
     objects_per_image: int | None = None
     """For "dense"."""
 
@@ -52,92 +52,100 @@ class Case:
         """Whether --boxes replaces the generator."""
         return self.objects != "dense"
 
-    def with_images(self, most: int | None) -> Case:
-        """The same case with at most so many images a batch."""
-        return self if most is None else replace(self, batch_size=min(self.batch_size, most))
+    def quick(self) -> Case:
+        """The same case small enough for a check in seconds."""
+        objects = None if self.objects_per_image is None else min(self.objects_per_image, 20)
+        return replace(self, batch_size=min(self.batch_size, 4 if objects is None else 1), objects_per_image=objects)
 
 
-def _case(
-    name: str, batch_size: int, grid: str, objects: str, per_image: int | None = None, num_classes: int = 80
-) -> Case:
-    make_anchors, image_size, keep_aspect = {
-        "ssd": (partial(make_detector_anchors, 320), (320, 320), False),
-        "retinanet": (anchor_grids.make_retinanet_anchors, (1333, 800), True),
-        "dense": (anchor_grids.make_dense_anchors, (608, 800), True),
-    }[grid]
-    return Case(name, batch_size, num_classes, make_anchors, image_size, keep_aspect, objects, per_image)
+def make_pyramid(width: int, height: int, strides: Sequence[int], side: float, scales: Sequence[float]) -> Tensor:
+    """Anchors (A, 4) at every cell of each stride, level by level and row by row: `side` strides at each scale.
+
+    Of ratios 1/2, 1 and 2; float32, (x1, y1, x2, y2) in pixels, not clipped.
+    """
+    levels = []
+    for stride in strides:
+        shapes = [
+            (side * stride * scale / math.sqrt(ratio), side * stride * scale * math.sqrt(ratio))
+            for scale in scales
+            for ratio in (0.5, 1.0, 2.0)
+        ]
+        center_y = (torch.arange(math.ceil(height / stride)) + 0.5) * stride
+        center_x = (torch.arange(math.ceil(width / stride)) + 0.5) * stride
+        centers = torch.stack(torch.meshgrid(center_x, center_y, indexing="xy"), dim=-1).unsqueeze(2)
+        half = 0.5 * torch.tensor(shapes)
+        levels.append(torch.cat([centers - half, centers + half], dim=-1).reshape(-1, 4))
+    return torch.cat(levels)
 
 
+SSD = (partial(make_anchors, 320), (320, 320))
+"""The detectors' own anchors: 12,750."""
+RETINANET_SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+RETINANET = (partial(make_pyramid, 1344, 800, (8, 16, 32, 64, 128), 4, RETINANET_SCALES), (1333, 800), True)
+"""RetinaNet's, P3 to P7: 201,600."""
+DENSE = (partial(make_pyramid, 608, 800, (4, 8, 16, 32, 64), 3, (1.0,)), (608, 800), True)
+"""For many small objects, P2 to P6: 121,515."""
 SWEEP = (5, 50, 500)
+SWEEP_CASES = tuple(f"sweep{count}" for count in SWEEP)
 CASES = {
     case.name: case
     for case in (
-        _case("voc320", 32, "ssd", "voc", num_classes=20),
-        _case("coco320", 32, "ssd", "coco"),
-        _case("coco800", 16, "retinanet", "coco"),
-        _case("dense", 8, "dense", "dense", 500),
-        _case("dense5000", 1, "dense", "dense", 5000),
-        *(_case(f"sweep{count}", 1, "dense", "dense", count) for count in SWEEP),
+        Case("voc320", 32, 20, "voc", *SSD),
+        Case("coco320", 32, 80, "coco", *SSD),
+        Case("coco800", 16, 80, "coco", *RETINANET),
+        Case("dense", 8, 80, "dense", *DENSE, 500),
+        Case("dense5000", 1, 80, "dense", *DENSE, 5000),
+        *(Case(f"sweep{count}", 1, 80, "dense", *DENSE, count) for count in SWEEP),
     )
 }
 
 
 @dataclass
 class Batch:
-    """One batch on one device; B images, A anchors, C classes, N objects in all, G in the fullest image."""
+    """One batch on one device, its objects in every form; B images, A anchors, C classes, N objects in all."""
 
     anchors: Tensor  # (A, 4)
     deltas: Tensor  # (B, A, 4)
     logits: Tensor  # (B, A, C)
-    gt_boxes: Tensor  # (N, 4)
-    gt_labels: Tensor  # (N,)
-    gt_offsets: Tensor  # (B + 1,)
-    gt_crowd: Tensor | None  # (N,)
-    counts: list[int]
-    padded_boxes: Tensor  # (B, G, 4), zeros where there is no object
-    padded_labels: Tensor  # (B, G)
-    padded_crowd: Tensor | None  # (B, G)
+    boxes_list: list[Tensor]  # B times (G, 4)
+    labels_list: list[Tensor]  # B times (G,)
+    crowd_list: list[Tensor] | None  # B times (G,)
+    padded_to: int
 
     def __post_init__(self) -> None:
-        """Splits the packed objects into lists."""
-        self.boxes_list = list(self.gt_boxes.split(self.counts))
-        self.labels_list = list(self.gt_labels.split(self.counts))
-        self.crowd_list = None if self.gt_crowd is None else list(self.gt_crowd.split(self.counts))
+        """Packs and pads the objects; a place without an object holds a box of zeros."""
+        self.counts = [len(labels) for labels in self.labels_list]
+        self.gt_offsets = torch.tensor([0, *accumulate(self.counts)]).to(self.anchors.device)
+        self.gt_boxes, self.padded_boxes = self._pack_and_pad(self.boxes_list)
+        self.gt_labels, self.padded_labels = self._pack_and_pad(self.labels_list)
+        self.gt_crowd, self.padded_crowd = self._pack_and_pad(self.crowd_list) if self.crowd_list else (None, None)
 
-    def arguments(self, device: str | None = None) -> dict[str, Any]:
-        """What `mg_ops.mutual_match` takes, objects packed; copied to a device if one is named."""
-        arguments = {
-            "anchors": self.anchors,
-            "cls_logits": self.logits,
-            "box_deltas": self.deltas,
-            "gt_boxes": self.gt_boxes,
-            "gt_labels": self.gt_labels,
-            "gt_offsets": self.gt_offsets,
-            "gt_crowd": self.gt_crowd,
-            "box_coder": CODER,
-        }
+    def _pack_and_pad(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        padded = values[0].new_zeros(len(values), self.padded_to, *values[0].shape[1:])
+        for row, of_image in zip(padded, values, strict=True):
+            row[: len(of_image)] = of_image
+        return torch.cat(values), padded
+
+    def arguments(self, device: str | None = None, lists: bool = False) -> dict[str, Any]:
+        """What `mg_ops.mutual_match` takes, objects packed or as lists; copied to a device if one is named."""
+        arguments = {"anchors": self.anchors, "cls_logits": self.logits, "box_deltas": self.deltas, "box_coder": CODER}
+        if lists:
+            objects = {"gt_boxes": self.boxes_list, "gt_labels": self.labels_list, "gt_crowd": self.crowd_list}
+            return {**arguments, **objects}
+        arguments |= {"gt_boxes": self.gt_boxes, "gt_labels": self.gt_labels, "gt_crowd": self.gt_crowd}
+        arguments["gt_offsets"] = self.gt_offsets
         if device is None:
             return arguments
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
     def head(self, num_images: int, most_objects: int) -> Batch:
         """The first images, with the first objects of each."""
-        counts = [min(count, most_objects) for count in self.counts[:num_images]]
-        kept = [slice(0, count) for count in counts]
-        padded = max(counts, default=0)
-        return Batch(
-            self.anchors,
-            self.deltas[:num_images],
-            self.logits[:num_images],
-            torch.cat([self.boxes_list[i][s] for i, s in enumerate(kept)]),
-            torch.cat([self.labels_list[i][s] for i, s in enumerate(kept)]),
-            torch.tensor([0, *np.cumsum(counts)]).to(self.gt_offsets.device),
-            None if self.crowd_list is None else torch.cat([self.crowd_list[i][s] for i, s in enumerate(kept)]),
-            counts,
-            self.padded_boxes[:num_images, :padded],
-            self.padded_labels[:num_images, :padded],
-            None if self.padded_crowd is None else self.padded_crowd[:num_images, :padded],
-        )
+        lists = [
+            values and [of_image[:most_objects] for of_image in values[:num_images]]
+            for values in (self.boxes_list, self.labels_list, self.crowd_list)
+        ]
+        padded_to = max(1, *map(len, lists[0]))
+        return Batch(self.anchors, self.deltas[:num_images], self.logits[:num_images], *lists, padded_to)
 
 
 def fit_to_case(image: ImageObjects, case: Case) -> Tensor:
@@ -214,15 +222,8 @@ def make_batches(
         logits = torch.empty(len(images), len(anchors), case.num_classes, device=device).normal_(
             -math.log(99), 0.5, generator=generator
         )
-        padded_boxes = torch.zeros(len(images), most, 4, device=device)
-        padded_labels = torch.zeros(len(images), most, dtype=torch.int64, device=device)
-        padded_crowd = torch.zeros(len(images), most, dtype=torch.bool, device=device)
         for index, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
-            count = len(image_labels)
-            padded_boxes[index, :count] = image_boxes
-            padded_labels[index, :count] = image_labels
-            padded_crowd[index, :count] = crowds[index]
-            if count == 0:
+            if len(image_labels) == 0:
                 continue
             quality, owner = best_overlaps(anchors, image_boxes)
             near = (quality >= 0.3).nonzero().squeeze(1)
@@ -231,20 +232,5 @@ def make_batches(
             near = (quality >= 0.4).nonzero().squeeze(1)
             raised = torch.empty(len(near), device=device).uniform_(0.0, 1.0, generator=generator)
             logits[index, near, image_labels[owner[near]]] += 2 + 8 * (quality[near] - 0.4) / 0.6 * raised
-        counts = [len(image_labels) for image_labels in labels]
-        batches.append(
-            Batch(
-                anchors,
-                deltas,
-                logits,
-                torch.cat(boxes),
-                torch.cat(labels),
-                torch.tensor([0, *np.cumsum(counts)]).to(device),
-                torch.cat(crowds) if has_crowd else None,
-                counts,
-                padded_boxes,
-                padded_labels,
-                padded_crowd if has_crowd else None,
-            )
-        )
+        batches.append(Batch(anchors, deltas, logits, boxes, labels, crowds if has_crowd else None, most))
     return batches

@@ -16,6 +16,7 @@ last.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -31,6 +32,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,14 +55,17 @@ CUDA_TESTS = (
     "tests/test_cpp_equals_reference.py",
     "tests/test_every_clause_of_the_definition.py",
     "tests/test_examples.py",
+    "tests/test_losses_on_gpu.py",
     "tests/test_matcher.py",
+    "tests/test_max_iou_match.py",
     "tests/test_object_forms.py",
     "tests/test_probabilities.py",
+    "tests/test_rules.py",
     "tests/test_torch_integration.py",
 )
 """All files with tests that need a GPU but no Triton. Named, so that no other file's imports can stop them."""
 TRITON_TESTS = ("tests/test_triton_equals_reference.py",)
-DETECTORS = ("fssd-resnet18", "retinanet-resnet18")
+TOOLS = ("g++", "cmake", "ninja", "nvcc", "compute-sanitizer", "ncu")
 TOOL_FOLDERS = (
     "/usr/local/cuda/bin",
     "/usr/local/cuda*/bin",
@@ -72,6 +77,36 @@ TOOL_FOLDERS = (
 
 class MissingTool(Exception):
     """A program was not found; the message says where it was looked for."""
+
+
+def find_tool(name: str) -> str:
+    """The path of a program: on the PATH, or where the CUDA toolkit and Python's packages put theirs.
+
+    Raises:
+        MissingTool: there is none.
+    """
+    folders = [Path(os.environ[home]) / "bin" for home in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(home)]
+    folders += [path for pattern in TOOL_FOLDERS for path in sorted(Path("/").glob(pattern[1:]), reverse=True)]
+    folders.append(Path(sysconfig.get_path("scripts")))
+    for packages in {Path(sysconfig.get_path("purelib")), Path(torch.__file__).parents[1]}:  # wheels of NVIDIA
+        folders += sorted(packages.glob("nvidia/*/bin")) + sorted(packages.glob("triton/backends/nvidia/bin"))
+    for folder in [None, *folders]:
+        if found := shutil.which(name, path=folder and str(folder)):
+            return found
+    looked = ", ".join(str(folder) for folder in folders if folder.is_dir())
+    raise MissingTool(f"{name} was not found on the PATH, nor in {looked}")
+
+
+def describe_tool(name: str) -> str:
+    """Where a program is, or that it was not found."""
+    try:
+        return find_tool(name)
+    except MissingTool as error:
+        return str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
 
 
 @dataclass(frozen=True)
@@ -106,87 +141,24 @@ class Outcome:
     lines: list[str] = field(default_factory=list)
     """All such lines, the last dozen."""
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tools
-
-
-def tool_folders() -> list[Path]:
-    """Where programs of the CUDA toolkit may be, the likeliest first."""
-    folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders += [path for pattern in TOOL_FOLDERS for path in sorted(Path("/").glob(pattern[1:]), reverse=True)]
-    folders.append(Path(sysconfig.get_path("scripts")))
-    # Wheels of NVIDIA lie beside torch.
-    for packages in {Path(path) for path in (sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1]))}:
-        folders += sorted(packages.glob("nvidia/*/bin")) + sorted(packages.glob("triton/backends/nvidia/bin"))
-    return folders
+    def __str__(self) -> str:
+        return f"  {'passed' if self.passed else 'FAILED'}  {self.name:14} {self.seconds:4.0f} s  {self.detail}"
 
 
-def find_tool(name: str) -> str:
-    """The path of a program: on the PATH, or where the CUDA toolkit and Python's packages put theirs.
-
-    Raises:
-        MissingTool: there is none.
-    """
-    for folder in [None, *tool_folders()]:
-        found = shutil.which(name, path=folder and str(folder))
-        if found:
-            return found
-    looked = [str(folder) for folder in tool_folders() if folder.is_dir()]
-    raise MissingTool(f"{name} was not found on the PATH, nor in {', '.join(looked)}")
-
-
-def describe_tools() -> dict[str, str]:
-    """Where each program is, or that it was not found; the version of nvcc."""
-    tools = {}
-    for name in ("g++", "cmake", "ninja", "nvcc", "compute-sanitizer", "ncu"):
-        try:
-            tools[name] = find_tool(name)
-        except MissingTool as error:
-            tools[name] = str(error)
-    if Path(tools["nvcc"]).is_file():
-        said = subprocess.run([tools["nvcc"], "--version"], capture_output=True, text=True, check=False).stdout
-        tools["nvcc_version"] = said.strip().splitlines()[-1] if said.strip() else "unknown"
-    return tools
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running
-
-
-@dataclass
-class Running:
-    """A step under way."""
-
-    step: Step
-    command: Command
-    process: subprocess.Popen[bytes]
-    log: Path
-    started: float
-    deadline: float
-
-    def end(self) -> None:
-        """Ends it and all it has started."""
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, how)
-            except ProcessLookupError:
-                break
-            try:
-                self.process.wait(3.0)
-            except subprocess.TimeoutExpired:
-                continue
-        self.process.wait()
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all it has started."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, how)
+            process.wait(3.0)
+    process.wait()
 
 
 class Check:
     """One call: its steps, their logs and the clock."""
 
     def __init__(self, call: str, output: Path, dry_run: bool, machine: dict[str, Any], seconds: float) -> None:
-        self.call = call
-        self.output = output
-        self.dry_run = dry_run
-        self.machine = machine
+        self.call, self.output, self.dry_run, self.machine = call, output, dry_run, machine
         self.deadline = time.monotonic() + seconds
         self.ended_by: str | None = None
         """The signal that ends this call early."""
@@ -196,109 +168,77 @@ class Check:
         output.mkdir(parents=True, exist_ok=True)
         self.keep()
 
-    def result(self, name: str) -> str:
-        """The path of a result that a step writes."""
-        return str(self.output / name)
-
     def run_side_by_side(self, steps: tuple[Step, ...]) -> bool:
         """Runs the steps at once, each as long as it may; whether all passed."""
-        running = [started for step in steps if (started := self.start(step)) is not None]
-        said = time.monotonic()
-        while running:
-            time.sleep(0.1)
-            now = time.monotonic()
-            for item in list(running):
-                reason = None
-                if item.process.poll() is None:
-                    if self.ended_by is None and now < item.deadline:
-                        continue
-                    reason = self.ended_by or f"cut off after {now - item.started:.0f} s"
-                running.remove(item)
-                item.end()  # what it left behind, too
-                self.finish(item, reason)
-            if running and now - said > SAY_EVERY_SECONDS:
-                said = now
+        with ThreadPoolExecutor(len(steps)) as pool:
+            running = {pool.submit(self.run, step): step for step in steps}
+            while running:
+                ended = wait(running, SAY_EVERY_SECONDS, FIRST_COMPLETED).done
+                for future in ended:
+                    self.outcomes.append(future.result())
+                    print(self.outcomes[-1], flush=True)
+                    del running[future]
+                for step in running.values() if not ended else ():
+                    print(f"  {step.name}: {(self.log_of(step) or [''])[-1]}", flush=True)
                 self.keep()
-                for item in running:
-                    print(f"  {item.step.name}, {now - item.started:.0f} s: {last_line(item.log)}", flush=True)
         return all(outcome.passed for outcome in self.outcomes[-len(steps) :])
 
-    def start(self, step: Step) -> Running | None:
-        """Starts a step, its output into <name>.log; None if that is not possible, which is its outcome."""
-        now = time.monotonic()
-        left = self.deadline - now
+    def log_of(self, step: Step) -> list[str]:
+        """What a step has printed, the command above it and blank lines aside."""
+        log = self.logs / f"{step.name}.log"
+        text = log.read_text(errors="replace") if log.is_file() else ""
+        return [line.strip() for line in text.splitlines()[1:] if line.strip()]
+
+    def run(self, step: Step) -> Outcome:
+        """Runs a step, its output into <name>.log, until it ends or has to; what it left behind is ended, too."""
+        started = time.monotonic()
+        paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         try:
-            if self.ended_by or left < 1.0:
+            if self.ended_by or self.deadline - started < 1.0:
                 raise MissingTool(f"not run: {self.ended_by or 'the time of this call is over'}")
             command = step.command(self)
-            print(f"{step.name}: {shlex.join(command.words)}", flush=True)
-            log = self.logs / f"{step.name}.log"
-            with log.open("w") as file:
-                file.write(f"$ {shlex.join(command.words)}\n")
+            words = shlex.join(command.words)
+            print(f"{step.name}: {words}", flush=True)
+            with (self.logs / f"{step.name}.log").open("w") as file:
+                file.write(f"$ {words}\n")
                 file.flush()
+                # A session of its own, so that all it starts can be ended with it.
                 process = subprocess.Popen(
                     command.words,
                     cwd=ROOT,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment(), **command.environment},
+                    env={**environment, **command.environment},
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # so that all it starts can be ended with it
+                    start_new_session=True,
                 )
         except (MissingTool, OSError) as error:
-            self.report(Outcome(step.name, False, 0.0, str(error)))
-            return None
-        limit = left if self.dry_run else min(step.seconds, left)
-        return Running(step, command, process, log, now, now + limit)
-
-    def environment(self) -> dict[str, str]:
-        """What every step finds: this checkout, and the stand-ins in a dry run."""
-        paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-        return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-    def finish(self, item: Running, reason: str | None) -> None:
-        """Reports a step that has ended; `reason` if it was made to."""
-        passed = reason is None and item.process.returncode == 0
-        ending = reason or f"exit status {item.process.returncode}"
-        lines = item.log.read_text(errors="replace").splitlines()[1:]  # the first is the command
-        telling = [line.strip() for line in lines if re.search(item.command.telling, line)]
-        detail = telling[-1] if telling else last_line(item.log)
-        detail = detail if passed else f"{ending}: {detail}"
-        self.report(Outcome(item.step.name, passed, time.monotonic() - item.started, detail, telling[-12:]))
-
-    def report(self, outcome: Outcome) -> None:
-        """Prints and keeps an outcome."""
-        self.outcomes.append(outcome)
-        print(describe(outcome), flush=True)
-        self.keep()
+            return Outcome(step.name, False, 0.0, str(error))
+        deadline = self.deadline if self.dry_run else min(self.deadline, started + step.seconds)
+        while process.poll() is None and self.ended_by is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        seconds = time.monotonic() - started
+        reason = f"exit status {process.returncode}"
+        if process.poll() is None:
+            reason = self.ended_by or f"cut off after {seconds:.0f} s"
+        passed = process.poll() == 0
+        end_session(process)
+        lines = self.log_of(step)
+        telling = [line for line in lines if re.search(command.telling, line)]
+        detail = (telling or lines or [""])[-1][-200:]
+        return Outcome(step.name, passed, seconds, detail if passed else f"{reason}: {detail}", telling[-12:])
 
     def keep(self) -> None:
         """Writes the summary of what there is so far, and the archive of logs and results."""
-        summary = {
-            "call": self.call,
-            "machine": self.machine,
-            "dry_run": self.dry_run,
-            "passed": self.complete and all(outcome.passed for outcome in self.outcomes),
-            "complete": self.complete,
-            "steps": [asdict(outcome) for outcome in self.outcomes],
-        }
+        passed = self.complete and all(outcome.passed for outcome in self.outcomes)
+        summary = {"call": self.call, "machine": self.machine, "dry_run": self.dry_run, "passed": passed}
+        summary |= {"complete": self.complete, "steps": [asdict(outcome) for outcome in self.outcomes]}
         (self.output / f"{self.call}.json").write_text(json.dumps(summary, indent=1) + "\n")
         unfinished = self.logs / "archive"
         with tarfile.open(unfinished, "w:gz") as tar:
-            logs = [*sorted(self.logs.glob("*.log")), *sorted(self.logs.glob("*.csv"))]
-            for file in [*logs, *sorted(self.output.glob("*.json"))]:
+            for file in sorted([*self.logs.glob("*.log"), *self.logs.glob("*.csv"), *self.output.glob("*.json")]):
                 tar.add(file, arcname=f"{self.call}/{file.name}")
         shutil.move(unfinished, self.output / f"{self.call}.tar.gz")
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log that is not empty, the command above it aside."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[1:] if line.strip()]
-    return lines[-1][-200:] if lines else ""
-
-
-def describe(outcome: Outcome) -> str:
-    """A line for an outcome."""
-    return f"  {'passed' if outcome.passed else 'FAILED'}  {outcome.name:14} {outcome.seconds:4.0f} s  {outcome.detail}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,16 +250,16 @@ def in_a_row(*commands: list[str]) -> list[str]:
     return ["sh", "-c", " && ".join(map(shlex.join, commands))]
 
 
-def script(check: Check, name: str, *words: str) -> list[str]:
-    """A benchmark; in a dry run on the GPU that is not there."""
+def script(check: Check, name: str, *words: str, dry: str = "", real: str = "") -> list[str]:
+    """A benchmark that writes <name>.json or --output; in a dry run on the GPU that is not there."""
     stand_in = ["-m", "cuda_on_cpu.pretend_gpu"] if check.dry_run else []
-    return [sys.executable, *stand_in, f"benchmarks/{name}", *words]
+    return [sys.executable, *stand_in, f"benchmarks/{name}.py", *words, *(dry if check.dry_run else real).split()]
 
 
 def pytest_command(check: Check, files: tuple[str, ...], *words: str) -> list[str]:
     """Tests that need a GPU, by name, on 8 processes where pytest-xdist is there; names and slow tests in the log."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu", "--durations=15"]
-    command += ["-o", "faulthandler_timeout=60", "-p", "cuda_on_cpu.pretend_gpu"][: 4 if check.dry_run else 2]
+    command += ["-o", "faulthandler_timeout=60", *(["-p", "cuda_on_cpu.pretend_gpu"] if check.dry_run else [])]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     return [*command, *words, *files]
@@ -336,14 +276,11 @@ def build(check: Check) -> Command:
 
     A dry run builds what it can, and leaves a library that is there already.
     """
-    build_dir = ROOT / "build" / "gpu-check" / "library"
-    prefix = ROOT
-    if check.dry_run and (ROOT / "mg_ops" / "libmg_ops.so").exists():
-        prefix = ROOT / "build" / "gpu-check" / "installed"
-    cmake = find_tool("cmake")
-    configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
-    configure += [f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMG_OPS_TORCH_DIR={Path(torch.__file__).parent}"]
+    folder, cmake = ROOT / "build" / "gpu-check", find_tool("cmake")
+    prefix = folder / "installed" if check.dry_run and (ROOT / "mg_ops" / "libmg_ops.so").exists() else ROOT
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder / "library"), "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-DMG_OPS_TORCH_DIR={Path(torch.__file__).parent}"]
     environment = {"CXX": find_tool("g++"), "CUDAHOSTCXX": find_tool("g++")}
     try:
         environment["CUDACXX"] = find_tool("nvcc")
@@ -352,8 +289,8 @@ def build(check: Check) -> Command:
         if not check.dry_run:
             raise
         configure += ["-DMG_OPS_CUDA=OFF"]
-    compile_all = [cmake, "--build", str(build_dir), "--target", "mg_ops"]
-    install = [cmake, "--install", str(build_dir), "--prefix", str(prefix)]
+    compile_all = [cmake, "--build", str(folder / "library"), "--target", "mg_ops"]
+    install = [cmake, "--install", str(folder / "library"), "--prefix", str(prefix)]
     return Command(in_a_row(configure, compile_all, install), r"Installing|Up-to-date|rror", environment)
 
 
@@ -375,11 +312,11 @@ def sanitize(tool: str, check: Check) -> Command:
     """
     if check.dry_run:
         words = {
-            "memcheck": ["--sanitize", "--wrong-offsets", "--batches", "8"],
-            "synccheck": ["--batches", "2"],
-            "racecheck": ["--wrong-offsets", "--batches", "8", "--first", "100"],
+            "memcheck": "--sanitize --wrong-offsets --batches 8",
+            "synccheck": "--batches 2",
+            "racecheck": "--wrong-offsets --batches 8 --first 100",
         }
-        command = [sys.executable, "tests/cuda_on_cpu", "--threads", "32", *words[tool]]
+        command = [sys.executable, "tests/cuda_on_cpu", "--threads", "32", *words[tool].split()]
         return Command(command, r"equal to the reference|ERROR|rror:")
     command = [find_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "99"]
     command += ["--kernel-name", "kernel_substring=mg_ops", sys.executable, "-m", "pytest", "-v"]
@@ -389,33 +326,31 @@ def sanitize(tool: str, check: Check) -> Command:
 
 
 def graph_replay(check: Check) -> Command:
-    """Device times of every case."""
-    words = ["--output", check.result("graph_replay.json")]
-    words += ["--images", "1", "--replays", "2"] if check.dry_run else []
-    return Command(script(check, "graph_replay.py", *words), r"on the device|failed|rror")
+    """Device times of every case, mg_ops alone."""
+    words = ["--device", "cuda", "--backends", "cuda", "--no-baselines", "--cases"]
+    words += ["voc320", "coco320", "coco800", "dense", "dense5000", "--output", str(check.output / "graph_replay.json")]
+    return Command(script(check, "match_speed", *words, dry="--quick"), r"on the device|failed|rror")
 
 
 def card_limits(check: Check) -> Command:
     """Copying, launching, dividing and counting on this card."""
-    library = str(check.logs / "card_limits.so")
-    source = "benchmarks/card_limits.cu"
-    measure = script(check, "card_limits.py", "--library", library, "--output", check.result("card_limits.json"))
+    library, source = str(check.logs / "card_limits.so"), "benchmarks/card_limits.cu"
+    words = ["--library", library, "--output", str(check.output / "card_limits.json")]
     if check.dry_run:
         compiler = [find_tool("g++"), "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-x", "c++"]
         compiler += ["-include", "tests/cuda_on_cpu/cuda_on_cpu.h", source, "-o", library]
-        measure += ["--rounds", "2", "--replays", "2", "--copy-bytes", "1000000"]
     else:
         compiler = [find_tool("nvcc"), "-O3", "-std=c++17", f"-arch=sm_{architecture(check)}", "-fmad=false"]
         compiler += ["-ccbin", find_tool("g++"), "-shared", "-Xcompiler", "-fPIC", source, "-o", library]
+    measure = script(check, "card_limits", *words, dry="--quick")
     return Command(in_a_row(compiler, measure), r"TB/s| us$|ns a warp|failed|rror")
 
 
 def kernel_profile(check: Check) -> Command:
     """Nsight Compute on every kernel of three cases; its whole tables go into the archive."""
     ncu = "tests/cuda_on_cpu/pretend_ncu.py" if check.dry_run else find_tool("ncu")
-    words = ["--ncu", ncu, "--output", check.result("kernel_profile.json"), "--tables", str(check.logs)]
-    words += ["--images", "1", "--seconds", "inf"] if check.dry_run else []
-    return Command(script(check, "kernel_profile.py", *words), r"predicted|failed|rror")
+    words = ["--ncu", ncu, "--output", str(check.output / "kernel_profile.json"), "--tables", str(check.logs)]
+    return Command(script(check, "kernel_profile", *words, dry="--quick --seconds inf"), r"predicted|failed|rror")
 
 
 def triton_tests(check: Check) -> Command:
@@ -433,21 +368,17 @@ def triton_tests(check: Check) -> Command:
 
 def baselines(check: Check) -> Command:
     """The matching against what people use today, on this GPU."""
-    words = ["--device", "cuda", "--backends", "cuda", "triton", "--no-plot"]
-    words += ["--output", check.result("match_speed.json")]
-    words += ["--cases", "voc320", "--quick", "--repeats", "1"] if check.dry_run else ["--cases", "coco320", "coco800"]
-    return Command(script(check, "match_speed.py", *words), r"times as fast|failed|rror")
+    words = ["--device", "cuda", "--backends", "cuda", "triton", "--output", str(check.output / "match_speed.json")]
+    dry, real = "--cases voc320 --quick", "--cases coco320 coco800"
+    return Command(script(check, "match_speed", *words, dry=dry, real=real), r"times as fast as|failed|rror")
 
 
 def training_steps(check: Check) -> Command:
     """Training steps of two detectors with each matching, and captured as one graph."""
-    words = ["--device", "cuda", "--amp", "bf16", "--captured", "--output", check.result("training_step.json")]
-    words += ["--detectors", *DETECTORS]
-    if check.dry_run:
-        words += ["--image-size", "64", "--batch", "2", "--steps", "1"]
-    else:
-        words += ["--image-size", "320", "--batch", "32", "--steps", "20", "--warmup", "5"]
-    return Command(script(check, "training_step.py", *words), r"images/s with|one CUDA graph|failed|rror")
+    words = ["--device", "cuda", "--amp", "bf16", "--captured", "--output", str(check.output / "training_step.json")]
+    words += ["--detectors", "fssd-resnet18", "retinanet-resnet18"]
+    sizes = {"dry": "--image-size 64 --batch 2 --steps 1", "real": "--image-size 320 --batch 32 --steps 20 --warmup 5"}
+    return Command(script(check, "training_step", *words, **sizes), r"mg_ops \w+ |as one CUDA graph|failed|rror")
 
 
 BUILD = Step("build", 120.0, build)
@@ -476,30 +407,10 @@ CALLS: dict[str, tuple[tuple[Step, ...], ...]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse_options() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("calls", nargs="*", metavar="CALL", help=f"of {', '.join(CALLS)}; all if none is named")
-    parser.add_argument("--dry-run", action="store_true", help="without a GPU: every step on stand-ins")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--output", type=Path, help="folder for the results (default runs/benchmarks/<gpu>)")
-    where.add_argument("--record", action="store_true", help="the default is benchmarks/results/<gpu>, which is kept")
-    parser.add_argument(
-        "--seconds", type=float, help=f"for each call (default {CALL_SECONDS:g}; a dry run takes the time it needs)"
-    )
-    options = parser.parse_args()
-    for call in options.calls:
-        if call not in CALLS:
-            parser.error(f"expected calls of {', '.join(CALLS)}, got {call}")
-    options.calls = options.calls or list(CALLS)
-    if options.seconds is None:
-        options.seconds = math.inf if options.dry_run else CALL_SECONDS
-    return options
-
-
 def run_call(call: str, options: argparse.Namespace, machine: dict[str, Any]) -> Check:
     """Runs the steps of a call, until the build fails or a signal comes."""
-    check = Check(call, options.output, options.dry_run, machine, options.seconds)
+    seconds = math.inf if options.dry_run else CALL_SECONDS
+    check = Check(call, options.output, options.dry_run, machine, seconds)
 
     def end(number: int, frame: object) -> None:
         check.ended_by = f"ended by {signal.Signals(number).name}"
@@ -517,32 +428,36 @@ def run_call(call: str, options: argparse.Namespace, machine: dict[str, Any]) ->
 
 def main() -> int:
     """Makes the calls; the exit status is 0 if all passed, 1 if not, 2 without a GPU."""
-    options = parse_options()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("calls", nargs="*", metavar="CALL", help=f"of {', '.join(CALLS)}; all if none is named")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: every step on stand-ins")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="folder for the results (default runs/benchmarks/<gpu>)")
+    where.add_argument("--record", action="store_true", help="the default is benchmarks/results/<gpu>, which is kept")
+    options = parser.parse_args()
+    if unknown := set(options.calls) - set(CALLS):
+        parser.error(f"expected calls of {', '.join(CALLS)}, got {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available() and not options.dry_run:
         print("gpu-check: torch finds no GPU here. `--dry-run` tries every step without one.")
         return 2
-    machine = {**describe_machine("cpu" if options.dry_run else "cuda"), "tools": describe_tools()}
-    if options.output is None:
-        folder = (RECORDS if options.record else MEASUREMENTS) / machine_folder(machine)
-        options.output = ROOT / "build" / "gpu-check" / "dry-run" if options.dry_run else folder
-    options.output = options.output.resolve()
+    machine = describe_machine("cpu" if options.dry_run else "cuda")
+    machine["tools"] = {name: describe_tool(name) for name in TOOLS}
+    folder = (RECORDS if options.record else MEASUREMENTS) / machine_folder(machine)
+    folder = ROOT / "build" / "gpu-check" / "dry-run" if options.dry_run else folder
+    options.output = (options.output or folder).resolve()
     print("gpu-check" + (" (dry run: no figure below is of a GPU)" if options.dry_run else ""))
-    for name, value in {**machine, **machine["tools"]}.items():
-        if name != "tools":
-            print(f"  {name}: {value}")
-    checks = []
-    for call in options.calls:
+    print(json.dumps(machine, indent=1))
+    calls, checks = options.calls or list(CALLS), []
+    for call in calls:
         print(f"\n{call}", flush=True)
         checks.append(run_call(call, options, machine))
         if checks[-1].ended_by:
             break
     outcomes = [outcome for check in checks for outcome in check.outcomes]
-    passed = all(outcome.passed for outcome in outcomes) and len(checks) == len(options.calls)
+    passed = all(outcome.passed for outcome in outcomes) and len(checks) == len(calls)
     print(f"\nVerdict on {machine['device']}{' (dry run)' if options.dry_run else ''}:")
     for outcome in outcomes:
-        print(describe(outcome))
-        for line in outcome.lines[:-1]:
-            print(f"            {line}")
+        print(outcome, *(f"            {line}" for line in outcome.lines[:-1]), sep="\n")
     print(f"  {'All passed' if passed else 'Not all passed'}; results and logs in {options.output}")
     return 0 if passed else 1
 

@@ -9,6 +9,7 @@ as they are. All that ncu says goes to ncu-<case>.csv; the output holds what dec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import re
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
-from benchmarks.cases import CASES, make_batches  # noqa: E402
+from benchmarks.cases import CASES, Case, make_batches  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
 CASE_NAMES = ("coco320", "coco800", "dense")
@@ -85,14 +86,6 @@ PREDICTED: dict[str, dict[str, dict[str, str]]] = {
 }
 
 
-def read_number(text: str) -> float | None:
-    """A number as ncu writes it, with commas between thousands; None if it is none."""
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
-
-
 def read_raw_page(text: str) -> list[dict[str, Any]]:
     """The launches in what `ncu --csv --page raw` wrote, whatever stands around them.
 
@@ -113,9 +106,8 @@ def read_raw_page(text: str) -> list[dict[str, Any]]:
         without_arguments = re.split(r"[<(]", row[name_column])[0]
         launch: dict[str, Any] = {"kernel": re.split(r"::| ", without_arguments)[-1]}
         for name, unit, cell in zip(header, units, row, strict=False):
-            number = read_number(cell)
-            if number is not None:
-                launch[name] = number * UNITS.get(unit, 1.0)
+            with contextlib.suppress(ValueError):  # commas stand between thousands; "n/a" is no number
+                launch[name] = float(cell.replace(",", "")) * UNITS.get(unit, 1.0)
         launches.append(launch)
     if not launches:
         raise ValueError("ncu saw no kernel of mg_ops")
@@ -136,11 +128,10 @@ def describe_launch(name: str, summary: dict[str, Any]) -> str:
     """A line for the log."""
     predicted = PREDICTED.get(name, {}).get(summary["kernel"].removesuffix("_kernel"), {}).get("microseconds", "-")
     shown = {key: "?" if summary[key] is None else f"{summary[key]:.3g}" for key in METRICS}
-    moved = [summary["device_bytes_read"], summary["device_bytes_written"]]
-    size = "?" if None in moved else f"{sum(moved) / 1e6:.3g}"
     stalls = ", ".join(f"{reason} {value:.2f}" for reason, value in list(summary["stalls"].items())[:4])
     return (
-        f"{name} {summary['kernel']}: {shown['microseconds']} us (predicted {predicted}), {size} MB, issue slots busy "
+        f"{name} {summary['kernel']}: {shown['microseconds']} us (predicted {predicted}), read "
+        f"{shown['device_bytes_read']} and wrote {shown['device_bytes_written']} bytes, issue slots busy "
         f"{shown['issue_slots_busy_percent']}%, occupancy {shown['occupancy_percent']}%; waits: {stalls}"
     )
 
@@ -175,9 +166,9 @@ def profile(ncu: str, name: str, program: list[str], folder: Path, seconds: floa
     raise RuntimeError(problem)
 
 
-def run_call(name: str, images: int | None) -> None:
+def run_call(case: Case) -> None:
     """What ncu profiles: one call, after others have loaded all there is to load."""
-    arguments = make_batches(CASES[name].with_images(images), None, 1, 0, "cuda")[0].arguments()
+    arguments = make_batches(case, None, 1, 0, "cuda")[0].arguments()
     for _ in range(3):
         mg_ops.mutual_match(**arguments, backend="cuda")
     torch.cuda.synchronize()
@@ -192,14 +183,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ncu", default="ncu", help="Nsight Compute's command line program (default: ncu on the PATH)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASE_NAMES, metavar="CASE", help="what to profile")
-    parser.add_argument("--images", type=int, help="a batch has no more images than this")
+    parser.add_argument("--quick", action="store_true", help="small batches: a check, no figures")
     parser.add_argument("--seconds", type=float, default=120.0, help="for ncu on one case (default %(default)g)")
     parser.add_argument("--output", type=Path, default=Path("kernel_profile.json"), metavar="FILE.json")
     parser.add_argument("--tables", type=Path, default=Path(), metavar="FOLDER", help="for all that ncu says")
     parser.add_argument("--call", choices=CASES, help="only run one call of this case, for ncu to profile")
     options = parser.parse_args()
     if options.call:
-        run_call(options.call, options.images)
+        run_call(CASES[options.call].quick() if options.quick else CASES[options.call])
         return 0
     content: dict[str, Any] = {
         "machine": describe_machine("cuda"),
@@ -208,7 +199,7 @@ def main() -> int:
     }
     # This script again, run as it is being run: by whatever stands between Python and the script, too.
     program = [sys.executable, *sys.orig_argv[1 : sys.orig_argv.index(sys.argv[0]) + 1]]
-    program += ["--images", str(options.images)] if options.images else []
+    program += ["--quick"] if options.quick else []
     failed = False
     for name in options.cases:
         try:

@@ -9,9 +9,11 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 import mg_ops
 
@@ -78,8 +80,11 @@ def machine_folder(machine: dict[str, object]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """`--output` and `--record`, for `prepare_output`."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line with what all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--output", type=Path, metavar="FILE.json", help="if not given: in runs/benchmarks/MACHINE/, which git ignores"
@@ -87,11 +92,27 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--record", action="store_true", help="write to benchmarks/results/MACHINE/, which the documentation quotes"
     )
+    return parser
 
 
-def prepare_output(options: argparse.Namespace, machine: dict[str, object], name: str) -> Path:
-    """The file for a benchmark's figures, in a folder that is there; to be called before anything is measured."""
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program, and says why, where the machine has not what was asked for."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    if options.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {options.threads}")
+
+
+def begin(options: argparse.Namespace, name: str) -> tuple[Console, dict[str, object], Path]:
+    """(the terminal, the machine, the file for the figures, in a folder that is there); before anything is measured."""
+    torch.set_num_threads(options.threads)
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    machine = describe_machine(options.device)
+    console.print(
+        f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops {machine['mg_ops']} at {machine['commit']}; "
+        f"load average {machine['load_average_at_start']:.1f}"
+    )
     folder = (RECORDS if options.record else MEASUREMENTS) / machine_folder(machine)
     output: Path = options.output or folder / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    return output
+    return console, machine, output

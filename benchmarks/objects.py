@@ -1,28 +1,21 @@
 """Objects for benchmarks: read from annotation files, or generated with the statistics of VOC, COCO and dense scenes.
 
-`read_objects` takes COCO-style JSON or VOC XML. The generators draw, for each image, a number of objects, then for
-each object a relative side sqrt(w * h / (W * H)) and a relative aspect (w / W) / (h / H), placed uniformly where it
-fits. What each generator rests on:
+The generators draw, for each image, a number of objects, then for each object a relative side sqrt(w * h / (W * H)) and
+a relative aspect (w / W) / (h / H), placed uniformly where it fits. What each rests on:
 
-- `generate_voc`: everything but the positions and labels comes from data: the 21,503 images and 62,199 boxes of
-  PASCAL VOC 2007 train, val, test and 2012 train, val. The counts are the data's own histogram (mean 2.89, at most
-  56); sides and aspects are quantile tables, one for each of five ranges of the count (crowded images have smaller
-  objects). `VOC` below is what `python benchmarks/objects.py --fit FILE_OR_FOLDER` prints, with the fit: the
-  Kolmogorov-Smirnov distances between the data and 21,503 generated images are count 0.000, side 0.006, aspect 0.023.
-- `generate_coco`: published numbers where there are some: 7.27 objects an image, 860,001 in the 118,287 images of COCO
-  2017 train (Liu et al., "Deep learning for generic object detection: a survey", arXiv:1809.02165); 41 percent small
-  (area below 32^2 pixels), 34 medium and 24 large (cocodataset.org/#detection-eval; to two more digits in Kisantal et
-  al., "Augmentation for small object detection", 2019; their areas are the masks', ours the boxes'). Our choices, not
-  published: the count is log-normal (median 4.5, spread 0.99: mean 7.3) and ends at 93; sides are
-  log-uniform within each size class, from 6 to 448 pixels of a 640 x 480 image, and independent of the count. The
-  aspect is log-normal with the median (0.82 in pixels) and the quartiles of the 830 boxes in the 100 images of COCO
-  2014 val that cocoapi ships with its tests. On those 100 images the Kolmogorov-Smirnov distances are count 0.10, side
-  0.13, aspect 0.04.
-- `generate_dense`: the shelf images of SKU-110K (Goldman et al., "Precise detection in densely packed scenes", CVPR
-  2019) are packed side by side, 432,312 objects in the 2,941 of its test split, of 0.27 percent of the image each
-  (Varadarajan et al., arXiv:1912.09476, Table 1): 147 that cover 40 percent. The benchmark asks for more (500 and
-  5,000), so only the look is taken from there: a jittered grid of upright boxes. Counts, coverage (about 60 percent)
-  and aspect (3 : 4, upright) are our choices.
+- `generate_voc`: the 21,503 images and 62,199 boxes of PASCAL VOC 2007 train, val, test and 2012 train, val. The counts
+  are the data's own histogram; sides and aspects are quantile tables, one for each of five ranges of the count (crowded
+  images have smaller objects). Commit 2482b00 has the program that measured the tables, `objects.py --fit`; its
+  Kolmogorov-Smirnov distances between the data and as many generated images are count 0.000, side 0.006, aspect 0.023.
+- `generate_coco`: 7.27 objects per image in COCO 2017 train (Liu et al., arXiv:1809.02165); 41 percent small (area
+  below 32^2 pixels), 34 medium and 24 large (cocodataset.org/#detection-eval; to two more digits in Kisantal et al.,
+  "Augmentation for small object detection", 2019; their areas are the masks', ours the boxes'). Our choices, not
+  published: the count is log-normal and ends at 93; sides are log-uniform within each size class, from 6 to 448 pixels
+  of a 640 x 480 image, and independent of the count. The aspect is log-normal with the median (0.82 in pixels) and the
+  quartiles of the 830 boxes in the 100 images of COCO 2014 val that cocoapi ships with its tests. On those 100 images
+  the Kolmogorov-Smirnov distances are count 0.10, side 0.13, aspect 0.04.
+- `generate_dense`: a jittered grid of upright boxes, as on the shelves of SKU-110K (Goldman et al., CVPR 2019), with
+  more objects than the 147 per image there. Counts, coverage (about 60 percent) and aspect (3 : 4) are our choices.
 
 The counts of the images made together are spread evenly over their distribution, so that a batch of 32 has about its
 mean. Labels are uniform over the classes, and nothing generated is a crowd region.
@@ -30,8 +23,6 @@ mean. Labels are uniform over the classes, and nothing generated is a crowd regi
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -39,19 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # where this file is run as a program
-    sys.path.append(str(ROOT))
-
-from detector.annotations import (  # noqa: E402
-    Defects,
-    Identifier,
-    ImageRecord,
-    parse_coco,
-    read_json,
-    read_voc_annotation,
-    refuse_fractions,
-)
+from detector.annotations import Defects, parse_coco, read_json, read_voc_annotation, refuse_fractions
 
 
 class ImageObjects(NamedTuple):
@@ -78,20 +57,19 @@ class ReadObjects(NamedTuple):
     classes: list[str]
     """Names of the labels."""
     notes: list[str]
-    """Files that were passed over, and why; images without a size."""
+    """What was left out, and why."""
 
 
 def read_objects(path: Path) -> ReadObjects:
-    """Reads COCO-style JSON or a folder of VOC XML files.
+    """Reads COCO-style JSON or VOC XML.
 
     Args:
-        path: a COCO-style JSON file ("images" with width and height, "annotations" with bbox x, y, w, h and optionally
-            iscrowd); a folder of such files; a VOC XML file, a folder of them, or one that has them in `Annotations/`.
+        path: a COCO-style JSON file or a folder of them (categories are joined by name); a VOC XML file, a folder of
+            them, or one that has them in `Annotations/`.
 
     Returns:
-        Every image with a size, in the order of the files. Labels are numbered from 0 in the order of the category ids
-        (COCO) or names (VOC). Boxes are kept as the files have them, also beyond the image. What had to be left out is
-        in the notes.
+        Every image with a size, in the order of the files. Labels are numbered from 0 in the order of the categories
+        (COCO) or of the names (VOC). Boxes are kept as the files have them, also beyond the image.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -101,31 +79,32 @@ def read_objects(path: Path) -> ReadObjects:
         raise FileNotFoundError(
             f"--boxes: {path} does not exist; expected COCO-style JSON or a folder of VOC XML files"
         )
-    defects = Defects()
-    if path.is_file():
-        is_voc = path.suffix.lower() == ".xml"
-        files = [path]
-    else:
-        files = sorted(path.glob("*.xml")) or sorted((path / "Annotations").glob("*.xml"))
-        is_voc = bool(files)
-        files = files or sorted(path.glob("*.json"))
+    folders = [path.glob("*.xml"), (path / "Annotations").glob("*.xml"), path.glob("*.json")]
+    files = [path] if path.is_file() else next(filter(None, map(sorted, folders)), [])
     if not files:
         raise ValueError(f"--boxes: {path} holds no *.json file, and no *.xml file (nor does its folder Annotations)")
-    if is_voc:
-        found = [read_voc_annotation(file, file.name, number, defects) for number, file in enumerate(files)]
-        records = [record for record in found if record is not None]
-        classes = sorted({entry.class_name for record in records for entry in record.objects})
-    else:
-        records, classes = _read_coco(files, defects)
+    defects, records, classes = Defects(), [], []
+    for number, file in enumerate(files):
+        if file.suffix.lower() == ".xml":
+            record = read_voc_annotation(file, file.name, number, defects)
+            records += [record] if record is not None else []
+            continue
+        content = read_json(file, "COCO-style annotations")
+        if len(files) > 1 and not (isinstance(content, dict) and "images" in content and "annotations" in content):
+            defects.add('file without "images" and "annotations": passed over', file.name)
+            continue
+        annotations = parse_coco(content, str(file), defects)
+        records += annotations.images
+        classes += annotations.categories.values()
     refuse_fractions(records, f"--boxes: {path}")
-    label_of = {name: label for label, name in enumerate(classes)}
+    classes = list(dict.fromkeys(classes or sorted({entry.class_name for image in records for entry in image.objects})))
     images = []
     for record in records:
         if record.width is None or record.height is None:
             defects.add("image without a width and a height: left out", record.name)
             continue
         boxes = np.array([entry.box for entry in record.objects], dtype=np.float32).reshape(-1, 4)
-        labels = np.array([label_of[entry.class_name] for entry in record.objects], dtype=np.int64)
+        labels = np.array([classes.index(entry.class_name) for entry in record.objects], dtype=np.int64)
         crowd = np.array([entry.crowd for entry in record.objects], dtype=bool)
         images.append(ImageObjects(record.width, record.height, boxes, labels, crowd))
     notes = defects.report().splitlines()
@@ -134,28 +113,11 @@ def read_objects(path: Path) -> ReadObjects:
     return ReadObjects(images, classes, notes)
 
 
-def _read_coco(files: list[Path], defects: Defects) -> tuple[list[ImageRecord], list[str]]:
-    """The images of COCO files, and the names of their categories in the order of the ids, which files may share."""
-    records: list[ImageRecord] = []
-    categories: set[tuple[bool, Identifier, str]] = set()
-    for file in files:
-        content = read_json(file, "COCO-style annotations")
-        if len(files) > 1 and not (isinstance(content, dict) and "images" in content and "annotations" in content):
-            defects.add('file without "images" and "annotations": passed over', file.name)
-            continue
-        annotations = parse_coco(content, str(file), defects)
-        records += annotations.images
-        categories |= {(isinstance(key, str), key, name) for key, name in annotations.categories.items()}
-    return records, list(dict.fromkeys(name for _, _, name in sorted(categories)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Statistics, measured from files
-
+# Generators
 
 LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 """The levels of the quantile tables."""
-
 COUNT_RANGES = ((1, 1), (2, 2), (3, 5), (6, 12), (13, 10**9))
 """Images are grouped by their number of objects: the more, the smaller."""
 
@@ -169,57 +131,6 @@ class ObjectStatistics(NamedTuple):
     """For each of `COUNT_RANGES`, the quantiles at `LEVELS` of sqrt(w * h / (W * H))."""
     aspects: tuple[tuple[float, ...], ...]
     """The same of (w / W) / (h / H)."""
-
-
-class Shapes(NamedTuple):
-    """Every object of some images."""
-
-    image_counts: NDArray[np.float64]
-    """(images,) the number of objects of each image."""
-    counts: NDArray[np.float64]
-    """(N,) the number of objects of its image."""
-    sides: NDArray[np.float64]
-    """(N,) sqrt(w * h / (W * H))."""
-    aspects: NDArray[np.float64]
-    """(N,) (w / W) / (h / H)."""
-
-
-def measure_shapes(images: list[ImageObjects]) -> Shapes:
-    """Counts, relative sides and relative aspects of all objects that have an area and are not crowd regions."""
-    per_image, widths, heights = [], [], []
-    for image in images:
-        w = (image.boxes[:, 2] - image.boxes[:, 0]).astype(np.float64) / image.width
-        h = (image.boxes[:, 3] - image.boxes[:, 1]).astype(np.float64) / image.height
-        keep = (w > 0) & (h > 0) & ~image.crowd
-        per_image.append(keep.sum())
-        widths.append(w[keep])
-        heights.append(h[keep])
-    image_counts = np.array(per_image)
-    w, h = np.concatenate(widths), np.concatenate(heights)
-    return Shapes(image_counts, np.repeat(image_counts, image_counts), np.sqrt(w * h), w / h)
-
-
-def fit_statistics(images: list[ImageObjects]) -> ObjectStatistics:
-    """The tables a generator draws from. A range of counts that no image has takes the tables of all objects."""
-    shapes = measure_shapes(images)
-    values, frequencies = np.unique(shapes.image_counts, return_counts=True)
-    sides, aspects = [], []
-    for low, high in COUNT_RANGES:
-        group = (shapes.counts >= low) & (shapes.counts <= high)
-        if not group.any():
-            group = np.ones_like(group)
-        sides.append(tuple(np.quantile(shapes.sides[group], LEVELS).round(4).tolist()))
-        aspects.append(tuple(np.quantile(shapes.aspects[group], LEVELS).round(4).tolist()))
-    counts = dict(zip(values.tolist(), frequencies.tolist(), strict=True))
-    return ObjectStatistics(counts, tuple(sides), tuple(aspects))
-
-
-def ks_distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Kolmogorov-Smirnov distance: the largest difference of the two samples' cumulative distributions."""
-    points = np.unique(np.concatenate([first, second]))
-    below_1 = np.searchsorted(np.sort(first), points, side="right") / len(first)
-    below_2 = np.searchsorted(np.sort(second), points, side="right") / len(second)
-    return float(np.abs(below_1 - below_2).max())
 
 
 # fmt: off
@@ -247,25 +158,6 @@ VOC = ObjectStatistics(
 # fmt: on
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generators
-
-
-def generate_from(
-    statistics: ObjectStatistics, num_images: int, num_classes: int, rng: np.random.Generator, size: tuple[int, int]
-) -> list[ImageObjects]:
-    """Images of `size` (width, height) whose objects follow the statistics."""
-    values = np.array(list(statistics.counts))
-    below = np.cumsum(list(statistics.counts.values())) / sum(statistics.counts.values())
-    images = []
-    for count in values[np.searchsorted(below, draw_levels(num_images, rng), side="right")].tolist():
-        group = next(index for index, (_, high) in enumerate(COUNT_RANGES) if count <= high)
-        side = np.exp(np.interp(rng.random(count), LEVELS, np.log(statistics.sides[group])))
-        aspect = np.exp(np.interp(rng.random(count), LEVELS, np.log(statistics.aspects[group])))
-        images.append(_place(side, aspect, num_classes, rng, size))
-    return images
-
-
 def draw_levels(count: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), one in each of `count` equal parts, shuffled: even a small batch is representative."""
     return np.minimum((rng.permutation(count) + rng.random(count)) / max(count, 1), np.nextafter(1.0, 0.0))
@@ -273,7 +165,15 @@ def draw_levels(count: int, rng: np.random.Generator) -> NDArray[np.float64]:
 
 def generate_voc(num_images: int, num_classes: int, rng: np.random.Generator) -> list[ImageObjects]:
     """Images of 500 x 375 pixels with VOC's counts, sizes and aspects."""
-    return generate_from(VOC, num_images, num_classes, rng, size=(500, 375))
+    values = np.array(list(VOC.counts))
+    below = np.cumsum(list(VOC.counts.values())) / sum(VOC.counts.values())
+    images = []
+    for count in values[np.searchsorted(below, draw_levels(num_images, rng), side="right")].tolist():
+        group = next(index for index, (_, high) in enumerate(COUNT_RANGES) if count <= high)
+        side = np.exp(np.interp(rng.random(count), LEVELS, np.log(VOC.sides[group])))
+        aspect = np.exp(np.interp(rng.random(count), LEVELS, np.log(VOC.aspects[group])))
+        images.append(_place(side, aspect, num_classes, rng, (500, 375)))
+    return images
 
 
 def generate_coco(num_images: int, num_classes: int, rng: np.random.Generator) -> list[ImageObjects]:
@@ -345,51 +245,3 @@ def _place(
     boxes = np.stack([x1, y1, x1 + w, y1 + h], axis=1) * np.array([*size, *size])
     labels = rng.integers(num_classes, size=len(side))
     return ImageObjects(*size, boxes.astype(np.float32), labels, np.zeros(len(side), dtype=bool))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fitting
-
-
-def print_fit(path: Path) -> None:
-    """Prints the tables of a file and how far generated objects are from it."""
-    read = read_objects(path)
-    for note in read.notes:
-        print(f"# {note}")
-    shapes = measure_shapes(read.images)
-    print(f"# {len(read.images)} images, {len(shapes.sides)} boxes, {len(read.classes)} classes")
-    statistics = fit_statistics(read.images)
-    print(f"ObjectStatistics(\n    counts={statistics.counts},")
-    for name in ("sides", "aspects"):
-        print(f"    {name}=(")
-        for row in getattr(statistics, name):
-            print(f"        {row},")
-        print("    ),")
-    print(")")
-    rng = np.random.default_rng(0)
-    generators = {
-        "these tables": generate_from(statistics, len(read.images), 80, rng, (500, 375)),
-        "generate_voc": generate_voc(len(read.images), 20, rng),
-        "generate_coco": generate_coco(len(read.images), 80, rng),
-    }
-    for name, images in generators.items():
-        generated = measure_shapes(images)
-        distances = ", ".join(
-            f"{field} {ks_distance(getattr(shapes, column), getattr(generated, column)):.3f}"
-            for field, column in (("count", "image_counts"), ("side", "sides"), ("aspect", "aspects"))
-        )
-        print(f"# Kolmogorov-Smirnov distance to {len(images)} images of {name}: {distances}")
-    print("# level, then data -> these tables, for side and aspect")
-    generated = measure_shapes(generators["these tables"])
-    for level in LEVELS[1:-1]:
-        row = [f"{np.quantile(getattr(s, f), level):.3f}" for f in ("sides", "aspects") for s in (shapes, generated)]
-        print(f"# {level:5.2f}  side {row[0]} -> {row[1]}  aspect {row[2]} -> {row[3]}")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Measure the objects of a data set, as tables for a generator.")
-    parser.add_argument("--fit", type=Path, required=True, metavar="FILE_OR_FOLDER", help="COCO-style JSON or VOC XML")
-    try:
-        print_fit(parser.parse_args().fit)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))

@@ -6,7 +6,7 @@
 The released matching (utils/box/box_utils.py) is run as it is, image by image as its loss does. What the losses would
 see is compared anchor by anchor: the class, background or ignored; whether the box is learned, and which. The two may
 differ where qualities are equal or nearly so, and where two objects have the same best anchor, which the released code
-lets both keep. Beside its time stands that of baseline (a), which is how `match_speed.py` imitates it.
+lets both keep. Each is timed at its best number of threads, and they take turns.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
+from benchmarks import measure, report  # noqa: E402
 from benchmarks.cases import CASES, CODER, Batch, make_batches  # noqa: E402
-from benchmarks.machine import add_output_options, describe_machine, prepare_output  # noqa: E402
-from benchmarks.match_speed import format_seconds, make_quick, match, match_loop, thread_count, time_call  # noqa: E402
+from benchmarks.machine import begin, check_options, make_parser  # noqa: E402
+from benchmarks.methods import match  # noqa: E402
 
+DEFAULT_CASES = ("voc320", "coco320", "coco800")
+NUM_BATCHES = 3
+ROUNDS = 6
 FILE = Path("utils/box/box_utils.py")
 POSITIVE, IGNORED = 3.0, 2.0
 """From which score on an anchor is a positive, and from which it is ignored, in what the released matching returns."""
@@ -95,7 +97,7 @@ def released_targets(answer: tuple[Tensor, Tensor, Tensor, Tensor]) -> Targets:
 
 def our_targets(batch: Batch) -> Targets:
     """Of mg_ops."""
-    answer = match(batch, None)
+    answer = match(batch)
     targets = mg_ops.encode_targets(
         answer,
         batch.anchors,
@@ -125,89 +127,66 @@ def count_differences(ours: Targets, theirs: Targets) -> dict[str, int]:
     }
 
 
-def fastest(call: Callable[[Batch], object], batches: Sequence[Batch], repeats: int, threads: int) -> dict[str, float]:
-    """The median seconds of a call with one thread or with all of them, whichever is less, and that number."""
-    device = batches[0].anchors.device.type
-    medians = {}
-    for count in sorted({1, threads}) if device == "cpu" else [threads]:
-        with thread_count(count):
-            call(batches[0])  # what only the first call pays
-            seconds = [time_call(partial(call, batch), device)[0] for _ in range(repeats) for batch in batches]
-        medians[count] = statistics.median(seconds)
-    best = min(medians, key=lambda count: medians[count])
-    return {"seconds": medians[best], "threads": best}
-
-
-def run_case(name: str, matching: Callable[..., None], options: argparse.Namespace) -> dict[str, object]:
+def run_case(name: str, matching: Callable[..., None], options: argparse.Namespace) -> dict[str, Any]:
     """Targets compared and calls timed, in one case of match_speed.py."""
-    case = make_quick(CASES[name]) if options.quick else CASES[name]
-    batches = make_batches(case, None, options.batches, options.seed, options.device)
+    case = CASES[name].quick() if options.quick else CASES[name]
+    batches = make_batches(case, None, NUM_BATCHES, 0, options.device)
     released = partial(run_released, matching, center_size(batches[0].anchors))
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for batch in batches:
-        counted = count_differences(our_targets(batch), released_targets(released(batch)))
-        totals = {key: totals.get(key, 0) + value for key, value in counted.items()}
+        totals.update(count_differences(our_targets(batch), released_targets(released(batch))))
+    turns = {}
+    for label, call in (("released code", released), ("mutual_match", match)):
+        threads = (
+            measure.best_threads(call, batches[0], options.threads) if options.device == "cpu" else options.threads
+        )
+        with measure.thread_count(threads):
+            turns[label] = measure.Turns(call, threads, measure.time_call(call, batches[0])[0])
+    measure.take_turns(turns, batches, 1 if options.quick else ROUNDS)
     timed = {
-        "released code": fastest(released, batches, options.repeats, options.threads),
-        "(a) loop": fastest(match_loop, batches, options.repeats, options.threads),
-        "mutual_match": fastest(lambda batch: match(batch, None), batches, 5 * options.repeats, options.threads),
+        label: {"seconds": measure.quartiles(turn.seconds)[1], "threads": turn.threads} for label, turn in turns.items()
     }
-    return {"batches": len(batches), "differences": totals, "timed": timed}
+    return {"batches": len(batches), "differences": dict(totals), "timed": timed}
 
 
-def print_cases(cases: dict[str, dict], console: Console) -> None:
-    """A row a case."""
-    table = Table(
-        "case", "classes that differ", "boxes that differ", "released code", "(a) loop", "mutual_match", "faster"
-    )
+def cases_table(cases: dict[str, dict[str, Any]]) -> report.Table:
+    """A row per case."""
+    header = ["", "classes that differ", "boxes that differ", "released code", "mutual_match"]
+    rows = []
     for name, case in cases.items():
         counts, timed = case["differences"], case["timed"]
-        seconds = {method: found["seconds"] for method, found in timed.items()}
-        table.add_row(
-            name,
-            f"{counts['classes_differ']:,} of {counts['labelled']:,}",
-            f"{counts['boxes_differ']:,} of {counts['learn_a_box']:,}",
-            *(format_seconds(value) for value in seconds.values()),
-            f"{seconds['released code'] / seconds['mutual_match']:.0f}x",
-        )
-    console.print(table)
+        seconds = [timed[method]["seconds"] for method in header[3:]]
+        classes = f"{counts['classes_differ']:,} of {counts['labelled']:,}"
+        boxes = f"{counts['boxes_differ']:,} of {counts['learn_a_box']:,}"
+        ratio = report.format_number(seconds[0] / seconds[-1])
+        rows.append([name, classes, boxes, *map(report.format_seconds, seconds), ratio])
+    text = "objects packed; medians, each method at its best number of threads"
+    return report.Table("The code released with the paper", text, [*header, "times as fast"], rows, set(), [])
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--code", type=Path, required=True, metavar="FOLDER", help="checkout of the released code")
-    parser.add_argument(
-        "--cases", nargs="+", choices=list(CASES), default=["voc320", "coco320", "coco800"], help="of match_speed.py"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="most CPU threads (%(default)s)")
-    parser.add_argument("--batches", type=int, default=3, help="of each case (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=2, help="calls for each batch (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of objects and predictions (%(default)s)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULT_CASES, metavar="CASE", help="what to run")
     parser.add_argument("--quick", action="store_true", help="small batches: a check, no figures")
-    add_output_options(parser)
     options = parser.parse_args(argv)
     if options.record and options.quick:
         parser.error("--record: expected a run without --quick")
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    check_options(parser, options)
     try:
         matching = load_released_matching(options.code)
     except ValueError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
+        print(error, file=sys.stderr)
         return 2
-    machine = describe_machine(options.device)
-    console.print(
-        f"[bold]{machine['device']}[/], torch {machine['torch']}, mg_ops at {machine['commit']}", highlight=False
-    )
-    output = prepare_output(options, machine, "released_code_quick" if options.quick else "released_code")
-    cases: dict[str, dict] = {}
+    console, machine, output = begin(options, "released_code_quick" if options.quick else "released_code")
+    cases: dict[str, dict[str, Any]] = {}
     for name in options.cases:
-        cases[name] = run_case(name, matching, options)
-        console.print(f"{name}: done", highlight=False)
-    print_cases(cases, console)
-    output.write_text(json.dumps({"machine": machine, "seed": options.seed, "cases": cases}, indent=1) + "\n")
-    console.print(f"wrote {output}", highlight=False)
+        with console.status(name):
+            cases[name] = run_case(name, matching, options)
+    output.write_text(json.dumps({"machine": machine, "seed": 0, "cases": cases}, indent=1) + "\n")
+    report.print_table(cases_table(cases), console)
+    console.print(f"wrote {output}")
     return 0
 
 

@@ -32,8 +32,14 @@ MG_OPS_INLINE bool is_object(const Box& box) { return is_finite(box) & (box.x2 >
 
 MG_OPS_INLINE float box_area(const Box& box) { return (box.x2 - box.x1) * (box.y2 - box.y1); }
 
+// Of numbers. A GPU has one instruction for each; of -0 and 0 it may return the other one, which no quality shows.
+#ifdef __CUDA_ARCH__
+MG_OPS_INLINE float min_float(float a, float b) { return fminf(a, b); }
+MG_OPS_INLINE float max_float(float a, float b) { return fmaxf(a, b); }
+#else
 MG_OPS_INLINE float min_float(float a, float b) { return a < b ? a : b; }
 MG_OPS_INLINE float max_float(float a, float b) { return a > b ? a : b; }
+#endif
 
 // Area of the intersection of two finite boxes; 0 where they do not overlap.
 MG_OPS_INLINE float intersection_area(const Box& a, const Box& b) {

@@ -161,18 +161,18 @@ inline void check_match_tensors(const Tensor& anchors, const Tensor& pred_boxes,
 }
 
 // Raises unless the numbers are as csrc/schema.cpp says.
-inline void check_match_numbers(const std::optional<std::vector<double>>& box_coder, double sigma, double iou_positive,
-                                double iou_ignored, double crowd_overlap) {
-  if (box_coder.has_value()) {
-    check_box_coder(*box_coder);
-  }
-  check_number("sigma", sigma, 1.0, kMaxNumber, "a finite number above 1");
+inline void check_iou_thresholds(double iou_positive, double iou_ignored, double crowd_overlap) {
   check_number("iou_positive", iou_positive, 0.0, 1.0, "a threshold in (0, 1]");
   check_number("iou_ignored", iou_ignored, 0.0, 1.0, "a threshold in (0, 1]");
   check_number("crowd_overlap", crowd_overlap, 0.0, 1.0, "a threshold in (0, 1]");
   if (iou_ignored > iou_positive) {
     fail("iou_ignored: must not exceed iou_positive (", iou_positive, "), got ", iou_ignored);
   }
+}
+
+inline void check_match_numbers(double sigma, double iou_positive, double iou_ignored, double crowd_overlap) {
+  check_number("sigma", sigma, 1.0, kMaxNumber, "a finite number above 1");
+  check_iou_thresholds(iou_positive, iou_ignored, crowd_overlap);
 }
 
 }  // namespace mg_ops

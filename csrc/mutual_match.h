@@ -2,76 +2,24 @@
 // that the kernels take. A backend registers `mutual_match<its_run>`.
 #pragma once
 
-#include <algorithm>
 #include <tuple>
 
-#include "check.h"
-#include "problem.h"
+#include "inputs.h"
 
 namespace mg_ops {
 
-inline FloatType float_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half: return FloatType::kFloat16;
-    case ScalarType::BFloat16: return FloatType::kBFloat16;
-    case ScalarType::Double: return FloatType::kFloat64;
-    default: return FloatType::kFloat32;
-  }
-}
-
-// Rows of a tensor of two or three dimensions, read through its strides.
-inline FloatInput float_input(const Tensor& tensor) {
-  const bool batched = tensor.dim() == 3;
-  FloatInput input{};
-  input.data = tensor.const_data_ptr();
-  input.image_stride = batched ? tensor.stride(0) : 0;
-  input.row_stride = tensor.stride(batched ? 1 : 0);
-  input.column_stride = tensor.stride(batched ? 2 : 1);
-  input.type = float_type(tensor);
-  const size_t load_bytes = std::min<size_t>(16, 4 * tensor.element_size());
-  input.whole_rows = tensor.size(tensor.dim() - 1) == 4 && input.column_stride == 1 && input.row_stride % 4 == 0 &&
-                     input.image_stride % 4 == 0 && reinterpret_cast<uintptr_t>(input.data) % load_bytes == 0;
-  return input;
-}
-
-inline IntegerInput integer_input(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.scalar_type() == ScalarType::Long};
-}
-
-// Replaces a tensor that starts between two numbers, as one over another library's buffer can, by a copy: C++ must not
-// read it there, and a GPU cannot.
-inline void align(Tensor& tensor) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  if (begin % tensor.element_size() != 0) {
-    tensor = torch::stable::clone(tensor);
-  }
-}
-
-inline Tensor new_result(const Tensor& anchors, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  try {
-    return torch::stable::new_empty(anchors, shape, dtype);
-  } catch (const std::exception&) {
-    fail("mutual_match: not enough memory for a result of shape ", shape_text(shape.begin(), shape.size()));
-  }
-}
-
-// What csrc/schema.cpp says. `run` writes the results of the problem, whose tensors live until it returns; `anchors`
-// tells it the device.
-template <void (*run)(const MatchProblem& problem, const Tensor& anchors)>
-std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores,
-                                                        Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
-                                                        const std::optional<Tensor>& gt_crowd,
-                                                        const std::optional<std::vector<double>>& box_coder,
-                                                        bool scores_are_probabilities, bool classification_by_regressed,
-                                                        bool localization_by_amplified, double sigma,
-                                                        double iou_positive, double iou_ignored, double crowd_overlap) {
+// Checks what every operator takes, and fills it into the problem. The tensors must live as long as that: one that had
+// to be copied is replaced.
+inline void read_inputs(MatchProblem& problem, Tensor& anchors, Tensor& pred_boxes, Tensor& cls_scores,
+                        Tensor& gt_boxes, Tensor& gt_labels, Tensor& gt_offsets, const std::optional<Tensor>& gt_crowd,
+                        const std::optional<std::vector<double>>& box_coder, bool scores_are_probabilities) {
   check_match_tensors(anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd);
-  check_match_numbers(box_coder, sigma, iou_positive, iou_ignored, crowd_overlap);
+  if (box_coder.has_value()) {
+    check_box_coder(*box_coder);
+  }
   for (Tensor* tensor : {&anchors, &pred_boxes, &cls_scores, &gt_boxes, &gt_labels, &gt_offsets}) {
     align(*tensor);
   }
-
-  MatchProblem problem{};
   problem.anchors = float_input(anchors);
   problem.pred_boxes = float_input(pred_boxes);
   problem.cls_scores = float_input(cls_scores);
@@ -89,9 +37,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor p
   problem.scores_are_probabilities = scores_are_probabilities;
   problem.decode = box_coder.has_value();
   if (problem.decode) {
-    const auto number = [&](size_t i) { return static_cast<float>((*box_coder)[i]); };
-    problem.coder = {number(0), number(1), number(2), number(3), number(4)};
+    problem.coder = mg_ops::box_coder(*box_coder);
   }
+}
+
+// What csrc/schema.cpp says. `run` writes the results of the problem, whose tensors live until it returns; `anchors`
+// tells it the device.
+template <void (*run)(const MatchProblem& problem, const Tensor& anchors)>
+std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores,
+                                                        Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets,
+                                                        const std::optional<Tensor>& gt_crowd,
+                                                        const std::optional<std::vector<double>>& box_coder,
+                                                        bool scores_are_probabilities, bool classification_by_regressed,
+                                                        bool localization_by_amplified, double sigma,
+                                                        double iou_positive, double iou_ignored, double crowd_overlap) {
+  check_match_numbers(sigma, iou_positive, iou_ignored, crowd_overlap);
+  MatchProblem problem{};
+  read_inputs(problem, anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd, box_coder,
+              scores_are_probabilities);
   problem.params = {classification_by_regressed,     localization_by_amplified,
                     static_cast<float>(sigma),       static_cast<float>(iou_positive),
                     static_cast<float>(iou_ignored), static_cast<float>(crowd_overlap)};

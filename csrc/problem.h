@@ -8,6 +8,10 @@ namespace mg_ops {
 
 enum class FloatType : int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
+MG_OPS_INLINE int64_t bytes_of(FloatType type) {
+  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
+}
+
 // A floating tensor of up to three dimensions: images, rows (anchors or objects) and columns. What all images share has
 // an image stride of 0. Strides in elements.
 struct FloatInput {
@@ -35,6 +39,26 @@ MG_OPS_INLINE float float16_to_float(uint32_t half) {
 }
 
 MG_OPS_INLINE float bfloat16_to_float(uint32_t bits) { return bits_float(bits << 16); }
+
+// The nearest bfloat16, the even one of two; NaN stays NaN.
+MG_OPS_INLINE uint16_t float_to_bfloat16(float x) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40u);
+}
+
+// The nearest float16, the even one of two, infinite beyond 65520; NaN stays NaN.
+MG_OPS_INLINE uint16_t float_to_float16(float x) {
+  const uint32_t sign = (float_bits(x) >> 16) & 0x8000u;
+  const uint32_t magnitude = float_bits(x) & 0x7fffffffu;
+  // Normal: round the 13 bits that go, then correct the bias. Subnormal: adding 1/2 leaves the rounded result in the
+  // low bits, in units of the smallest float16.
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t result = magnitude > 0x7f800000u ? 0x7e00u : magnitude >= 0x477ff000u ? 0x7c00u : finite;
+  return static_cast<uint16_t>(sign | result);
+}
 
 // B images, A anchors, C classes, N objects in all.
 struct MatchProblem {

@@ -34,6 +34,54 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
       "float sigma, float iou_positive, float iou_ignored, float crowd_overlap) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 
+  // The classification loss of a batch (csrc/class_loss.h has the formula), added up over all but the ignored anchors.
+  //
+  //   cls_logits     (B, A, C) floating
+  //   class_targets  (B, A) int64        a label in [0, C), or -1 for background; any other number: ignored
+  //   soft_targets   (B, A) floating     the target at the label, 1 without them; with 0 the anchor is background
+  //
+  // Returns a float32 number, equal from run to run. Its derivative with respect to the logits is class_loss_backward,
+  // in their dtype and contiguous; mg_ops/losses.py registers it. The targets get none.
+  m.def(
+      "class_loss(Tensor cls_logits, Tensor class_targets, Tensor? soft_targets, float positive_weight, "
+      "float positive_gamma, float negative_weight, float negative_gamma, bool weigh_by_target) -> Tensor");
+  m.def(
+      "class_loss_backward(Tensor grad_output, Tensor cls_logits, Tensor class_targets, Tensor? soft_targets, "
+      "float positive_weight, float positive_gamma, float negative_weight, float negative_gamma, "
+      "bool weigh_by_target) -> Tensor");
+
+  // The box loss of a batch (csrc/box_loss.h has the formulas), added up over the positives and, for L1 losses, the
+  // four coordinates.
+  //
+  //   predictions  (B, A, 4) floating      boxes (x1, y1, x2, y2); with `box_coder` the regression deltas instead
+  //   anchors      (A, 4) floating
+  //   match        (B, A) int64            the object of a positive within its image; any other number: no positive
+  //   gt_boxes, gt_offsets                 as of mutual_match; wrong offsets raise on the CPU, are clamped on a GPU
+  //   weights      (B, A) floating         of the positives, 1 without them
+  //   loss         0 smooth L1 (beta), 1 balanced L1 (alpha, gamma, beta), 2 the same as released with the paper, all
+  //   on
+  //                deltas where there is a box coder; 3 GIoU, 4 CIoU, on boxes
+  //
+  // Returns a float32 number, equal from run to run. Its derivative with respect to the predictions is
+  // box_loss_backward, in their dtype and contiguous; mg_ops/losses.py registers it. Nothing else gets one.
+  m.def(
+      "box_loss(Tensor predictions, Tensor anchors, Tensor match, Tensor gt_boxes, Tensor gt_offsets, "
+      "Tensor? weights, float[]? box_coder, int loss, float alpha, float gamma, float beta) -> Tensor");
+  m.def(
+      "box_loss_backward(Tensor grad_output, Tensor predictions, Tensor anchors, Tensor match, Tensor gt_boxes, "
+      "Tensor gt_offsets, Tensor? weights, float[]? box_coder, int loss, float alpha, float gamma, float beta) "
+      "-> Tensor");
+
+  // The other rules (docs/definition/rules.md) take the same inputs, whether they read them or not, and then options of
+  // their own. They return cls_match as above, and num_pos (N,) int32: how many anchors have each object there.
+  //
+  // Max-IoU matching reads no predictions. low_quality: 0 none, 1 keep_owner, 2 take_all, 3 take_first.
+  m.def(
+      "max_iou_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
+      "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
+      "float[]? box_coder, bool scores_are_probabilities, float iou_positive, float iou_ignored, "
+      "int low_quality, float iou_low_quality, float crowd_overlap) -> (Tensor, Tensor)");
+
   // Why the CUDA kernels of this library do not run on a device: "" where they do. Without a CUDA backend in the
   // library the operator has no kernel.
   m.def("cuda_device_error(int device_index) -> str");

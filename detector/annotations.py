@@ -1,4 +1,4 @@
-"""Annotation files, read and checked in one place: COCO's JSON, VOC's XML and COCO's results.
+"""Annotation files, read and checked in one place: COCO's JSON, VOC's XML, YOLO's text and COCO's results.
 
 Training, evaluation and the benchmarks all read through here. A file becomes typed records; whatever in it is dropped
 or changed is counted in a `Defects`. What makes the whole file useless is a ValueError of one line, which names the
@@ -15,10 +15,10 @@ import math
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Defects:
@@ -40,12 +40,10 @@ class Defects:
 
     def report(self, but: Collection[str] = ()) -> str:
         """One line per kind, with its first places; without the kinds in `but`."""
-        lines = []
-        for kind, places in self.found.items():
-            if kind in but:
-                continue
-            shown = ", ".join(list(places)[:3]) + (", ..." if len(places) > 3 else "")
-            lines.append(f"  {len(places)} x {kind} ({shown})")
+        shown = {
+            kind: [*list(places)[:3], *(["..."] if len(places) > 3 else [])] for kind, places in self.found.items()
+        }
+        lines = (f"  {len(self.found[kind])} x {kind} ({', '.join(shown[kind])})" for kind in shown if kind not in but)
         return "\n".join(lines)
 
 
@@ -58,25 +56,20 @@ Identifier = int | str
 class AnnotatedObject:
     """One object of an annotation file. Its coordinates are finite; its box may be empty or reach out of the image."""
 
-    place: str
-    """Where it stands, for messages."""
+    place: str  # for messages
     class_name: str
-    category_id: Identifier | None
-    """COCO's; None in VOC."""
+    category_id: Identifier | None  # COCO's
     box: Box
-    crowd: bool
-    """A region to ignore, not an object."""
-    difficult: bool
-    """Neither asked for nor punished in evaluation."""
-    area: float | None
-    """As annotated, in pixels; None where it is not."""
+    crowd: bool = False  # a region to ignore, not an object
+    difficult: bool = False  # neither asked for nor punished in evaluation
+    area: float | None = None  # as annotated, in pixels
 
     def inside(self, width: float, height: float, defects: Defects) -> Box | None:
         """The box clipped to an image of this size; None, and counted, if nothing of it is left."""
         x1, y1, x2, y2 = self.box
         clipped = (min(max(x1, 0.0), width), min(max(y1, 0.0), height), min(x2, float(width)), min(y2, float(height)))
         if x2 <= x1 or y2 <= y1 or clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-            defects.add("object without area inside its image: left out", self.place)
+            defects.add(NO_AREA, self.place)
             return None
         if max(abs(a - b) for a, b in zip(clipped, self.box, strict=True)) > 1:
             defects.add("box reaching out of its image by over a pixel: clipped", self.place)
@@ -89,10 +82,8 @@ class ImageRecord:
 
     image_id: Identifier
     file_name: str | None
-    """As the file has it; None where it has none."""
-    width: int | None
+    width: int | None  # as annotated, in pixels; both None where either is missing or not positive
     height: int | None
-    """As annotated, in pixels; both None where either is missing or not positive."""
     objects: list[AnnotatedObject] = field(default_factory=list)
 
     @property
@@ -101,17 +92,14 @@ class ImageRecord:
         return self.file_name or f"image {self.image_id}"
 
 
-@dataclass
-class CocoAnnotations:
+class CocoAnnotations(NamedTuple):
     """A COCO annotation file."""
 
     images: list[ImageRecord]
-    categories: dict[Identifier, str]
-    """Names by id, in the order of the ids."""
+    categories: dict[Identifier, str]  # names by id, in the order of the ids
 
 
-@dataclass(frozen=True)
-class DetectionRecord:
+class DetectionRecord(NamedTuple):
     """One detection of a COCO result file."""
 
     image_id: Identifier
@@ -122,36 +110,29 @@ class DetectionRecord:
     """-inf where the file has none that is a number: after all others."""
 
 
+NO_AREA = "object without area inside its image: left out"
+NO_BOX = "object without a name or a box: left out"
+NO_NUMBER = "object with a coordinate that is not a number: left out"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Values: what a number, a flag, an id and a name may be written as
+
+MAX_SIDE = 2**31 - 1
+"""Pixels of the widest and highest image that a format can hold."""
+MAX_COORDINATE = 1e18
+"""Pixels; the area of a box of this size still is a number of 32 bits."""
+FLAGS = {"false": False, "true": True, "no": False, "yes": True, "": False}
 
 
 def as_number(value: object) -> float | None:
     """A finite number, also one written as text; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    if isinstance(value, str) and "_" in value:  # Python reads 1_0 as 10
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-MAX_SIDE = 2**31 - 1
-"""Pixels of the widest and highest image that a format can hold."""
-
-MAX_COORDINATE = 1e18
-"""Pixels; the area of a box of this size still is a number of 32 bits."""
-
-FLAGS = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True, "": False}
-
-
-def as_coordinate(value: object) -> float | None:
-    """A number that is small enough to reckon with as a part of a box; None for anything else."""
-    number = as_number(value)
-    return number if number is not None and abs(number) <= MAX_COORDINATE else None
+    is_text = isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or (is_text and "_" in str(value)):
+        return None  # Python reads "1_0" as 10
+    with contextlib.suppress(ValueError, OverflowError):
+        return number if math.isfinite(number := float(value)) else None
+    return None
 
 
 def as_flag(value: object, defects: Defects, place: str) -> bool:
@@ -159,7 +140,7 @@ def as_flag(value: object, defects: Defects, place: str) -> bool:
     if value is None or isinstance(value, bool):
         return bool(value)
     number = as_number(value)
-    flag = FLAGS.get(value.strip().lower()) if isinstance(value, str) else None
+    flag = FLAGS.get(value.strip().lower()) if isinstance(value, str) and number is None else None
     if number in (0.0, 1.0):
         flag = bool(number)
     if flag is None:
@@ -174,22 +155,27 @@ def as_identifier(value: object) -> Identifier | None:
     if isinstance(value, float):
         return int(value) if math.isfinite(value) and value == int(value) else None
     # Beyond 4,300 digits Python does not turn text into a number.
-    if isinstance(value, str) and re.fullmatch("0|-?[1-9][0-9]{0,99}", value):
-        return int(value)
-    return value
+    return int(value) if isinstance(value, int) or re.fullmatch("0|-?[1-9][0-9]{0,99}", value) else value
 
 
 def as_name(value: object) -> str | None:
     """A name without the blanks around it; a number is a name too. None for anything else, and for blanks."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    return str(value).strip() or None
+    is_name = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    return (str(value).strip() or None) if is_name else None
 
 
 def as_size(width: object, height: object) -> tuple[int, int] | tuple[None, None]:
     """(width, height) in pixels; None twice unless both are at least 1, and few enough for an image."""
     sides = [side for side in (as_number(width), as_number(height)) if side is not None and 1 <= side <= MAX_SIDE]
     return (round(sides[0]), round(sides[1])) if len(sides) == 2 else (None, None)
+
+
+def as_box(values: Sequence[object]) -> Box | None:
+    """Four numbers that are small enough to reckon with; None for anything else."""
+    x1, y1, x2, y2 = (
+        number if number is not None and abs(number) <= MAX_COORDINATE else None for number in map(as_number, values)
+    )
+    return None if x1 is None or y1 is None or x2 is None or y2 is None else (x1, y1, x2, y2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,14 +185,6 @@ def as_size(width: object, height: object) -> tuple[int, int] | tuple[None, None
 def is_file(path: Path) -> bool:
     """Whether a file is there; False also for a name that no file can have, for which Path.is_file raises."""
     return os.path.isfile(path)  # noqa: PTH113
-
-
-def read_bytes(path: Path, meaning: str) -> bytes:
-    """The content of a file; a ValueError of one line if there is none."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: expected {meaning}, and it cannot be read: {error.strerror}") from None
 
 
 def encoding_by_mark(content: bytes) -> str | None:
@@ -226,8 +204,8 @@ def read_lines(path: Path) -> list[str]:
     encoding = encoding_by_mark(content) or "utf-8-sig"
     if encoding == "utf-8-sig" and b"\0" in content:
         raise ValueError(
-            f"{path}: expected text in UTF-8 or, with a byte order mark, UTF-16, and it holds zero bytes; "
-            "save it as UTF-8"
+            f"{path}: expected text in UTF-8 or, with a byte order mark, UTF-16, and it holds zero bytes; save it as "
+            "UTF-8"
         )
     try:
         text = content.decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
@@ -240,24 +218,23 @@ def read_lines(path: Path) -> list[str]:
 def read_json(path: Path, meaning: str) -> Any:
     """A JSON file in UTF-8, UTF-16 or UTF-32.
 
-    Args:
-        path: the file.
-        meaning: what it should hold, for the message.
-
     Raises:
-        ValueError: there is no such file, or it is not JSON, or it is cut off.
+        ValueError: there is no such file, or it is not JSON, or it is cut off; it says the `meaning` of the file.
     """
     try:
-        return json.loads(read_bytes(path, meaning))
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        reason = f", and it cannot be read: {error.strerror}"
     except RecursionError:
-        raise ValueError(f"{path}: expected {meaning}, and it nests too deeply") from None
+        reason = ", and it nests too deeply"
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected {meaning} in UTF-8, UTF-16 or UTF-32: {error}") from None
+        reason = f" in UTF-8, UTF-16 or UTF-32: {error}"
     except json.JSONDecodeError as error:
         end = " (is the file cut off?)" if error.pos >= len(error.doc.rstrip()) - 1 else ""
-        raise ValueError(f"{path}: expected {meaning}, and it is not JSON: {error}{end}") from None
+        reason = f", and it is not JSON: {error}{end}"
     except ValueError as error:  # a whole number of more digits than Python reads
-        raise ValueError(f"{path}: expected {meaning}, and it cannot be read: {error}") from None
+        reason = f", and it cannot be read: {error}"
+    raise ValueError(f"{path}: expected {meaning}{reason}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,12 +242,7 @@ def read_json(path: Path, meaning: str) -> Any:
 
 
 def parse_coco(content: Any, source: str, defects: Defects) -> CocoAnnotations:
-    """COCO's images, annotations and categories.
-
-    Args:
-        content: of the JSON file.
-        source: the file, for messages.
-        defects: takes what is dropped or changed.
+    """COCO's images, annotations and categories, from the content of the JSON file `source`.
 
     Raises:
         ValueError: a list is missing, or an id means two categories.
@@ -278,18 +250,16 @@ def parse_coco(content: Any, source: str, defects: Defects) -> CocoAnnotations:
     images, annotations = _entries(content, "images", source), _entries(content, "annotations", source)
     categories = _parse_categories(content, annotations, source, defects)
     records = _parse_images(images, defects)
-    listed = {identifier for entry in images if (identifier := as_identifier(_get(entry, "id"))) is not None}
+    listed = {as_identifier(_get(entry, "id")) for entry in images} - {None}
     for position, entry in enumerate(annotations):
-        image_id = as_identifier(_get(entry, "image_id"))
+        image_id, number = as_identifier(_get(entry, "image_id")), _get(entry, "id")
+        place = f"annotations[{position}]" + (f" (id {number})" if number is not None else "")
         image = records.get(image_id) if image_id is not None else None
-        if image is None:
-            if image_id not in listed:
-                place = _annotation_place(position, entry, None)
-                defects.add("annotation of an image that is not listed: left out", place)
-            continue
-        found = parse_coco_object(entry, _annotation_place(position, entry, image), categories, defects)
-        if found is not None:
-            image.objects.append(found)
+        if image is not None:
+            found = parse_coco_object(entry, f"{image.name} {place}", categories, defects)
+            image.objects += [found] if found is not None else []
+        elif image_id not in listed:
+            defects.add("annotation of an image that is not listed: left out", place)
     return CocoAnnotations(list(records.values()), categories)
 
 
@@ -297,32 +267,24 @@ def parse_coco_object(
     entry: Any, place: str, categories: dict[Identifier, str], defects: Defects
 ) -> AnnotatedObject | None:
     """One annotation; None, and counted, if it is not an object that can be used."""
-    category_id = as_identifier(_get(entry, "category_id"))
+    category_id, values = as_identifier(_get(entry, "category_id")), _get(entry, "bbox")
+    problem = box = None
     if category_id is None or category_id not in categories:
-        defects.add(f"object of the unknown class {_get(entry, 'category_id')!r}: left out", place)
-        return None
-    box = _get(entry, "bbox")
-    if not isinstance(box, (list, tuple)) or len(box) != 4:
-        defects.add("object without a name or a box: left out", place)
-        return None
-    x, y, width, height = (as_coordinate(value) for value in box)
-    if x is None or y is None or width is None or height is None:
-        defects.add("object with a coordinate that is not a number: left out", place)
-        return None
-    if width < 0 or height < 0:
-        defects.add("object without area inside its image: left out", place)
+        problem = f"object of the unknown class {_get(entry, 'category_id')!r}: left out"
+    elif not isinstance(values, (list, tuple)) or len(values) != 4:
+        problem = NO_BOX
+    elif (box := as_box(values)) is None:
+        problem = NO_NUMBER
+    elif min(box[2:]) < 0:
+        problem = NO_AREA
+    if problem is not None or category_id is None or box is None:
+        defects.add(str(problem), place)
         return None
     area = as_number(entry.get("area"))
-    ignore, difficult = (as_flag(entry.get(key), defects, place) for key in ("ignore", "difficult"))
-    return AnnotatedObject(
-        place=place,
-        class_name=categories[category_id],
-        category_id=category_id,
-        box=(x, y, x + width, y + height),
-        crowd=as_flag(entry.get("iscrowd"), defects, place),
-        difficult=ignore or difficult,
-        area=area if area is not None and area > 0 else None,
-    )
+    crowd, ignore, difficult = (as_flag(entry.get(key), defects, place) for key in ("iscrowd", "ignore", "difficult"))
+    corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    area = area if area is not None and area > 0 else None
+    return AnnotatedObject(place, categories[category_id], category_id, corners, crowd, ignore or difficult, area)
 
 
 def _parse_categories(
@@ -330,11 +292,13 @@ def _parse_categories(
 ) -> dict[Identifier, str]:
     """Names by id, in the order of the ids; where the file names no categories, the ids of its annotations."""
     names: dict[Identifier, str] = {}
+    used = {as_identifier(_get(entry, "category_id")) for entry in annotations} - {None}
     if "categories" not in content:
-        found = {as_identifier(_get(entry, "category_id")) for entry in annotations} - {None}
         defects.add("no list of categories: classes are named by their ids", source)
-        names = {identifier: str(identifier) for identifier in found if identifier is not None}
-    for position, entry in enumerate(_entries(content, "categories", source) if "categories" in content else []):
+        names = {identifier: str(identifier) for identifier in used if identifier is not None}
+    entries = _entries(content, "categories", source) if "categories" in content else []
+    groups = {_get(entry, "supercategory") for entry in entries}
+    for position, entry in enumerate(entries):
         category_id, name = as_identifier(_get(entry, "id")), as_name(_get(entry, "name"))
         if category_id is None:
             defects.add("category without an id: left out", f"categories[{position}]")
@@ -342,6 +306,8 @@ def _parse_categories(
         if name is None:
             defects.add("category without a name: named by its id", f"categories[{position}]")
             name = str(category_id)
+        if category_id not in used and entry.get("supercategory") == "none" and entry.get("name") in groups:
+            continue  # Roboflow's first category: the name of the project, over all others
         if names.setdefault(category_id, name) != name:
             raise ValueError(
                 f"{source}: categories[{position}]: id {category_id!r} is {name!r} and {names[category_id]!r}; "
@@ -363,18 +329,12 @@ def _parse_images(entries: list[Any], defects: Defects) -> dict[Identifier, Imag
         if image_id is None:
             defects.add("image without an id: left out", f"images[{position}]")
             continue
-        file_name = entry.get("file_name")
-        record = ImageRecord(
-            image_id,
-            file_name.strip() or None if isinstance(file_name, str) else as_name(file_name),
-            *as_size(entry.get("width"), entry.get("height")),
-        )
-        known = records.get(image_id)
-        if known is None:
-            records[image_id] = record
-        elif known.file_name == record.file_name:
+        size = as_size(entry.get("width"), entry.get("height"))
+        record = ImageRecord(image_id, as_name(entry.get("file_name")), *size)
+        known = records.setdefault(image_id, record)
+        if known is not record and known.file_name == record.file_name:
             defects.add("image listed twice: the second skipped", f"{record.name}, images[{position}]")
-        else:
+        elif known is not record:
             ambiguous.add(image_id)
             for one in (known, record):
                 defects.add("images that share an id: left out", f"{one.name} (id {image_id})")
@@ -402,12 +362,6 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def _annotation_place(position: int, entry: Any, image: ImageRecord | None) -> str:
-    identifier = _get(entry, "id")
-    number = f"annotations[{position}]" + (f" (id {identifier})" if identifier is not None else "")
-    return number if image is None else f"{image.name} {number}"
-
-
 def parse_coco_detections(
     content: Any,
     source: str,
@@ -415,13 +369,8 @@ def parse_coco_detections(
     category_ids: Collection[Identifier],
     defects: Defects,
 ) -> list[DetectionRecord]:
-    """COCO's results: a list of {"image_id", "category_id", "bbox": [x, y, width, height], "score"}.
-
-    Args:
-        content: of the JSON file.
-        source: the file, for messages.
-        image_ids, category_ids: those of the annotations. Detections of others are left out.
-        defects: takes what is dropped or changed.
+    """COCO's results, a list of {"image_id", "category_id", "bbox": [x, y, width, height], "score"}, from the content
+    of the JSON file `source`. Detections of other images and categories than those given are left out.
 
     Raises:
         ValueError: not a list, an entry lacks something, or no detection at all is of the images and categories given.
@@ -455,21 +404,21 @@ def parse_coco_detections(
 def parse_coco_detection(entry: Any, source: str, place: str, defects: Defects) -> DetectionRecord:
     """One detection. A box or a score that is not a number makes it a wrong detection, as a diverged network's are."""
     image_id, category_id = as_identifier(_get(entry, "image_id")), as_identifier(_get(entry, "category_id"))
-    box = _get(entry, "bbox")
-    for key, given in (("image_id", image_id), ("category_id", category_id), ("bbox", box)):
+    values = _get(entry, "bbox")
+    for key, given in (("image_id", image_id), ("category_id", category_id), ("bbox", values)):
         if given is None:
             got = f"got {entry[key]!r}" if isinstance(entry, dict) and key in entry else "and there is none"
             raise ValueError(f"{source}: expected {'an id' if key != 'bbox' else 'a box'} as {key}, {got}")
-    if not isinstance(box, (list, tuple)) or len(box) != 4:
-        raise ValueError(f"{source}: bbox: expected [x, y, width, height], got {box!r}")
+    if not isinstance(values, (list, tuple)) or len(values) != 4:
+        raise ValueError(f"{source}: bbox: expected [x, y, width, height], got {values!r}")
     if "score" not in entry:
         raise ValueError(f"{source}: score: expected a number, and there is none")
-    x, y, width, height = (as_coordinate(value) for value in box)
-    score = as_number(entry["score"])
+    box, score = as_box(values), as_number(entry["score"])
     assert image_id is not None and category_id is not None
-    if x is None or y is None or width is None or height is None or score is None:
+    if box is None or score is None:
         defects.add("detection with a box or a score that is not a number: counted as wrong", place)
         return DetectionRecord(image_id, category_id, (0.0, 0.0, 0.0, 0.0), -math.inf if score is None else score)
+    x, y, width, height = box
     if width < 0 or height < 0:
         defects.add("detection with a box of negative size: counted as wrong", place)
         width = height = 0.0
@@ -481,13 +430,9 @@ def parse_coco_detection(entry: Any, source: str, place: str, defects: Defects) 
 
 
 def read_voc_annotation(path: Path, place: str, image_id: Identifier, defects: Defects) -> ImageRecord | None:
-    """One annotation file of VOC; None, and counted, if it is not one.
+    """One annotation file of VOC, in any encoding that it declares and Python knows; None, and counted, if it is none.
 
-    Args:
-        path: the XML file, in any encoding that it declares and Python knows.
-        place: its name in messages.
-        image_id: of the image.
-        defects: takes what is dropped or changed.
+    `place` is its name in messages.
     """
     try:
         content = path.read_bytes()
@@ -499,34 +444,27 @@ def read_voc_annotation(path: Path, place: str, image_id: Identifier, defects: D
         kind = "annotation file that is not XML" if root is None else "XML file that is not a VOC annotation"
         defects.add(f"{kind}: image skipped", place)
         return None
-    record = ImageRecord(
-        image_id,
-        (root.findtext("filename") or "").strip() or None,
-        *as_size(root.findtext("size/width"), root.findtext("size/height")),
-    )
+    size = as_size(root.findtext("size/width"), root.findtext("size/height"))
+    record = ImageRecord(image_id, as_name(root.findtext("filename")), *size)
     for position, element in enumerate(root.findall("object")):
         found = parse_voc_object(element, f"{place} object {position}", defects)
-        if found is not None:
-            record.objects.append(found)
+        record.objects += [found] if found is not None else []
     return record
 
 
 def parse_voc_object(element: ElementTree.Element, place: str, defects: Defects) -> AnnotatedObject | None:
     """One object; None, and counted, if it cannot be used."""
-    class_name, box = (element.findtext("name") or "").strip(), element.find("bndbox")
-    if not class_name or box is None:
-        defects.add("object without a name or a box: left out", place)
+    class_name, corners = as_name(element.findtext("name")), element.find("bndbox")
+    if class_name is None or corners is None:
+        defects.add(NO_BOX, place)
         return None
-    x1, y1, x2, y2 = (as_coordinate(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
-    if x1 is None or y1 is None or x2 is None or y2 is None:
-        defects.add("object with a coordinate that is not a number: left out", place)
-        return None
-    if x2 <= x1 or y2 <= y1:
+    box = as_box([corners.findtext(key) for key in ("xmin", "ymin", "xmax", "ymax")])
+    if box is None or box[2] <= box[0] or box[3] <= box[1]:
         # Corners that coincide are a slip of the mouse, not a box of one pixel.
-        defects.add("object without area inside its image: left out", place)
+        defects.add(NO_NUMBER if box is None else NO_AREA, place)
         return None
     difficult = as_flag(element.findtext("difficult"), defects, place)
-    return AnnotatedObject(place, class_name, None, (x1 - 1, y1 - 1, x2, y2), False, difficult, None)
+    return AnnotatedObject(place, class_name, None, (box[0] - 1, box[1] - 1, *box[2:]), difficult=difficult)
 
 
 def parse_xml(content: bytes) -> ElementTree.Element | None:
@@ -538,15 +476,48 @@ def parse_xml(content: bytes) -> ElementTree.Element | None:
     content, mark = content.lstrip(), encoding_by_mark(content)
     encodings = ["utf-8"] if mark is None else [mark]
     if mark is None:
-        try:
+        with contextlib.suppress(ElementTree.ParseError, LookupError, ValueError):
             return ElementTree.fromstring(content)
-        except (ElementTree.ParseError, LookupError, ValueError):
-            declared = re.match(rb"""<\?xml[^>]*?encoding\s*=\s*["']([^"']+)["'][^>]*\?>""", content)
-            encodings = [*([declared[1].decode("ascii", errors="replace")] if declared else []), *encodings]
+        declared = re.match(rb"""<\?xml[^>]*?encoding\s*=\s*["']([^"']+)["'][^>]*\?>""", content)
+        encodings = [*([declared[1].decode("ascii", errors="replace")] if declared else []), *encodings]
     for encoding in encodings:
         with contextlib.suppress(ElementTree.ParseError, LookupError, ValueError):
             return ElementTree.fromstring(content.decode(encoding).lstrip())
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YOLO
+
+
+def read_yolo_labels(
+    path: Path, place: str, size: tuple[int, int], class_names: Sequence[str], defects: Defects
+) -> list[AnnotatedObject]:
+    """The objects of a text file with a line for each: its class, then center, width and height of its box, or the
+    corners of its outline, as fractions of the image's `size` (width, height).
+    """
+    objects = []
+    for position, line in enumerate(read_lines(path)):
+        where, (label, *words) = f"{place} line {position + 1}", line.split()
+        numbers = [number for word in words if (number := as_number(word)) is not None]
+        kind, index = None, as_identifier(label)
+        if len(numbers) < len(words) or len(words) < 4 or (len(words) > 5 and len(words) % 2):
+            kind = "line that is not a class and the numbers of a box or an outline: left out"
+        elif not isinstance(index, int) or not 0 <= index < len(class_names):
+            kind = f"object of the unknown class {label!r}: left out"
+        elif max(map(abs, numbers[:4])) > 2:
+            kind = "object with a coordinate that is not a fraction of its image: left out"
+        if kind is not None or not isinstance(index, int):
+            defects.add(str(kind), where)
+            continue
+        if len(words) > 5:
+            x1, y1, x2, y2 = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
+        else:  # a fifth number is a score
+            x, y, width, height = numbers[:4]
+            x1, y1, x2, y2 = x - width / 2, y - height / 2, x + width / 2, y + height / 2
+        box = (x1 * size[0], y1 * size[1], x2 * size[0], y2 * size[1])
+        objects.append(AnnotatedObject(where, class_names[index], None, box))
+    return objects
 
 
 def refuse_fractions(images: Iterable[ImageRecord], source: str) -> None:

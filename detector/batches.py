@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import math
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +49,11 @@ def decode_all(data: AnnotatedImages) -> dict[int, DecodedImage]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = tqdm(
-            pool.map(decode_one, range(len(data.images))), f"decoding {data.name}", len(data.images), leave=False
+            pool.map(decode_one, range(len(data.images))),
+            f"decoding {data.name}",
+            len(data.images),
+            False,
+            disable=None,
         )
         return {index: image for index, image in enumerate(decoded) if image is not None}
 
@@ -60,7 +66,7 @@ class TrainingSample(NamedTuple):
     labels: Tensor  # (G,) int64
     crowd: Tensor  # (G,) bool
     image_name: str
-    defects: list[tuple[str, str]]
+    defects: list[tuple[str, str]]  # kinds of what was changed or left out, and where
 
 
 class TrainingBatch(NamedTuple):
@@ -77,16 +83,10 @@ class TrainingBatch(NamedTuple):
 
 def collate(samples: list[TrainingSample]) -> TrainingBatch:
     """Stacks the images and packs their objects."""
-    counts = torch.tensor([0] + [len(sample.labels) for sample in samples])
-    return TrainingBatch(
-        torch.stack([sample.image for sample in samples]),
-        torch.cat([sample.boxes for sample in samples]),
-        torch.cat([sample.labels for sample in samples]),
-        torch.cat([sample.crowd for sample in samples]),
-        counts.cumsum(0),
-        [sample.image_name for sample in samples],
-        [defect for sample in samples for defect in sample.defects],
-    )
+    images, boxes, labels, crowd, names, defects = zip(*samples, strict=True)
+    offsets = torch.tensor([0] + [len(of_image) for of_image in labels]).cumsum(0)
+    objects = torch.cat(boxes), torch.cat(labels), torch.cat(crowd)
+    return TrainingBatch(torch.stack(images), *objects, offsets, list(names), [*chain(*defects)])
 
 
 class TrainingImages(Dataset[TrainingSample]):
@@ -103,7 +103,7 @@ class TrainingImages(Dataset[TrainingSample]):
         seed: int,
         decoded: dict[int, DecodedImage] | None = None,
     ) -> None:
-        self.data, self.transform, self.seed, self.decoded = data, transform, seed, decoded
+        self.data, self.transform, self.seed, self.decoded = data, transform, seed, decoded or {}
 
     def __len__(self) -> int:
         return len(self.data.images)
@@ -131,8 +131,7 @@ class TrainingImages(Dataset[TrainingSample]):
         annotated = self.data.images[index]
         loaded = None
         try:
-            decoded = self.decoded.get(index) if self.decoded is not None else None
-            loaded = load_image(annotated, decoded or decode(annotated.path))
+            loaded = load_image(annotated, self.decoded.get(index) or decode(annotated.path))
             kinds = loaded.notes if loaded is not None else (OTHER_PROPORTIONS,)
         except OSError:
             kinds = (CANNOT_BE_DECODED,)
@@ -215,16 +214,11 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
 class EvaluationSample(NamedTuple):
     """An image resized to the network's input, and what it takes to bring detections back; or why there is none."""
 
-    position: int
-    """Of its path."""
-    image: Tensor | None
-    """(3, S, S) uint8; None if the image cannot be used."""
-    placement: Placement | None
-    """Of the image as annotated in the image as decoded."""
-    notes: tuple[str, ...]
-    """What was changed in reading it, or why it cannot be used."""
-    pixels: Tensor | None = None
-    """(3, H, W) uint8, the image as decoded; None if the image cannot be used."""
+    position: int  # of its path
+    image: Tensor | None  # (3, S, S) uint8; None if the image cannot be used
+    placement: Placement | None  # of the image as annotated in the image as decoded
+    notes: tuple[str, ...]  # what was changed in reading it, or why it cannot be used
+    pixels: Tensor | None = None  # (3, H, W) uint8, the image as decoded; None if the image cannot be used
 
 
 class EvaluationImages(Dataset[EvaluationSample]):
@@ -301,11 +295,6 @@ class WholeBatches(Dataset[Any]):
         return batch
 
 
-def as_it_is(batch: Any) -> Any:
-    """No collating: batches come whole."""
-    return batch
-
-
 def leave_signals_to_the_trainer(worker: int) -> None:
     """A worker that dies of a signal meant for the whole job would keep the trainer from finishing its step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -336,14 +325,9 @@ def load_batches(
     num_workers: int,
     pin_memory: bool = False,
 ) -> Generator[Any, None, None]:
-    """Batches of a dataset, prepared by workers. Closing the iterator ends the workers.
+    """Batches of a dataset, of samples by the keys of each, prepared by workers (or here, by 0 of them).
 
-    Args:
-        dataset: gives samples by their keys.
-        keys: the keys of each batch.
-        collate: makes a batch of samples.
-        num_workers: how many processes; 0 prepares the batches here.
-        pin_memory: whether the batches come in page-locked memory.
+    Closing the iterator ends the workers.
 
     Raises:
         Exception: what a worker raised, as it was raised there.
@@ -355,7 +339,7 @@ def load_batches(
             WholeBatches(dataset, collate),
             batch_size=None,
             sampler=keys,
-            collate_fn=as_it_is,
+            collate_fn=copy.copy,  # batches come whole
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=leave_signals_to_the_trainer,

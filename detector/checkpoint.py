@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from detector.anchors import BASE_SIZE
+from detector.anchors import ANCHORS_PER_CELL, BASE_SIZE
 from detector.backbone import describe_misfit, load_torch_file
 from detector.data import AnnotatedImages
 from detector.detectors import OneStageDetector, make_detector
 from detector.outputs import strict_json, whole_file
 
-ADDED_LATER = {"anchor_size": BASE_SIZE, "box_loss": "balanced_l1"}
+ADDED_LATER = {"anchor_size": BASE_SIZE, "box_loss": "balanced_l1", "val_fraction": None, "init_from": None}
 """Flags of detector.train that older checkpoints do not have, and what they were then."""
 
 
 # Flags that say where and how fast a run goes, not what it computes: they may differ when it is resumed.
-FREE_ON_RESUME = {"data", "out", "resume", "backbone_weights", "backend", "device", "workers", "cache"}
-FREE_ON_RESUME |= {"save_minutes", "log_every", "eval_every"}
+FREE_ON_RESUME = {"data", "format", "out", "resume", "backbone_weights", "init_from", "backend", "device", "workers"}
+FREE_ON_RESUME |= {"cache", "save_minutes", "log_every", "eval_every"}
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
@@ -192,6 +192,41 @@ def load_detector(path: Path, device: torch.device | str) -> tuple[OneStageDetec
     return detector.to(device).eval(), content
 
 
+def initialize_from(model: OneStageDetector, content: dict[str, Any], class_names: list[str]) -> str:
+    """Fills a detector with what fits of another's checkpoint, the head's classes by their names.
+
+    Returns:
+        What was taken and what was not, in one line.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    source, target = content["ema"] if content.get("ema") else content["model"], model.state_dict()
+    old_names = content["class_names"]
+    common = [name for name in class_names if name in old_names]
+    places = [class_names.index(name) for name in common], [old_names.index(name) for name in common]
+    taken, by_class = [], []
+    for name, value in source.items():
+        if name not in target or value.shape[1:] != target[name].shape[1:]:
+            continue
+        if name.startswith("head.classes."):  # (6 * C, ...), the classes of an anchor side by side
+            ours, theirs = (state.unflatten(0, (ANCHORS_PER_CELL, -1)) for state in (target[name], value))
+            ours[:, places[0]] = theirs[:, places[1]]
+            by_class.append(name)
+        elif value.shape == target[name].shape:
+            target[name] = value
+            taken.append(name)
+    if not taken:
+        raise ValueError("--init-from: no tensor of the checkpoint fits; expected the same --model or --backbone")
+    model.load_state_dict(target)
+    parts = [f"{len(taken)} of {len(target)} tensors taken whole"]
+    if by_class:
+        parts.append(f"{len(common)} of {len(class_names)} classes taken ({', '.join(common) or 'none'})")
+    new = [name for name in target if name not in {*taken, *by_class}]
+    parts += [f"{len(new)} not taken ({', '.join(new[:3])}{', ...' if len(new) > 3 else ''})"] if new else []
+    return "; ".join(parts)
+
+
 def data_fingerprint(data: AnnotatedImages) -> str:
     """SHA-256 over what the steps of a training depend on: the classes, and name, size and objects of each image."""
     digest = hashlib.sha256(strict_json(data.class_names).encode())
@@ -215,6 +250,8 @@ def check_resumed(
         raise ValueError(f"--resume: {checkpoint_file} has no {', '.join(missing)}: it is no checkpoint of a training")
     was = resumed["arguments"]
     changed = [name for name in arguments if name not in FREE_ON_RESUME and arguments[name] != was.get(name)]
+    if "epochs" in changed and isinstance(was.get("epochs"), int) and arguments["epochs"] > was["epochs"]:
+        changed.remove("epochs")
     if changed:
         differences = ", ".join(f"{name} {was.get(name)!r} -> {arguments[name]!r}" for name in changed)
         raise ValueError(f"--resume: the run in {checkpoint_file.parent} was started with other flags: {differences}")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import http.client
 import shutil
 import sys
 import tarfile
 import time
-import urllib.error
-import urllib.request
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import requests
+from torchvision.datasets.utils import check_integrity
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
@@ -27,13 +24,16 @@ class Archive(NamedTuple):
     url: str
     md5: str
 
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return self.url.rsplit("/", 1)[1]
+
 
 COCO = "http://images.cocodataset.org"
+VOC_YEARS = [DATASET_YEAR_DICT[year] for year in ("2007", "2007-test", "2012")]
 ARCHIVES = {
-    "voc": [
-        Archive(DATASET_YEAR_DICT[year]["url"], DATASET_YEAR_DICT[year]["md5"])
-        for year in ("2007", "2007-test", "2012")
-    ],
+    "voc": [Archive(year["url"], year["md5"]) for year in VOC_YEARS],
     "coco": [
         Archive(f"{COCO}/annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c"),
         Archive(f"{COCO}/zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80"),
@@ -42,8 +42,6 @@ ARCHIVES = {
 }
 DATA_FOLDER = {"voc": "VOCdevkit", "coco": "."}
 """Where the data set lies once unpacked: what `detector.train --data` takes, below --to."""
-
-CHUNK = 1 << 20
 
 
 def fetch(archive: Archive, folder: Path, attempts: int = 5, pause: float = 2.0) -> Path:
@@ -55,119 +53,74 @@ def fetch(archive: Archive, folder: Path, attempts: int = 5, pause: float = 2.0)
         attempts: tries in a row that bring nothing new before giving up.
         pause: seconds before another try, doubled each time.
 
-    Returns:
-        The path of the verified file.
-
     Raises:
         OSError: the server cannot be reached or refuses; the message says what was fetched so far.
         ValueError: the checksum is wrong; the file is deleted.
     """
-    name = archive.url.rsplit("/", 1)[1]
-    path, part = folder / name, folder / f"{name}.part"
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        failures, wait = 0, pause
-        while True:
-            before = part.stat().st_size if part.is_file() else 0
-            try:
-                if fetch_rest(archive.url, part):
-                    break
-                problem: Exception = OSError("the connection was closed early")
-            except urllib.error.HTTPError as error:
-                if error.code not in (408, 429) and error.code < 500:
-                    raise OSError(f"{archive.url}: the server answers {error.code} {error.reason}") from error
-                problem = error
-            except (OSError, http.client.HTTPException) as error:
-                problem = error
-            fetched = part.stat().st_size if part.is_file() else 0
-            failures, wait = (failures + 1, wait * 2) if fetched <= before else (1, pause)
+    path, part = folder / archive.name, folder / f"{archive.name}.part"
+    failures = 0
+    while not path.is_file():
+        part.touch()
+        before = part.stat().st_size
+        try:
+            fetch_rest(archive, part)
+            part.replace(path)
+        except OSError as problem:  # requests' errors are, too
+            response = getattr(problem, "response", None)
+            if response is not None and response.status_code < 500 and response.status_code not in (408, 429):
+                raise OSError(f"{archive.url}: the server answers {response.status_code} {response.reason}") from None
+            fetched = part.stat().st_size
+            failures = failures + 1 if fetched <= before else 1
             if failures >= attempts:
                 raise OSError(
                     f"{archive.url}: gave up after {attempts} tries: {problem}. {fetched} bytes are kept in {part}; "
                     "the same command goes on from there"
                 ) from problem
-            print(f"{name}: {problem}; going on at {fetched} bytes in {wait:g} s", file=sys.stderr)
-            time.sleep(wait)
-        part.replace(path)
-    digest = hashlib.md5(usedforsecurity=False)
-    size = path.stat().st_size
-    with (
-        path.open("rb") as file,
-        tqdm(total=size, desc=f"verifying {name}", unit="B", unit_scale=True, leave=False) as bar,
-    ):
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    if digest.hexdigest() != archive.md5:
+            print(f"{archive.name}: {problem}; going on at {fetched} bytes", file=sys.stderr)
+            time.sleep(pause * 2 ** (failures - 1))
+    if not check_integrity(str(path), archive.md5):
         path.unlink()
-        raise ValueError(
-            f"{name}: its MD5 is {digest.hexdigest()}, not {archive.md5}; it was deleted, run the command again. "
-            f"It had {size} bytes."
-        )
+        raise ValueError(f"{path}: its MD5 is not {archive.md5}; it was deleted, run the command again")
     return path
 
 
-def fetch_rest(url: str, part: Path) -> bool:
-    """One request for what part lacks; whether the file is whole now."""
-    start = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing lies beyond what is here
-            return True
-        raise
-    with response:
+def fetch_rest(archive: Archive, part: Path) -> None:
+    """One request for what part lacks."""
+    start = part.stat().st_size
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    with requests.get(archive.url, headers=headers, stream=True, timeout=60) as response:
+        if response.status_code == 416:  # nothing lies beyond what is here
+            return
+        response.raise_for_status()
         # A server that does not know ranges sends everything again.
-        mode = "ab" if response.status == 206 else "wb"
-        start = start if response.status == 206 else 0
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length is not None else None
-        name = url.rsplit("/", 1)[1]
-        with part.open(mode) as file, tqdm(desc=name, initial=start, total=total, unit="B", unit_scale=True) as bar:
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-    return total is None or part.stat().st_size >= total
-
-
-def unpack(path: Path, folder: Path) -> None:
-    """Extracts a .tar or .zip archive; members that would land outside the folder are refused."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for member in tqdm(archive.infolist(), f"unpacking {path.name}", unit="file", leave=False):
-                archive.extract(member, folder)  # drops "..", and checks the member's CRC
-    else:
-        with tarfile.open(path) as tar:
-            for entry in tqdm(tar, f"unpacking {path.name}", unit="file", leave=False):
-                target = (folder / entry.name).resolve()
-                # tarfile's own filters came with Python 3.11.4; these archives hold nothing but files and folders.
-                if not target.is_relative_to(folder.resolve()) or not (entry.isfile() or entry.isdir()):
-                    raise ValueError(f"{path}: refusing to unpack {entry.name!r}: not a file or folder inside {folder}")
-                if entry.isdir():
-                    target.mkdir(parents=True, exist_ok=True)
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source = tar.extractfile(entry)
-                assert source is not None  # it is a file
-                with source, target.open("wb") as file:
-                    shutil.copyfileobj(source, file)
+        mode, start = ("ab", start) if response.status_code == 206 else ("wb", 0)
+        total = start + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        response.raw.enforce_content_length = False  # it would drop what came last before the connection broke
+        bar = tqdm(desc=archive.name, initial=start, total=total, unit="B", unit_scale=True, disable=None)
+        with part.open(mode) as file, bar:
+            for chunk in response.iter_content(1 << 20):
+                bar.update(file.write(chunk))
+        if total is not None and part.stat().st_size < total:
+            raise OSError("the connection was closed early")
 
 
 def download(archives: list[Archive], folder: Path, keep_archives: bool = False) -> None:
     """Fetches and unpacks archives; those a call before this one finished are left alone."""
     for archive in archives:
-        name = archive.url.rsplit("/", 1)[1]
-        done = folder / f".{name}.unpacked"
+        done = folder / f".{archive.name}.unpacked"
         if done.is_file():
-            print(f"{name}: there already")
+            print(f"{archive.name}: there already")
             continue
         path = fetch(archive, folder)
-        unpack(path, folder)
+        print(f"{archive.name}: unpacking")
+        try:  # zipfile drops ".." and checks every file; tarfile does so with this filter
+            shutil.unpack_archive(path, folder, filter="data" if path.suffix == ".tar" else None)
+        except tarfile.FilterError as error:
+            raise ValueError(f"{path}: refusing to unpack {error.tarinfo.name!r}: {error}") from None
         done.touch()
         if not keep_archives:
             path.unlink()
-        print(f"{name}: unpacked")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -176,16 +129,15 @@ def main(argv: list[str] | None = None) -> None:
         "python -m detector.download",
         description="Fetches, verifies and unpacks PASCAL VOC 2007 and 2012, or COCO 2017.",
     )
-    parser.add_argument(
-        "dataset", choices=sorted(ARCHIVES), help="voc: 2.8 GB; coco: 20 GB (and as much again to unpack)"
-    )
+    sizes = "voc: 2.8 GB; coco: 20 GB (and as much again to unpack)"
+    parser.add_argument("dataset", choices=sorted(ARCHIVES), help=sizes)
     parser.add_argument("--to", type=Path, required=True, help="folder to unpack in")
     parser.add_argument("--mirror", help="fetch the files by their names from this URL instead of the official servers")
     parser.add_argument("--keep-archives", action="store_true", help="do not delete the archives once unpacked")
     args = parser.parse_args(argv)
     archives = ARCHIVES[args.dataset]
     if args.mirror:
-        archives = [Archive(f"{args.mirror.rstrip('/')}/{url.rsplit('/', 1)[1]}", md5) for url, md5 in archives]
+        archives = [archive._replace(url=f"{args.mirror.rstrip('/')}/{archive.name}") for archive in archives]
     download(archives, args.to, args.keep_archives)
     print(f"ready: python -m detector.train --data {args.to / DATA_FOLDER[args.dataset]} --format {args.dataset}")
 

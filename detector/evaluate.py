@@ -11,12 +11,12 @@ import torch
 
 from detector.annotations import Defects, read_json
 from detector.checkpoint import load_detector
-from detector.data import AnnotatedImages, default_splits, read_data
+from detector.data import AnnotatedImages, default_splits, read_data, recognize_format, select_images
 from detector.detectors import OneStageDetector
 from detector.images import CANNOT_BE_DECODED, OTHER_PROPORTIONS
 from detector.inference import MAX_DETECTIONS, detect
 from detector.outputs import prepare_folder, write_json
-from detector.program import default_device, device_name, run_program, whole_number
+from detector.program import add_data_arguments, default_device, device_name, run_program, whole_number
 from detector.scores import format_metrics, score, to_coco_detections, to_coco_ground_truth
 
 
@@ -83,6 +83,18 @@ def evaluate(
     return metrics, detections
 
 
+def read_split(args: argparse.Namespace, checkpoint: dict[str, Any]) -> AnnotatedImages:
+    """The split that a command line asks for by --data, --format and --split, with the classes of a checkpoint."""
+    layout = recognize_format(args.data, args.format)
+    print(f"{args.data}: {'recognized' if args.format == 'auto' else 'read'} as {layout.upper()}")
+    held_out = checkpoint.get("held_out") if args.split is None else None
+    split = args.split or default_splits(args.data, layout)[1]
+    if held_out is not None:
+        split = checkpoint["arguments"]["train_split"]
+    data = read_data(args.data, layout, split, checkpoint["class_names"])
+    return data if held_out is None else select_images(data, held_out)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """The command line; returns the metrics."""
     parser = argparse.ArgumentParser(
@@ -91,9 +103,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of detector.train, or its folder")
-    parser.add_argument("--data", type=Path, help="folder of the data set")
-    parser.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out")
-    parser.add_argument("--split", help="the split to score; by default VOC2007/test, val2017 or val")
+    add_data_arguments(parser, required=False)
+    parser.add_argument("--split", help="by default what training held out, or VOC2007/test, val2017, val or test")
     parser.add_argument("--annotations", type=Path, help="COCO annotation file to score --detections against")
     parser.add_argument("--detections", type=Path, help="COCO result file to score instead of a checkpoint")
     parser.add_argument(
@@ -132,8 +143,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.checkpoint is None or args.data is None:
             parser.error("pass --checkpoint and --data, or --detections and --annotations")
         model, content = load_detector(args.checkpoint, args.device)
-        split = args.split or default_splits(args.data, args.format)[1]
-        data = read_data(args.data, args.format, split, content["class_names"])
+        data = read_split(args, content)
         print(data.summary())
         known = set(data.defects.found)
         start = time.perf_counter()
@@ -149,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if data.defects.found.keys() - known:
             print(f"met while evaluating:\n{data.defects.report(but=known)}")
         metrics["seconds"] = time.perf_counter() - start
-        metrics["checkpoint"], metrics["step"], metrics["split"] = str(args.checkpoint), content.get("step"), split
+        metrics["checkpoint"], metrics["step"], metrics["split"] = str(args.checkpoint), content.get("step"), data.name
         metrics["defects"] = data.defects.counts()
     if args.out is not None:
         write_json(args.out / "metrics.json", metrics, indent=1)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -16,6 +17,7 @@ import torch
 
 from detector import end_at_once
 from detector.anchors import level_cells
+from detector.data import FORMATS
 
 
 def explain(error: BaseException) -> str:
@@ -147,3 +149,9 @@ def device_name(text: str) -> str:
 def default_device() -> str:
     """cuda where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add_data_arguments(parser: argparse._ActionsContainer, *, required: bool = True) -> None:
+    """--data and --format."""
+    parser.add_argument("--data", type=Path, required=required, help="folder of the data set")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="how it is laid out; auto: by its files")

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 import mg_ops
+from detector.checkpoint import FREE_ON_RESUME
 from detector.data import default_splits
 from detector.program import run_program
 from detector.runs import METRICS, Row, Setting, Study, add_arguments, choose_rows, collect, run_study, write_text
-from detector.tables import format_differences, format_mean, read_values
+from detector.tables import format_differences, format_mean, format_table, read_values
+from detector.train import parse_arguments
 
 STRATEGIES = ("iou", "localize_to_classify", "classify_to_localize", "mutual")
 TABLES: dict[str, dict[tuple[str, str], tuple[tuple[float, float, float], ...]]] = {
@@ -35,44 +37,57 @@ TABLES: dict[str, dict[tuple[str, str], tuple[tuple[float, float, float], ...]]]
 RELEASED_LOSSES = ("--focal-gamma", "1", "--box-loss", "released_balanced_l1")
 """Of the code released with the paper, from which its numbers come; the defaults of detector.train are the losses'
 own papers'."""
+PAPER_SPLITS = {
+    "table1": ("VOC2007/trainval+VOC2012/trainval", "VOC2007/test"),
+    "table2": ("train2017", "val2017"),
+}
+SAME_SETTING = {"amp", "compile", "deterministic", "sync_batch_norm"}
+"""Flags whose change keeps the paper's numbers comparable."""
 
 
 def make_study(args: argparse.Namespace, train_words: list[str]) -> Study:
     """One of the tables as a study, with flags for detector.train."""
     is_first = args.table == "table1"
     layout = args.format or ("voc" if is_first else "coco")
-    splits = zip(("--train-split", "--eval-split"), default_splits(args.data, layout), strict=True)
+    splits = default_splits(args.data, layout)
+    own = ("--format", layout, "--train-split", splits[0], "--eval-split", splits[1], *RELEASED_LOSSES)
+    before, after = (vars(parse_arguments(["--data", ".", *own, *words])) for words in ((), train_words))
+    changed = {name: after[name] for name in after if after[name] != before[name] and name not in FREE_ON_RESUME}
+    repeats = changed.keys() <= SAME_SETTING and splits == PAPER_SPLITS[args.table] and args.backbone_weights != "none"
+    # Runs with other flags have a folder, and a table, of their own.
+    folder = args.table + "".join(f"-{name.replace('_', '-')}{value}" for name, value in sorted(changed.items()))
     rows = (
-        Row(*detector, strategy, paper=scores)
+        Row(*detector, strategy, paper=scores if repeats else None)
         for detector, row in TABLES[args.table].items()
         for strategy, scores in zip(STRATEGIES if is_first else STRATEGIES[::3], row, strict=True)
     )
     return Study(
         args.table,
         f"The paper's {args.table}",
-        Setting(args.table, "VOC" if is_first else "COCO", layout, ()),
+        Setting(folder, "VOC" if is_first else "COCO", layout, ()),
         tuple(rows),
         seeds=(0,),
         split="val",
         pretrained=() if args.backbone_weights == "none" else ("resnet18", "vgg16_bn"),
-        words=(*RELEASED_LOSSES, *(word for pair in splits for word in pair), *train_words),
+        words=(*own[2:], *train_words),
     )
 
 
 def render(content: dict[str, Any], asked: set[str]) -> str:
-    """What was measured (mean and standard deviation over seeds) beside the paper's numbers, and paired differences.
-
-    Of the rows whose names were asked for, and those that were run before.
+    """What was measured (mean and standard deviation over seeds) and paired differences; beside them the paper's
+    numbers, if the runs repeat its setting. Of the rows whose names were asked for, and those that were run before.
     """
-    lines = ["| model | strategy | seeds | AP (paper) | AP50 (paper) | AP75 (paper) |", "|---|---|---|---|---|---|"]
+    rows, has_paper = [], all("paper" in row for row in content["rows"])
     for row in content["rows"]:
         if row["runs"] or row["name"] in asked:
-            cells = [f"{format_mean(read_values(row, 'val', metric))} ({row['paper'][metric]})" for metric in METRICS]
-            lines.append(
-                f"| {row['model']} {row['backbone']} | {row['strategy']} | {len(row['runs'])} | {' | '.join(cells)} |"
-            )
+            paper = {metric: f" ({row['paper'][metric]})" if has_paper else "" for metric in METRICS}
+            cells = [f"{format_mean(read_values(row, 'val', metric))}{paper[metric]}" for metric in METRICS]
+            rows.append([f"{row['model']} {row['backbone']}", row["strategy"], str(len(row["runs"])), *cells])
+    heads = ["model", "strategy", "seeds", *(f"{metric} (paper)" if has_paper else metric for metric in METRICS)]
+    note = "The paper's numbers are of another setting: they are not shown."
     differences = format_differences(content, ("iou", ""))
-    return "\n".join([*lines, *([""] if differences else []), *differences]) + "\n"
+    parts = [format_table(heads, rows), differences, [] if has_paper else [note]]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.data is None:
         parser.error("--data is needed: the folder of the data set")
     study = make_study(args, train_words)
-    asked, folder = {row.name for row in choose_rows(study, args)}, args.out / args.table
+    asked, folder = {row.name for row in choose_rows(study, args)}, args.out / study.setting.name
 
     def write(content: dict[str, Any]) -> None:
         write_text(folder / "table.json", json.dumps(content, indent=1))

@@ -6,13 +6,16 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from detector.outputs import strict_json, whole_file
+from detector.data import AnnotatedImages
+from detector.detectors import OneStageDetector
+from detector.outputs import prepare_folder, strict_json, whole_file
 from detector.program import explain
 
 
@@ -25,6 +28,28 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             if isinstance(entry, dict) and isinstance(entry.get("step"), (int, float)):
                 entries.append(entry)
     return entries
+
+
+@contextlib.contextmanager
+def claim_folder(folder: Path, files: Iterable[str]) -> Iterator[None]:
+    """Prepares the folder of a run, and keeps other processes out of it.
+
+    Raises:
+        ValueError: another process trains in it, or it cannot be written.
+    """
+    prepare_folder(folder, files)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"--out: another process trains in {folder}; wait for it, or choose another folder") from None
+    try:
+        for unfinished in folder.glob(".*.unfinished"):  # of a process that was killed
+            if unfinished.is_file():
+                unfinished.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 class RunLog:
@@ -54,7 +79,7 @@ class RunLog:
         """Says what went wrong with the writing of something, if it is news."""
         try:
             yield
-        except (OSError, ImportError) as error:
+        except Exception as error:  # what writers meet is many things, and none is worth a training
             if what not in self.said:
                 tqdm.write(f"{what} cannot be written ({explain(error)}); training goes on without", file=sys.stderr)
             self.said.add(what)
@@ -72,6 +97,29 @@ class RunLog:
                 for name, value in entry.items():
                     if isinstance(value, (int, float)):
                         self.writer.add_scalar(name, value, step)
+
+    def add_pictures(
+        self, model: OneStageDetector, data: AnnotatedImages, image_size: int, sigma: float, step: int
+    ) -> None:
+        """Detections in some images of a split, and Figure 4's assignment on the first, for TensorBoard."""
+        if "TensorBoard" in self.said:
+            return
+        was_training = model.training
+        with self.tolerating("TensorBoard's pictures"):
+            from detector import visualize
+
+            model.eval()
+            positions = visualize.choose_images(data, None, 4)
+            images = [data.images[position] for position in positions]
+            found = visualize.detect_in(model, images, image_size, threshold=0.3)
+            figures = {
+                "detections": visualize.plot_detections(["detections"], [found], [data.class_names], images),
+                "assignment": visualize.plot_assignment(model, image_size, data, positions[:1], sigma),
+            }
+            with self.tolerating("TensorBoard"):
+                for name, figure in figures.items():
+                    self.writer.add_figure(name, figure, step)
+        model.train(was_training)
 
     def close(self) -> None:
         """Ends the writing."""

@@ -1,11 +1,15 @@
-"""Scores detections: pycocotools' metrics, VOC's AP at IoU 0.5, and how well the scores rank the boxes."""
+"""Scores detections: pycocotools' metrics, VOC's AP at IoU 0.5, and how well the scores rank the boxes.
+
+Records are COCO's: ground truth {"images", "annotations", "categories"}, detections a list of {"image_id",
+"category_id", "bbox": [x, y, width, height], "score"}.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +18,11 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.stats import spearmanr
-from torch import Tensor
 from torchvision.ops import box_iou
 
 from detector.annotations import (
     AnnotatedObject,
+    Box,
     CocoAnnotations,
     Defects,
     DetectionRecord,
@@ -35,64 +39,42 @@ COCO_LIMIT = 100
 """Detections per image and class that COCO's metrics look at."""
 CROWDED_LIMIT = 300
 """The same where an image has more objects of a class than that."""
-COCO_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100")
+
+Scores = dict[str, float | None]
+"""By the name of the metric; None where there is no object to find."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores of COCO-style records: ground truth {"images", "annotations", "categories"}, detections a list of {"image_id",
-# "category_id", "bbox": [x, y, width, height], "score"}.
+def to_xywh(box: Iterable[float]) -> list[float]:
+    """(x1, y1, x2, y2) as COCO has it."""
+    x1, y1, x2, y2 = box
+    return [x1, y1, x2 - x1, y2 - y1]
 
 
-def to_coco_ground_truth(data: AnnotatedImages, leave_out: list[int] | None = None) -> dict[str, list[dict[str, Any]]]:
+def to_coco_ground_truth(data: AnnotatedImages, leave_out: Iterable[int] = ()) -> dict[str, list[dict[str, Any]]]:
     """A split as COCO's ground truth; `leave_out` are positions of images that could not be read."""
-    left_out = set(leave_out or ())
+    left_out = set(leave_out)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for position, image in enumerate(data.images):
-        if position in left_out:
-            continue
+    for image in (image for position, image in enumerate(data.images) if position not in left_out):
         images.append({"id": image.image_id, "file_name": image.name, "width": image.width, "height": image.height})
-        for box, label, crowd, difficult, area in zip(
-            image.boxes.tolist(),
-            image.labels.tolist(),
-            image.crowd.tolist(),
-            image.difficult.tolist(),
-            image.areas.tolist(),
-            strict=True,
-        ):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image.image_id,
-                    "category_id": data.category_ids[label],
-                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-                    "area": area,
-                    "iscrowd": int(crowd),
-                    "difficult": int(difficult),
-                }
-            )
-    categories = [
-        {"id": category_id, "name": name} for category_id, name in zip(data.category_ids, data.class_names, strict=True)
-    ]
+        columns = (image.boxes, image.labels, image.crowd, image.difficult, image.areas)
+        for box, label, crowd, difficult, area in zip(*(column.tolist() for column in columns), strict=True):
+            entry = {"id": len(annotations) + 1, "image_id": image.image_id, "category_id": data.category_ids[label]}
+            entry |= {"bbox": to_xywh(box), "area": area, "iscrowd": int(crowd), "difficult": int(difficult)}
+            annotations.append(entry)
+    names = zip(data.category_ids, data.class_names, strict=True)
+    categories = [{"id": category_id, "name": name} for category_id, name in names]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def to_coco_detections(found: dict[int, Detections], data: AnnotatedImages) -> list[dict[str, Any]]:
     """Detections by position as COCO's result records."""
     records = []
-    for position in sorted(found):
-        detections = found[position]
-        for box, score, label in zip(
-            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
-        ):
-            records.append(
-                {
-                    "image_id": data.images[position].image_id,
-                    "category_id": data.category_ids[label],
-                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-                    "score": score,
-                }
-            )
+    for position, detections in sorted(found.items()):
+        image_id, columns = data.images[position].image_id, detections[:3]
+        for box, score, label in zip(*(column.tolist() for column in columns), strict=True):
+            ids = {"image_id": image_id, "category_id": data.category_ids[label]}
+            records.append({**ids, "bbox": to_xywh(box), "score": score})
     return records
 
 
@@ -115,34 +97,31 @@ class BoxEvaluation(COCOeval):  # type: ignore[misc]  # pycocotools has no types
         self.category_ids = list(annotations.categories)
         number_of_image = {image.image_id: number for number, image in enumerate(annotations.images, start=1)}
         number_of_category = {category: number for number, category in enumerate(self.category_ids, start=1)}
+
+        def entry(image_id: Identifier, category_id: Identifier, box: Box, **values: Any) -> dict[str, Any]:
+            bbox = to_xywh(box)
+            ids = {"image_id": number_of_image[image_id], "category_id": number_of_category[category_id]}
+            return {**ids, "bbox": bbox, "iscrowd": 0, **values, "area": values.get("area") or bbox[2] * bbox[3]}
+
+        def index(entries: list[dict[str, Any]]) -> COCO:
+            coco = COCO()
+            coco.dataset = {
+                "images": [{"id": number} for number in number_of_image.values()],
+                "categories": [{"id": number} for number in number_of_category.values()],
+                "annotations": [{**values, "id": number} for number, values in enumerate(entries, start=1)],
+            }
+            coco.createIndex()
+            return coco
+
         objects = [
-            {
-                "image_id": number_of_image[image.image_id],
-                "category_id": number_of_category[entry.category_id],
-                **_xywh(entry),
-                "iscrowd": int(entry.crowd),
-                "difficult": entry.difficult,
-            }
+            entry(image.image_id, one.category_id, one.box, area=one.area, iscrowd=int(one.crowd), out=one.difficult)
             for image in annotations.images
-            for entry in image.objects
-            if entry.category_id is not None
+            for one in image.objects
+            if one.category_id is not None
         ]
-        found = [
-            {
-                "image_id": number_of_image[record.image_id],
-                "category_id": number_of_category[record.category_id],
-                **_xywh(record),
-                "iscrowd": 0,
-                "score": record.score,
-            }
-            for record in detections
-        ]
+        found = [entry(*record[:3], score=record.score) for record in detections]
         with contextlib.redirect_stdout(io.StringIO()):
-            super().__init__(
-                _coco(number_of_image.values(), number_of_category.values(), objects),
-                _coco(number_of_image.values(), number_of_category.values(), found),
-                "bbox",
-            )
+            super().__init__(index(objects), index(found), "bbox")
             self.params.maxDets = sorted({1, 10, COCO_LIMIT, max_detections})
             self.limit = self.params.maxDets.index(max_detections)
             self.evaluate()
@@ -152,7 +131,7 @@ class BoxEvaluation(COCOeval):  # type: ignore[misc]  # pycocotools has no types
         super()._prepare()
         for objects in self._gts.values():
             for annotation in objects:
-                annotation["ignore"] = bool(annotation["iscrowd"]) or bool(annotation["difficult"])
+                annotation["ignore"] = bool(annotation["iscrowd"]) or bool(annotation["out"])
 
     def average_precision(
         self, iou: float | None = None, area: str = "all", category: int | None = None, limit: int | None = None
@@ -176,57 +155,26 @@ class BoxEvaluation(COCOeval):  # type: ignore[misc]  # pycocotools has no types
         return _known_mean(self.eval["recall"][:, :, 0, self.params.maxDets.index(max_detections)])
 
 
-def _xywh(record: AnnotatedObject | DetectionRecord) -> dict[str, Any]:
-    x1, y1, x2, y2 = record.box
-    area = getattr(record, "area", None)
-    return {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1) if area is None else area}
-
-
-def _coco(images: Iterable[int], categories: Iterable[int], entries: list[dict[str, Any]]) -> COCO:
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": number} for number in images],
-        "categories": [{"id": number} for number in categories],
-        "annotations": [{**entry, "id": number} for number, entry in enumerate(entries, start=1)],
-    }
-    coco.createIndex()
-    return coco
-
-
 def _known_mean(values: np.ndarray) -> float | None:
     known = values[values > -1]
     return float(known.mean()) if known.size else None
 
 
-def coco_scores(
-    evaluation: BoxEvaluation,
-) -> tuple[dict[str, float | None], dict[Identifier, dict[str, float | None]]]:
-    """COCO's metrics in all, and AP, AP50 and AP75 by category id. None where there is no object to find."""
-    overall = {
-        "AP": evaluation.average_precision(),
-        "AP50": evaluation.average_precision(0.5),
-        "AP75": evaluation.average_precision(0.75),
-        "AP_small": evaluation.average_precision(area="small"),
-        "AP_medium": evaluation.average_precision(area="medium"),
-        "AP_large": evaluation.average_precision(area="large"),
-        "AR1": evaluation.average_recall(1),
-        "AR10": evaluation.average_recall(10),
-        "AR100": evaluation.average_recall(100),
-    }
+def coco_scores(evaluation: BoxEvaluation) -> tuple[Scores, dict[Identifier, Scores]]:
+    """COCO's metrics in all, and AP, AP50 and AP75 by category id."""
+    ious = {"AP": None, "AP50": 0.5, "AP75": 0.75}
+    precision = evaluation.average_precision
+    overall = {name: precision(iou) for name, iou in ious.items()}
+    overall |= {f"AP_{area}": precision(area=area) for area in ("small", "medium", "large")}
+    overall |= {f"AR{limit}": evaluation.average_recall(limit) for limit in (1, 10, COCO_LIMIT)}
     per_category = {
-        category_id: {
-            "AP": evaluation.average_precision(category=position),
-            "AP50": evaluation.average_precision(0.5, category=position),
-            "AP75": evaluation.average_precision(0.75, category=position),
-        }
+        category_id: {name: precision(iou, category=position) for name, iou in ious.items()}
         for position, category_id in enumerate(evaluation.category_ids)
     }
     return overall, per_category
 
 
-def score_iou_agreement(
-    evaluation: BoxEvaluation,
-) -> tuple[dict[str, float | None], dict[Identifier, dict[str, float | None]]]:
+def score_iou_agreement(evaluation: BoxEvaluation) -> tuple[Scores, dict[Identifier, Scores]]:
     """Whether the scores know which boxes are good, which is what Mutual Guidance is for.
 
     Of the detections that are right at IoU 0.5, as COCO matches them: Spearman's rank correlation of their score with
@@ -241,35 +189,28 @@ def score_iou_agreement(
     for of_image in evaluation.evalImgs:
         if of_image is None or of_image["aRng"] != evaluation.params.areaRng[0]:
             continue
-        image, number = of_image["image_id"], of_image["category_id"]
-        ious = evaluation.ious[image, number]  # (detections best first, objects in the order of the annotations)
-        position = {entry["id"]: place for place, entry in enumerate(evaluation._gts[image, number])}
-        for place, (confidence, object_id, ignored) in enumerate(
-            zip(of_image["dtScores"], of_image["dtMatches"][0], of_image["dtIgnore"][0], strict=True)
-        ):
-            if object_id > 0 and not ignored:
-                matched[evaluation.category_ids[number - 1]].append(
-                    (confidence, float(ious[place, position[int(object_id)]]))
-                )
+        key = of_image["image_id"], of_image["category_id"]
+        ious = evaluation.ious[key]  # (detections best first, objects in the order of the annotations)
+        position = {entry["id"]: place for place, entry in enumerate(evaluation._gts[key])}
+        columns = of_image["dtScores"], of_image["dtMatches"][0], of_image["dtIgnore"][0]
+        matched[evaluation.category_ids[key[1] - 1]] += [
+            (confidence, float(ious[place, position[int(object_id)]]))
+            for place, (confidence, object_id, ignored) in enumerate(zip(*columns, strict=True))
+            if object_id > 0 and not ignored
+        ]
 
-    by_category: dict[Identifier, dict[str, float | None]] = {}
+    by_category: dict[Identifier, Scores] = {}
     for category, pairs in matched.items():
-        scores, ious = np.array(pairs).reshape(-1, 2).T
-        varied = len(np.unique(scores)) > 1 and len(np.unique(ious)) > 1
-        correlation = float(spearmanr(scores, ious).statistic) if varied else None
-        by_category[category] = {
-            "score_iou_correlation": correlation,
-            "matched_iou": float(ious.mean()) if pairs else None,
-        }
+        confidences, ious = np.array(pairs).reshape(-1, 2).T
+        varied = len(np.unique(confidences)) > 1 and len(np.unique(ious)) > 1
+        correlation = float(spearmanr(confidences, ious).statistic) if varied else None
+        values = correlation, float(ious.mean()) if pairs else None
+        by_category[category] = dict(zip(AGREEMENT_METRICS, values, strict=True))
 
     def weighted_mean(metric: str) -> float | None:
-        known = [
-            (value, len(matched[category]))
-            for category, values in by_category.items()
-            if (value := values[metric]) is not None
-        ]
-        total = sum(count for _, count in known)
-        return sum(value * count for value, count in known) / total if total else None
+        known = {category: value for category, of in by_category.items() if (value := of[metric]) is not None}
+        counts = [len(matched[category]) for category in known]
+        return float(np.average(list(known.values()), weights=counts)) if known else None
 
     return {metric: weighted_mean(metric) for metric in AGREEMENT_METRICS}, by_category
 
@@ -286,46 +227,32 @@ def voc_average_precision(
     for image in annotations.images:
         for entry in image.objects:
             objects.setdefault((entry.category_id, image.image_id), []).append(entry)
-    by_category: dict[Identifier, list[DetectionRecord]] = {}
-    for record in detections:
-        by_category.setdefault(record.category_id, []).append(record)
-
-    def corners(records: Sequence[AnnotatedObject | DetectionRecord]) -> Tensor:
-        return torch.tensor([record.box for record in records], dtype=torch.float64).reshape(-1, 4)
+    boxes = {
+        key: torch.tensor([entry.box for entry in entries], dtype=torch.float64) for key, entries in objects.items()
+    }
+    skip = {key: [entry.difficult or entry.crowd for entry in entries] for key, entries in objects.items()}
+    right: dict[Identifier, list[float]] = {category_id: [] for category_id in annotations.categories}
+    taken: set[tuple[Any, ...]] = set()
+    for record in sorted(detections, key=lambda record: -record.score):
+        key, is_right = (record.category_id, record.image_id), 0.0
+        if key in boxes:
+            box = torch.tensor([record.box], dtype=torch.float64)
+            overlap, index = box_iou(box, boxes[key])[0].nan_to_num().max(0)
+            if overlap >= iou_threshold:
+                if skip[key][int(index)]:
+                    continue
+                is_right = float((key, int(index)) not in taken)
+                taken.add((key, int(index)))
+        right[record.category_id].append(is_right)
 
     scores: dict[Identifier, tuple[float | None, float | None]] = {}
-    for category_id in annotations.categories:
-        of_category = {
-            image_id: entries for (category, image_id), entries in objects.items() if category == category_id
-        }
-        boxes = {image_id: corners(entries) for image_id, entries in of_category.items()}
-        skip = {
-            image_id: [entry.difficult or entry.crowd for entry in of_category[image_id]] for image_id in of_category
-        }
-        num_objects = sum(len(flags) - sum(flags) for flags in skip.values())
+    for category_id, flags in right.items():
+        num_objects = sum(flags.count(False) for key, flags in skip.items() if key[0] == category_id)
+        found = np.cumsum(np.array(flags, dtype=float))
         if num_objects == 0:
             scores[category_id] = (None, None)
             continue
-        ranked = sorted(by_category.get(category_id, []), key=lambda record: -record.score)
-        taken = {image_id: [False] * len(flags) for image_id, flags in skip.items()}
-        right = np.zeros(len(ranked))
-        wrong = np.zeros(len(ranked))
-        for place, record in enumerate(ranked):
-            if record.image_id not in boxes:
-                wrong[place] = 1
-                continue
-            overlap, index = box_iou(corners([record]), boxes[record.image_id])[0].nan_to_num().max(0)
-            if overlap < iou_threshold:
-                wrong[place] = 1
-            elif skip[record.image_id][index]:
-                continue
-            elif taken[record.image_id][index]:
-                wrong[place] = 1
-            else:
-                right[place] = 1
-                taken[record.image_id][index] = True
-        recall = right.cumsum() / num_objects
-        precision = right.cumsum() / np.maximum(right.cumsum() + wrong.cumsum(), 1e-12)
+        recall, precision = found / num_objects, found / np.arange(1, len(found) + 1)
         at_recalls = [precision[recall >= level].max(initial=0.0) for level in np.linspace(0, 1, 11)]
         envelope = np.maximum.accumulate(precision[::-1])[::-1]
         area = float(np.sum(np.diff(recall, prepend=0.0) * envelope))
@@ -342,12 +269,9 @@ def merge_categories(
     if len(first) == len(id_of):
         return annotations, detections
     for image in annotations.images:
-        image.objects = [
-            replace(entry, category_id=id_of[entry.category_id])
-            for entry in image.objects
-            if entry.category_id is not None
-        ]
-    detections = [replace(record, category_id=id_of[record.category_id]) for record in detections]
+        known = [entry for entry in image.objects if entry.category_id is not None]
+        image.objects = [replace(entry, category_id=id_of[entry.category_id or 0]) for entry in known]
+    detections = [record._replace(category_id=id_of[record.category_id]) for record in detections]
     return CocoAnnotations(annotations.images, {category_id: name for name, category_id in first.items()}), detections
 
 
@@ -379,43 +303,32 @@ def score(
     records = parse_coco_detections(detections, sources[1], image_ids, annotations.categories, defects)
     refuse_fractions(annotations.images, sources[0])
     annotations, records = merge_categories(annotations, records)
-    num_objects: dict[Identifier | None, int] = {}
+    num_objects: Counter[Identifier | None] = Counter()
     most_objects = 0
     for image in annotations.images:
         wanted = Counter(entry.category_id for entry in image.objects if not entry.crowd and not entry.difficult)
         most_objects = max(most_objects, *wanted.values(), 0)
-        for category, count in wanted.items():
-            num_objects[category] = num_objects.get(category, 0) + count
+        num_objects.update(wanted)
     if max_detections is None:
         max_detections = COCO_LIMIT if most_objects <= COCO_LIMIT else CROWDED_LIMIT
     evaluation = BoxEvaluation(annotations, records, max_detections)
     overall, per_category = coco_scores(evaluation)
     agreement, agreement_per_category = score_iou_agreement(evaluation)
-    voc = voc_average_precision(annotations, records)
-    areas = [area for area, _ in voc.values() if area is not None]
-    elevens = [eleven for _, eleven in voc.values() if eleven is not None]
-    per_class = {}
-    for category_id, name in annotations.categories.items():
-        area, eleven = voc[category_id]
-        per_class[name] = {
-            "objects": num_objects.get(category_id, 0),
-            **per_category[category_id],
-            "VOC_AP50": area,
-            "VOC07_AP50": eleven,
-            **agreement_per_category[category_id],
-        }
-    limits: dict[str, float | None] = {"max_detections": max_detections, "most_objects_of_a_class": most_objects}
+    voc = {
+        category_id: dict(zip(("VOC_AP50", "VOC07_AP50"), values, strict=True))
+        for category_id, values in voc_average_precision(annotations, records).items()
+    }
+    for name in ("VOC_AP50", "VOC07_AP50"):
+        known = [value for of in voc.values() if (value := of[name]) is not None]
+        overall[name] = sum(known) / len(known) if known else None
+    per_class = {
+        name: {"objects": num_objects[of], **per_category[of], **voc[of], **agreement_per_category[of]}
+        for of, name in annotations.categories.items()
+    }
+    limits: Scores = {"max_detections": max_detections, "most_objects_of_a_class": most_objects}
     if max_detections != COCO_LIMIT:
         limits["AP_at_100"] = evaluation.average_precision(limit=evaluation.params.maxDets.index(COCO_LIMIT))
-    return {
-        **overall,
-        "VOC_AP50": sum(areas) / len(areas) if areas else None,
-        "VOC07_AP50": sum(elevens) / len(elevens) if elevens else None,
-        **agreement,
-        **limits,
-        "images": len(annotations.images),
-        "per_class": per_class,
-    }
+    return {**overall, **agreement, **limits, "images": len(annotations.images), "per_class": per_class}
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
@@ -425,15 +338,11 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
 
-    def cells(row: dict[str, Any]) -> str:
-        return "".join(f"{percent(row[name]):>12}" for name in columns)
-
     width = max([len(name) for name in metrics["per_class"]] + [8])
     lines = [f"{'':{width}}{'objects':>9}" + "".join(f"{name:>12}" for name in columns)]
-    for name, row in metrics["per_class"].items():
-        lines.append(f"{name:{width}}{row['objects']:>9}{cells(row)}")
     objects = sum(row["objects"] for row in metrics["per_class"].values())
-    lines.append(f"{'all':{width}}{objects:>9}{cells(metrics)}")
+    for name, row in [*metrics["per_class"].items(), ("all", {**metrics, "objects": objects})]:
+        lines.append(f"{name:{width}}{row['objects']:>9}" + "".join(f"{percent(row[key]):>12}" for key in columns))
     small, medium, large = (percent(metrics[f"AP_{size}"]) for size in ("small", "medium", "large"))
     lines.append(f"AP of small objects {small}, medium {medium}, large {large}; {metrics['images']} images")
     correlation, matched_iou = ("-" if metrics[name] is None else f"{metrics[name]:.3f}" for name in AGREEMENT_METRICS)

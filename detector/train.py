@@ -1,7 +1,7 @@
 """Trains a detector with Mutual Guidance, on one device or, under torchrun, on several.
 
-    python -m detector.train --data VOCdevkit --format voc --model fssd --backbone resnet18 --strategy mutual
-    torchrun --nproc-per-node 8 -m detector.train --data coco --format coco --model retinanet --backbone vgg16_bn
+    python -m detector.train --data VOCdevkit --model fssd --backbone resnet18 --strategy mutual
+    torchrun --nproc-per-node 8 -m detector.train --data coco --model retinanet --backbone vgg16_bn
 
 Everything random follows from --seed, the step and the image, and from nothing else. So a run interrupted anywhere and
 continued with --resume ends in the same weights, bit for bit, as one that was not, and two strategies see the same
@@ -46,135 +46,134 @@ from detector.batches import (
 from detector.checkpoint import (
     check_resumed,
     data_fingerprint,
+    initialize_from,
     load_entry,
     read_checkpoint,
     save_atomically,
     save_best,
 )
-from detector.data import Defects, default_splits, note_small_objects, read_data
+from detector.data import (
+    Defects,
+    check_classes,
+    default_splits,
+    has_split,
+    hold_out,
+    note_small_objects,
+    read_data,
+    recognize_format,
+)
 from detector.detectors import MODELS, OneStageDetector, make_detector
 from detector.evaluate import evaluate
 from detector.loss import BOX_LOSSES, detection_loss
-from detector.outputs import prepare_folder, strict_json, write_json
-from detector.program import default_device, device_name, input_side, real_number, run_program, whole_number
-from detector.run_log import RunLog
+from detector.outputs import strict_json, write_json
+from detector.program import (
+    add_data_arguments,
+    default_device,
+    device_name,
+    input_side,
+    real_number,
+    run_program,
+    whole_number,
+)
+from detector.run_log import RunLog, claim_folder
 from detector.scores import format_metrics, score, to_coco_ground_truth
+from detector.watches import LossWatch, Stopwatch
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags, with the defaults that depend on other flags filled in."""
-    cpus = os.cpu_count() or 1
+    positive, share, shrinking = real_number(0, above=True), real_number(0, 1), real_number(0, 1, below=True)
     parser = argparse.ArgumentParser(
         "python -m detector.train",
         description="Trains FSSD, RetinaNet or RFBNet with one of the four matching strategies, and evaluates it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, required=True, help="folder of the data set")
-    data.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out")
-    data.add_argument("--train-split", help="by default VOC 07+12 trainval or train2017, where they are, or train")
-    data.add_argument("--eval-split", help="by default VOC2007/test or val2017, where they are, or val")
-    data.add_argument("--classes", help="comma-separated classes to learn; by default all of the training split")
-    data.add_argument("--cache", action="store_true", help="decode all training images once, into memory")
-    data.add_argument(
-        "--workers",
-        type=whole_number(0),
-        help="processes that prepare batches; by default 1 on the CPU, up to 12 on a GPU",
-    )
+    group = parser.add_argument_group("data")
+    add_data_arguments(group)
+    add = group.add_argument
+    add("--train-split", help="by default VOC 07+12 trainval or train2017, where they are, or train")
+    add("--eval-split", help="by default VOC2007/test or val2017, where they are, or val, or test")
+    fraction = real_number(0, 1, above=True, below=True)
+    add("--val-fraction", type=fraction, help="hold out this share of the training split to evaluate on, such as 0.2")
+    add("--classes", help="comma-separated classes to learn; by default all of the training split")
+    add("--cache", action="store_true", help="decode all training images once, into memory")
+    add("--workers", type=whole_number(0), help="processes that prepare batches; by default 1, up to 12 on a GPU")
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODELS, default="fssd", help="architecture")
-    model.add_argument("--backbone", choices=BACKBONES, default="resnet18", help="feature extractor")
-    model.add_argument(
-        "--backbone-weights", default="imagenet", help="imagenet (torchvision's), none, or a state dict's file"
-    )
-    model.add_argument(
-        "--image-size", type=input_side, default=320, help="side of the input in pixels, a multiple of 32"
-    )
-    model.add_argument(
-        "--anchor-size",
-        type=real_number(0, above=True),
-        default=BASE_SIZE,
-        help="side of the smallest anchor in pixels of the input; smaller for small objects or small inputs",
-    )
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=MODELS, default="fssd", help="architecture")
+    add("--backbone", choices=BACKBONES, default="resnet18", help="feature extractor")
+    add("--backbone-weights", help="imagenet (torchvision's, the default), none, or a state dict's file")
+    add("--init-from", type=Path, help="checkpoint to start from: all of it that fits, in place of --backbone-weights")
+    add("--image-size", type=input_side, default=320, help="side of the input in pixels, a multiple of 32")
+    smaller = "side of the smallest anchor in pixels of the input; smaller for small objects or small inputs"
+    add("--anchor-size", type=positive, default=BASE_SIZE, help=smaller)
 
-    matching = parser.add_argument_group("matching and losses")
-    matching.add_argument(
-        "--strategy", choices=tuple(mg_ops.matching.STRATEGIES), default="mutual", help="rows of Table 1"
-    )
-    matching.add_argument(
-        "--sigma", type=real_number(1, above=True), default=2.0, help="degree of amplification (Eq. 1)"
-    )
-    matching.add_argument("--backend", help="of mg_ops.mutual_match; by default the best one for the device")
-    matching.add_argument(
-        "--focal-alpha", type=real_number(0, 1), default=0.25, help="weight of positives in the focal loss"
-    )
-    matching.add_argument("--focal-gamma", type=real_number(0), default=2.0, help="exponent of the focal loss")
-    matching.add_argument(
-        "--box-loss",
-        choices=tuple(BOX_LOSSES),
-        default="balanced_l1",
-        help="Balanced L1 by its paper, or as the code released with Mutual Guidance has it",
-    )
-    matching.add_argument("--box-weight", type=real_number(0), default=1.0, help="weight of the box loss")
+    add = parser.add_argument_group("matching and losses").add_argument
+    add("--strategy", choices=tuple(mg_ops.matching.STRATEGIES), default="mutual", help="rows of Table 1")
+    add("--sigma", type=real_number(1, above=True), default=2.0, help="degree of amplification (Eq. 1)")
+    add("--backend", help="of mg_ops.mutual_match; by default the best one for the device")
+    add("--focal-alpha", type=share, default=0.25, help="weight of positives in the focal loss")
+    add("--focal-gamma", type=real_number(0), default=2.0, help="exponent of the focal loss")
+    released = "Balanced L1 by its paper, or as the code released with Mutual Guidance has it"
+    add("--box-loss", choices=tuple(BOX_LOSSES), default="balanced_l1", help=released)
+    add("--box-weight", type=real_number(0), default=1.0, help="weight of the box loss")
 
-    schedule = parser.add_argument_group("optimization")
-    schedule.add_argument("--epochs", type=whole_number(1), help="by default 250 for voc and 140 for coco")
-    schedule.add_argument("--batch", type=whole_number(1), default=32, help="images per step, over all processes")
-    schedule.add_argument("--lr", type=real_number(0), default=0.01, help="learning rate after warm-up")
-    schedule.add_argument(
-        "--warmup", type=whole_number(0), default=500, help="steps of linear warm-up, a tenth of the run at most"
-    )
-    schedule.add_argument("--momentum", type=real_number(0, 1, below=True), default=0.9, help="of SGD")
-    schedule.add_argument(
-        "--weight-decay", type=real_number(0), default=5e-4, help="on convolution weights; none on biases and norms"
-    )
-    schedule.add_argument(
-        "--ema",
-        type=real_number(0, 1, below=True),
-        default=0.0,
-        help="decay of averaged weights, such as 0.9998; 0 keeps none",
-    )
-    schedule.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="autocast of the network")
-    schedule.add_argument(
-        "--seed", type=whole_number(0, MAX_SEED), default=0, help="of weights, order and augmentation"
-    )
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=whole_number(1), help="by default 140 for coco and 250 for the others")
+    add("--batch", type=whole_number(1), default=32, help="images per step, over all processes")
+    add("--lr", type=real_number(0), default=0.01, help="learning rate after warm-up")
+    add("--warmup", type=whole_number(0), default=500, help="steps of linear warm-up, a tenth of the run at most")
+    add("--momentum", type=shrinking, default=0.9, help="of SGD")
+    add("--weight-decay", type=real_number(0), default=5e-4, help="on convolution weights; none on biases and norms")
+    add("--ema", type=shrinking, default=0.0, help="decay of averaged weights, such as 0.9998; 0 keeps none")
+    autocast = "autocast of the network; auto: the fastest that the device has instructions for"
+    add("--amp", choices=("none", "auto", "bf16", "fp16"), default="none", help=autocast)
+    add("--seed", type=whole_number(0, MAX_SEED), default=0, help="of weights, order and augmentation")
 
-    running = parser.add_argument_group("running")
-    running.add_argument(
-        "--device", type=device_name, default=default_device(), help="cpu or cuda; under torchrun one GPU a process"
-    )
-    running.add_argument("--compile", action="store_true", help="torch.compile the network")
-    running.add_argument("--sync-batch-norm", action="store_true", help="batch statistics over all GPUs")
-    running.add_argument(
-        "--deterministic", action="store_true", help="deterministic kernels: runs on a GPU repeat bit for bit"
-    )
-    running.add_argument(
-        "--out", type=Path, help="folder of the run; by default runs/MODEL-BACKBONE-STRATEGY-SIZE-seedN"
-    )
-    running.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
-    running.add_argument(
-        "--eval-every", type=whole_number(0), default=0, help="epochs between evaluations; 0 evaluates at the end only"
-    )
-    running.add_argument("--save-minutes", type=real_number(0), default=10.0, help="minutes between checkpoints")
-    running.add_argument("--log-every", type=whole_number(1), default=20, help="steps between log entries")
+    add = parser.add_argument_group("running").add_argument
+    add("--device", type=device_name, default=default_device(), help="cpu or cuda; under torchrun one GPU a process")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--sync-batch-norm", action="store_true", help="batch statistics over all GPUs")
+    add("--deterministic", action="store_true", help="deterministic kernels: runs on a GPU repeat bit for bit")
+    add("--out", type=Path, help="folder of the run; by default runs/DATA-MODEL-BACKBONE-STRATEGY-SIZE-...-seedN")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one; also to more --epochs")
+    add("--eval-every", type=whole_number(0), default=0, help="epochs between evaluations; 0 is at the end only")
+    add("--save-minutes", type=real_number(0), default=10.0, help="minutes between checkpoints")
+    add("--log-every", type=whole_number(1), default=20, help="steps between log entries")
     args = parser.parse_args(argv)
 
-    train_split, eval_split = default_splits(args.data, args.format)
-    args.train_split = args.train_split or train_split
-    args.eval_split = args.eval_split or eval_split
-    if args.epochs is None:
-        args.epochs = 250 if args.format == "voc" else 140
+    if args.backbone_weights is None:
+        args.backbone_weights = "none" if args.init_from is not None else "imagenet"
     if args.workers is None:
-        args.workers = 1 if args.device == "cpu" else min(12, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if args.out is None:
-        args.out = Path("runs") / f"{args.model}-{args.backbone}-{args.strategy}-{args.image_size}-seed{args.seed}"
+        cpus = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        args.workers = 1 if args.device == "cpu" else min(12, cpus)
     if args.anchor_size > args.image_size:
         parser.error(f"--anchor-size: expected at most --image-size, {args.image_size}, got {args.anchor_size:g}")
+    if args.val_fraction is not None and args.eval_split is not None:
+        parser.error("expected --val-fraction or --eval-split, got both")
     names = split_class_names(args.classes)
     if names is not None and (not all(names) or len(set(names)) < len(names)):
         parser.error(f"--classes: expected names, each once, with commas between them, got {args.classes!r}")
+    if args.format != "auto":
+        settle_format(args)
     return args
+
+
+def settle_format(args: argparse.Namespace) -> None:
+    """Fills in how the data is laid out, and the flags that depend on it.
+
+    Raises:
+        ValueError: there is no such folder, or it does not tell.
+    """
+    args.format = recognize_format(args.data, args.format)
+    train_split, eval_split = default_splits(args.data, args.format)
+    args.train_split = args.train_split or train_split
+    args.eval_split = (args.eval_split or eval_split) if args.val_fraction is None else None
+    if args.epochs is None:
+        args.epochs = 140 if args.format == "coco" else 250
+    if args.out is None:
+        name = "-".join([args.data.resolve().name, args.model, args.backbone, args.strategy, str(args.image_size)])
+        args.out = Path("runs") / f"{name}-lr{args.lr:g}-{args.epochs}epochs-seed{args.seed}"
 
 
 def split_class_names(classes: str | None) -> list[str] | None:
@@ -191,70 +190,23 @@ def learning_rate(step: int, num_steps: int, peak: float, warmup: int, lowest: f
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class Stopwatch:
-    """Adds up the time between `start` and `stop`: on a GPU by its events, which do not hold it up."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.pairs: list[tuple[Any, Any]] = []
-        self.running: Any = None
-
-    def _now(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def start(self) -> None:
-        """Begins an interval."""
-        self.running = self._now()
-
-    def stop(self) -> None:
-        """Ends it."""
-        self.pairs.append((self.running, self._now()))
-
-    def read(self) -> float:
-        """Seconds since the last reading; waits for the GPU."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            seconds: float = sum(start.elapsed_time(stop) / 1000 for start, stop in self.pairs)
-        else:
-            seconds = sum(stop - start for start, stop in self.pairs)
-        self.pairs.clear()
-        return seconds
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16; without them it is many times slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    cpu = Path("/proc/cpuinfo")
+    return cpu.is_file() and "bf16" in cpu.read_text(errors="replace")
 
 
-class LossWatch:
-    """Stops training at a loss that is not finite; looks one step late, so that the GPU does not wait."""
-
-    def __init__(self) -> None:
-        self.pending: tuple[torch.Tensor, Any, int, list[str]] | None = None
-
-    def watch(self, loss: torch.Tensor, step: int, image_names: list[str]) -> None:
-        """Looks at the loss before this one, and keeps this one for the next look."""
-        self.check()
-        copy, copied = loss.detach(), None
-        if copy.is_cuda:
-            copy = copy.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        self.pending = copy, copied, step, image_names
-
-    def check(self) -> None:
-        """Raises FloatingPointError for the loss watched last, with its images."""
-        if self.pending is None:
-            return
-        loss, copied, step, image_names = self.pending
-        self.pending = None
-        if copied is not None:
-            copied.synchronize()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {step}, in a batch of the images {', '.join(image_names)}. "
-                "The last checkpoint is from before it. "
-                "A lower --lr, a longer --warmup or --amp bf16 in place of fp16 may help."
-            )
+def choose_amp(amp: str, device: torch.device, say: Callable[..., None]) -> str:
+    """What --amp auto is on a device; says so where another choice would be faster."""
+    if amp == "auto":
+        amp = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else "none"
+        say(f"--amp auto: {amp}")
+    elif amp == "bf16" and not has_bfloat16(device):
+        say(f"warning: --amp bf16: this {device.type} has no bfloat16 instructions and emulates them, slower than "
+            "float32 by far; --amp auto chooses what it has")  # fmt: skip
+    return amp
 
 
 @contextlib.contextmanager
@@ -279,13 +231,8 @@ def make_matcher(args: argparse.Namespace, device: torch.device) -> mg_ops.Mutua
 
 
 def check_batch_norm(model: nn.Module, share: int, args: argparse.Namespace) -> None:
-    """Raises ValueError if batch normalization would meet a single value a channel, which it cannot train on.
-
-    Args:
-        model: the detector.
-        share: the fewest images that a process gets in a step.
-        args: for the message.
-    """
+    """Raises ValueError if batch normalization would meet a single value a channel, which it cannot train on, where
+    some step has `share` images for a process."""
     shapes_only = copy.deepcopy(model).to("meta").train()
     images = torch.empty(share, 3, args.image_size, args.image_size, dtype=torch.uint8, device="meta")
     try:
@@ -307,8 +254,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         OSError: a file cannot be read or written.
         FloatingPointError: a loss that is not finite.
     """
-    args = parse_arguments(argv)
+    with contextlib.ExitStack() as held:
+        return train(parse_arguments(argv), held)
 
+
+RUN_FILES = ("last.pt", "best.pt", "best.safetensors", "log.jsonl", "results.json", "detections.json")
+"""What a run writes into its folder."""
+
+
+def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any]:
+    """`main`; what it holds until its end, it gives to `held`."""
     # ---- Processes: one, or those of torchrun
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, num_processes = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if distributed else (0, 1)
@@ -323,37 +278,55 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if distributed:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     is_first = rank == 0
-    say = print if is_first else (lambda *words: None)
+
+    def say(text: str) -> None:
+        if is_first:
+            tqdm.write(text)
+            sys.stdout.flush()
+
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
     matcher = make_matcher(args, device)
 
-    # ---- The run's folder, and the checkpoint to resume from
-    checkpoint_file = args.out / "last.pt"
-    held = [name for name in ("last.pt", "best.pt") if (args.out / name).is_file()]
-    if held and not (args.resume and "last.pt" in held):
-        raise ValueError(
-            f"{args.out} already holds a run ({', '.join(held)}): pass --resume to continue last.pt, or another --out"
-        )
+    # ---- The run's folder, and the checkpoint to resume or to start from
+    if args.format == "auto":
+        settle_format(args)
+        say(f"{args.data}: recognized as {args.format.upper()}")
     if is_first:
-        written = ("last.pt", "best.pt", "best.safetensors", "log.jsonl", "results.json", "detections.json")
-        prepare_folder(args.out, written)
+        held.enter_context(claim_folder(args.out, RUN_FILES))
+    checkpoint_file = args.out / "last.pt"
+    there = [name for name in ("last.pt", "best.pt") if (args.out / name).is_file()]
+    if there and not (args.resume and "last.pt" in there):
+        raise ValueError(
+            f"{args.out} already holds a run ({', '.join(there)}): pass --resume to continue last.pt, or another --out"
+        )
     resumed = read_checkpoint(checkpoint_file) if args.resume and checkpoint_file.is_file() else None
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    initial = read_checkpoint(args.init_from) if args.init_from is not None and resumed is None else None
+    is_auto = args.amp == "auto"
+    args.amp = resumed["arguments"]["amp"] if resumed is not None and is_auto else choose_amp(args.amp, device, say)
 
     # ---- Data
-    train_data = read_data(args.data, args.format, args.train_split, split_class_names(args.classes))
-    eval_data = read_data(args.data, args.format, args.eval_split, train_data.class_names)
+    wanted = split_class_names(args.classes)
+    train_data = read_data(args.data, args.format, args.train_split, wanted)
+    if wanted is not None:
+        check_classes(train_data, wanted)
+    if args.val_fraction is not None:
+        train_data, eval_data = hold_out(train_data, args.val_fraction, args.seed)
+    else:
+        if not has_split(args.data, args.format, args.eval_split):
+            raise ValueError(
+                f"--eval-split: no split {args.eval_split!r} in {args.data}; --val-fraction 0.2 holds out a fifth of "
+                f"{args.train_split!r}"
+            )
+        eval_data = read_data(args.data, args.format, args.eval_split, train_data.class_names)
+    held_out = [image.name for image in eval_data.images] if args.val_fraction is not None else None
     note_small_objects(train_data, args.image_size)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     data_mark = {"images": len(train_data.images), "fingerprint": data_fingerprint(train_data)}
     if resumed is not None:
         check_resumed(resumed, checkpoint_file, arguments, train_data.class_names, data_mark)
-    if not any((~image.crowd).any() for image in train_data.images):
-        raise ValueError(
-            f"{args.data}: no object to train on in split {train_data.name!r}\n{train_data.defects.report()}"
-        )
     say(f"training on {train_data.summary()}\nevaluating on {eval_data.summary()}")
     decoded = decode_all(train_data) if args.cache else None
     start_step = resumed["step"] if resumed is not None else 0
@@ -369,10 +342,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = make_detector(args.model, args.backbone, args.image_size, len(train_data.class_names), args.anchor_size)
     if not (args.sync_batch_norm and num_processes > 1):
         check_batch_norm(model, sampler.smallest_share(), args)
-    if resumed is None:
-        load_backbone_weights(model.backbone, args.backbone, args.backbone_weights)
-    else:
+    if resumed is not None:
         load_entry(model, resumed, "model", checkpoint_file)
+    else:
+        load_backbone_weights(model.backbone, args.backbone, args.backbone_weights)
+    if initial is not None:
+        say(f"--init-from {args.init_from}: {initialize_from(model, initial, train_data.class_names)}")
     model.to(device)
     if args.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -405,6 +380,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         network = cast(nn.Module, torch.compile(network))  # declared as a function, whatever it compiles
     box_coder = matcher.box_coder
     assert box_coder is not None  # make_matcher gives it one
+    evaluated = cast(OneStageDetector, average.module) if average is not None else model
+
+    saved_step = start_step
 
     def checkpoint_of(step: int) -> dict[str, Any]:
         return {
@@ -416,41 +394,41 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "arguments": arguments,
             "class_names": train_data.class_names,
             "data": data_mark,
+            "held_out": held_out,
         }
 
     def save(step: int) -> None:
+        nonlocal saved_step
         losses.check()
         if is_first:
             save_atomically(checkpoint_of(step), checkpoint_file)
-
-    def run_evaluation(step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        metrics, detections = evaluate(
-            cast(OneStageDetector, average.module) if average is not None else model,
-            eval_data,
-            args.image_size,
-            device,
-            batch_size=args.batch,
-            num_workers=args.workers,
-            amp=autocast_type,
-        )
-        if is_first:
-            save_best(checkpoint_of(step), metrics["AP"], args.out)
-        return metrics, detections
+        saved_step = step
 
     if is_first:  # what is done with the results of hours is tried before them
         ground_truth = to_coco_ground_truth(eval_data)
         strict_json([ground_truth, format_metrics(score(ground_truth, [])), arguments])
+        if held_out is not None:
+            write_json(args.out / "held_out.json", held_out, indent=1)
+        if start_step < num_steps:
+            (args.out / "results.json").unlink(missing_ok=True)  # of the run before more epochs were asked for
     run_log = RunLog(args.out, start_step) if is_first else None
 
     def log(entry: dict[str, Any], step: int) -> None:
         if run_log is not None:
             run_log.add(entry, step)
 
-    # ---- SIGTERM and SIGINT: finish the step, save, exit
+    if resumed is not None and resumed["arguments"].get("epochs", args.epochs) != args.epochs:
+        say(f"--epochs raised from {resumed['arguments']['epochs']} to {args.epochs}")
+        log({"step": start_step, "epochs_before": resumed["arguments"]["epochs"], "epochs": args.epochs}, start_step)
+
+    # ---- SIGTERM and SIGINT: finish the step, save, exit; an evaluation, before which all is saved, is left at once
     received: list[int] = []
+    evaluating = False
 
     def remember_signal(signal_number: int, frame: FrameType | None) -> None:
         received.append(signal_number)
+        if evaluating:
+            raise SystemExit(128 + signal_number)
 
     previous_handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -466,18 +444,41 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 
+    def save_and_evaluate(step: int, epochs_done: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        nonlocal evaluating
+        save(step)
+        evaluating = True
+        try:
+            if received:
+                raise SystemExit(128 + received[0])
+            metrics, detections = evaluate(
+                evaluated,
+                eval_data,
+                args.image_size,
+                device,
+                batch_size=args.batch,
+                num_workers=args.workers,
+                amp=autocast_type,
+            )
+            if is_first:
+                save_best(checkpoint_of(step), metrics["AP"], args.out)
+            scores = {f"eval_{name}": metrics[name] for name in ("AP", "AP50", "AP75", "VOC_AP50")}
+            at = step - 1 if step < num_steps else step
+            log({"step": at, "epoch": epochs_done, **scores}, at)
+            if run_log is not None:
+                run_log.add_pictures(evaluated, eval_data, args.image_size, args.sigma, at)
+        finally:
+            evaluating = False
+        return metrics, detections
+
     # ---- Training
     losses, met = LossWatch(), Defects()
     matching_time, step_time, waiting = Stopwatch(device), Stopwatch(device), 0.0
     images_since, images_done = 0, sampler.start_of(start_step)
-    logged_at = saved_at = time.perf_counter()
+    logged_at = saved_at = said_at = time.perf_counter()
+    # Where it is no terminal, lines take the place of the bar.
     progress = tqdm(
-        total=sampler.total,
-        initial=images_done,
-        unit="img",
-        disable=not is_first,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
+        total=sampler.total, initial=images_done, unit="img", disable=None if is_first else True, dynamic_ncols=True
     )
     network.train()
     batches = load_batches(
@@ -566,13 +567,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 entry["images_per_second"] = images_since / seconds
                 entry["matching_share"] = matching_time.read() / max(step_time.read(), 1e-9)
                 entry["waiting_share"] = waiting / seconds
+                if is_first:  # of the images of this process
+                    summary = mg_ops.summarize(match, gt_boxes, gt_offsets=gt_offsets, gt_crowd=gt_crowd).as_dict()
+                    entry |= {f"match/{name}": float(value) for name, value in summary.items()}
                 logged_at, images_since, waiting = now, 0, 0.0
                 log(entry, step)
-                progress.set_postfix_str(
+                shown = (
                     f"loss {entry['loss']:.3f} = cls {entry['cls_loss']:.3f} + box {entry['box_loss']:.3f}, "
                     f"lr {lr:.1e}, matching {100 * entry['matching_share']:.0f}%, "
                     f"waiting for data {100 * entry['waiting_share']:.0f}%"
                 )
+                progress.set_postfix_str(shown)
+                if progress.disable and (now - said_at > 30 or is_last or step == start_step):
+                    speed = f"{entry['images_per_second']:.1f} images/s"
+                    say(
+                        f"step {step + 1} of {num_steps}, epoch {entry['epoch']:.2f} of {args.epochs}: {shown}, {speed}"
+                    )
+                    said_at = now
 
             # ---- Checkpoints, evaluation, signals
             if time.perf_counter() - saved_at > 60 * args.save_minutes and not is_last:
@@ -580,25 +591,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 saved_at = time.perf_counter()
             if must_stop(step) and not is_last:
                 save(step + 1)
-                stopped_by = signal.Signals(received[0] if received else signal.SIGTERM)
-                say(f"\n{stopped_by.name}: saved step {step + 1} of {num_steps}; --resume continues it")
-                raise SystemExit(128 + stopped_by)
+                raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
             epochs_before, epochs_done = images_before // len(train_data.images), images_done // len(train_data.images)
             if args.eval_every and not is_last and epochs_done // args.eval_every > epochs_before // args.eval_every:
-                with saving_on_error(save, step + 1):
-                    metrics, _ = run_evaluation(step + 1)
-                log({"step": step, "epoch": epochs_done, **{f"eval_{name}": metrics[name] for name in EVALUATED}}, step)
-                logged_at = time.perf_counter()
+                save_and_evaluate(step + 1, epochs_done)
+                logged_at = saved_at = time.perf_counter()
+        progress.close()
+        batches.close()
+        metrics, detections = save_and_evaluate(num_steps, args.epochs)
+    except SystemExit as stop:
+        name = signal.Signals(stop.code - 128).name if isinstance(stop.code, int) and stop.code > 128 else "stopped"
+        say(f"\n{name}: saved step {saved_step} of {num_steps}; --resume continues it")
+        raise
     finally:
         progress.close()
         batches.close()
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
-    # ---- The end: checkpoint, evaluation, results.json
-    save(num_steps)
-    metrics, detections = run_evaluation(num_steps)
-    log({"step": num_steps, "epoch": args.epochs, **{f"eval_{name}": metrics[name] for name in EVALUATED}}, num_steps)
+    # ---- The end: results.json
     if distributed:
         everywhere: list[Any] = [None] * num_processes
         torch.distributed.all_gather_object(everywhere, met.found)
@@ -607,10 +618,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 for where in places:
                     met.add(kind, where)
     metrics["arguments"] = arguments
-    metrics["defects"] = {
-        "train": {**train_data.defects.counts(), **met.counts()},
-        "eval": eval_data.defects.counts(),
-    }
+    train_defects = {**train_data.defects.counts(), **met.counts()}
+    metrics["defects"] = {"train": train_defects, "eval": eval_data.defects.counts()}
     if run_log is not None:
         run_log.close()
         write_json(args.out / "detections.json", detections)
@@ -622,9 +631,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if distributed:
         torch.distributed.destroy_process_group()
     return metrics
-
-
-EVALUATED = ("AP", "AP50", "AP75", "VOC_AP50")
 
 
 if __name__ == "__main__":

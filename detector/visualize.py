@@ -12,6 +12,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -20,68 +21,76 @@ from torchvision.transforms import v2
 
 import mg_ops
 from detector.checkpoint import load_detector
-from detector.data import AnnotatedImage, AnnotatedImages, LoadedImage, default_splits, load_image, read_data
+from detector.data import AnnotatedImage, AnnotatedImages, LoadedImage, load_image
 from detector.detectors import OneStageDetector
+from detector.evaluate import read_split
 from detector.images import CANNOT_BE_DECODED, OTHER_PROPORTIONS, decode
 from detector.inference import Detections, detect
 from detector.outputs import prepare_folder
-from detector.program import real_number, run_program, whole_number
+from detector.program import add_data_arguments, real_number, run_program, whole_number
 from detector.run_log import read_log
 
 mpl.rcParams["text.parse_math"] = False  # names may have dollar signs
 
 RED, GREEN, YELLOW = "#e6194b", "#3cb44b", "#ffe119"
+DASHES = (0, (3, 3))
+
+
+def make_panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes [row, column], each of so many inches."""
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+
+
+def colors_of(names: list[str]) -> dict[str, str]:
+    """A color for each name."""
+    palette = mpl.color_sequences["tab10" if len(names) <= 10 else "tab20"]
+    return {name: mpl.colors.to_hex(palette[place % len(palette)]) for place, name in enumerate(names)}
 
 
 def plot_amplification(sigmas: list[float]) -> Figure:
     """Figure 3: the amplified IoU (Eq. 1) over the anchor's IoU, for classification scores from 0 to 1."""
     iou = torch.linspace(0, 1, 201)
-    figure, axes = plt.subplots(
-        1, len(sigmas), figsize=(3.1 * len(sigmas), 3.6), sharey=True, layout="constrained", squeeze=False
-    )
+    figure, axes = make_panels(1, len(sigmas), 3.1, 3.6, sharey=True)
     scores = [0.0, 0.25, 0.5, 0.75, 1.0]
     colors = mpl.colormaps["viridis"](torch.linspace(0.9, 0, len(scores)).numpy())
     for axis, sigma in zip(axes[0], sigmas, strict=True):
         for score, color in zip(scores, colors, strict=True):
             axis.plot(iou, iou ** ((sigma - score) / sigma), color=color, label=f"p = {score:g}")
-        axis.set(
-            title=f"\N{GREEK SMALL LETTER SIGMA} = {sigma:g}",
-            xlabel="IoU of the anchor",
-            xlim=(0, 1),
-            ylim=(0, 1),
-            box_aspect=1,
-        )
+        title = f"\N{GREEK SMALL LETTER SIGMA} = {sigma:g}"
+        axis.set(title=title, xlabel="IoU of the anchor", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("amplified IoU")
     axes[0, -1].legend(fontsize="small", loc="lower right", title="score of the class", title_fontsize="small")
     return figure
 
 
-def draw_boxes(
-    axis: Axes, boxes: Tensor, color: str, width: float = 1.2, style: Any = "-", opacity: float = 0.0
-) -> None:
-    """Outlines boxes (K, 4), (x1, y1, x2, y2) in pixels, on a picture, and tints what is in them by the opacity."""
-    for x1, y1, x2, y2 in boxes.tolist():
-        corner, box_width, box_height = (x1, y1), x2 - x1, y2 - y1
-        if opacity:
-            axis.add_patch(Rectangle(corner, box_width, box_height, facecolor=color, alpha=opacity))
-        axis.add_patch(
-            Rectangle(corner, box_width, box_height, fill=False, edgecolor=color, linewidth=width, linestyle=style)
-        )
+def draw_boxes(axis: Axes, boxes: Tensor, color: str, width: float = 1.2, style: Any = "-", alpha: float = 1) -> None:
+    """Outlines boxes (K, 4), (x1, y1, x2, y2) in pixels, on a picture."""
+    patches = [Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes.tolist()]
+    outline = {"facecolor": "none", "edgecolor": color, "linewidth": width, "linestyle": style, "alpha": alpha}
+    axis.add_collection(PatchCollection(patches, **outline))
+
+
+def draw_anchors(axis: Axes, anchors: Tensor, color: str) -> None:
+    """Outlines anchors (K, 4) and dots their centers. The more there are, the fainter: a large object has many."""
+    draw_boxes(axis, anchors, color, alpha=max(min(8 / max(len(anchors), 1), 1), 0.12))
+    center = (anchors[:, :2] + anchors[:, 2:]) / 2
+    axis.scatter(center[:, 0], center[:, 1], s=9, color=color, edgecolors="black", linewidths=0.3, zorder=2)
 
 
 def draw_objects(axis: Axes, boxes: Tensor) -> None:
     """Outlines annotated objects (G, 4): white dashes on black, seen on any background."""
     draw_boxes(axis, boxes, "black", width=1.8)
-    draw_boxes(axis, boxes, "white", width=1.2, style=(0, (3, 3)))
+    draw_boxes(axis, boxes, "white", style=DASHES)
 
 
-def object_handle() -> tuple[Line2D, Line2D]:
-    """What `draw_objects` draws, for a legend."""
-    return (
-        Line2D([], [], color="black", linewidth=1.8),
-        Line2D([], [], color="white", linewidth=1.2, linestyle=(0, (3, 3))),
-    )
+def add_legend(figure: Figure, colors: dict[str, str], objects: str, columns: int) -> None:
+    """What the colors mean, by name, and what `draw_objects` draws; below the panels."""
+    handles: list[Any] = [Line2D([], [], color=color, linewidth=1.6) for color in colors.values()]
+    dashes = Line2D([], [], color="white", linewidth=1.2, linestyle=DASHES)
+    handles.append((Line2D([], [], color="black", linewidth=1.8), dashes))
+    figure.legend(handles, [*colors, objects], loc="outside lower center", ncols=columns, fontsize="small")
 
 
 def show_image(axis: Axes, image: Tensor, title: str) -> None:
@@ -108,21 +117,17 @@ def plot_assignment(
     model: OneStageDetector, image_size: int, data: AnnotatedImages, positions: list[int], sigma: float
 ) -> Figure:
     """Figure 4: the positive anchors of static matching, and where those of each half of Mutual Guidance differ."""
-    figure, axes = plt.subplots(
-        len(positions), 3, figsize=(9.6, 3.35 * len(positions)), layout="constrained", squeeze=False
-    )
+    figure, axes = make_panels(len(positions), 3, 3.2, 3.35)
     resize = v2.Resize((image_size, image_size), antialias=True)
-    device = model.anchors.device
+    device, anchors = model.anchors.device, model.anchors.cpu()
     for row, position in enumerate(positions):
-        annotated = data.images[position]
-        loaded = load(annotated)
+        loaded = load(data.images[position])
         height, width = loaded.pixels.shape[-2:]
         image = resize(loaded.pixels)
         gt_boxes = loaded.boxes * torch.tensor([image_size / width, image_size / height]).repeat(2)
         cls_logits, box_deltas = model(image[None].to(device))
-        positives = {}
-        for strategy in ("iou", "mutual"):
-            match = mg_ops.mutual_match(
+        static, mutual = (
+            mg_ops.mutual_match(
                 model.anchors,
                 [gt_boxes.to(device)],
                 [loaded.labels.to(device)],
@@ -133,45 +138,33 @@ def plot_assignment(
                 strategy=strategy,
                 sigma=sigma,
             )
-            positives[strategy] = (match.cls_positive[0].cpu(), match.loc_positive[0].cpu())
-        anchors = model.anchors.cpu()
-        static = positives["iou"][0]
-        by_localization, by_classification = positives["mutual"]
-        show_image(axes[row, 0], image, f"{annotated.name}: IoU of anchors, {int(static.sum())} positives")
-        draw_boxes(axes[row, 0], anchors[static], RED)
-        panels = (
-            (1, "Localize to Classify", by_localization, GREEN),
-            (2, "Classify to Localize", by_classification, YELLOW),
+            for strategy in ("iou", "mutual")
         )
-        for column, name, chosen, color in panels:
-            gained, lost = chosen & ~static, static & ~chosen
-            show_image(axes[row, column], image, f"{name}: {int(gained.sum())} gained, {int(lost.sum())} lost")
-            draw_boxes(axes[row, column], anchors[lost], RED, width=0.9)
-            draw_boxes(axes[row, column], anchors[gained], color, width=1.4, opacity=0.12)
+        by_iou = static.cls_positive[0].cpu()
+        show_image(axes[row, 0], image, f"{data.images[position].name}: by IoU, {int(by_iou.sum())} positives")
+        draw_anchors(axes[row, 0], anchors[by_iou], RED)
+        panels = (
+            ("Localize to Classify", mutual.cls_positive[0].cpu(), GREEN),
+            ("Classify to Localize", mutual.loc_positive[0].cpu(), YELLOW),
+        )
+        for axis, (name, chosen, color) in zip(axes[row, 1:], panels, strict=True):
+            gained, lost = chosen & ~by_iou, by_iou & ~chosen
+            show_image(axis, image, f"{name}: {int(gained.sum())} gained, {int(lost.sum())} lost")
+            draw_anchors(axis, anchors[lost], RED)
+            draw_anchors(axis, anchors[gained], color)
         for axis in axes[row]:
             draw_objects(axis, gt_boxes)
     meanings = {
-        RED: "positive by IoU, not by Mutual Guidance (first column: every positive by IoU)",
-        GREEN: "positive by Localize to Classify only",
-        YELLOW: "positive by Classify to Localize only",
+        "positive by IoU, not by Mutual Guidance (first column: every positive by IoU)": RED,
+        "positive by Localize to Classify only": GREEN,
+        "positive by Classify to Localize only": YELLOW,
     }
-    handles: list[Any] = [Line2D([], [], color=color) for color in meanings]
-    handles.append(object_handle())
-    figure.legend(
-        handles,
-        [*meanings.values(), "object"],
-        loc="outside lower center",
-        ncols=2,
-        fontsize="small",
-    )
+    add_legend(figure, meanings, "object", columns=2)
     return figure
 
 
 def plot_detections(
-    names: list[str],
-    found: list[dict[int, Detections]],
-    class_names: list[list[str]],
-    images: list[AnnotatedImage],
+    names: list[str], found: list[dict[int, Detections]], class_names: list[list[str]], images: list[AnnotatedImage]
 ) -> Figure:
     """Figure 5: the detections of several checkpoints side by side, one image a row.
 
@@ -181,52 +174,37 @@ def plot_detections(
         class_names: for each checkpoint.
         images: which images.
     """
-    figure, axes = plt.subplots(
-        len(images), len(names), figsize=(4.6 * len(names), 3.7 * len(images)), layout="constrained", squeeze=False
-    )
-    present = sorted(
-        {names_of[label] for names_of, of_images in zip(class_names, found, strict=True)
-         for detections in of_images.values() for label in detections.labels.tolist()}
-    )  # fmt: skip
-    palette = mpl.color_sequences["tab10" if len(present) <= 10 else "tab20"]
-    color_of = {name: mpl.colors.to_hex(palette[place % len(palette)]) for place, name in enumerate(present)}
+    figure, axes = make_panels(len(images), len(names), 4.6, 3.7)
+    columns = list(zip(names, found, class_names, strict=True))
+    labels = {of[label] for _, by_image, of in columns for one in by_image.values() for label in one.labels.tolist()}
+    color_of = colors_of(sorted(labels))
     for row, annotated in enumerate(images):
         loaded = load(annotated)
-        for column, name in enumerate(names):
-            axis = axes[row, column]
-            detections = found[column][row]
+        for axis, (name, by_image, classes) in zip(axes[row], columns, strict=True):
+            detections = by_image[row]
             show_image(axis, loaded.pixels, f"{name}: {len(detections.labels)} detections in {annotated.name}")
             draw_objects(axis, loaded.boxes)
-            for box, score, label in zip(
-                detections.boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True
-            ):
-                color = color_of[class_names[column][label]]
-                draw_boxes(axis, box[None], color, width=1.6)
+            for box, score, label in zip(*(part.tolist() for part in detections[:3]), strict=True):
+                color = color_of[classes[label]]
+                draw_boxes(axis, torch.tensor([box]), color, width=1.6)
                 # Inside the box, so that it stays in the picture.
-                axis.text(
-                    float(box[0]),
-                    float(box[1]),
-                    f"{score:.2f}",
-                    fontsize=7,
-                    color="white",
-                    va="top",
-                    bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
-                    clip_on=True,
-                )
-    handles: list[Any] = [Line2D([], [], color=color, linewidth=1.6) for color in color_of.values()]
-    handles.append(object_handle())
-    figure.legend(
-        handles,
-        [*color_of, "object, as annotated"],
-        loc="outside lower center",
-        ncols=min(len(present) + 1, 6),
-        fontsize="small",
-    )
+                frame = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
+                text = {"fontsize": 7, "color": "white", "va": "top", "bbox": frame, "clip_on": True}
+                axis.text(box[0], box[1], f"{score:.2f}", **text)
+    add_legend(figure, color_of, "object, as annotated", columns=min(len(color_of) + 1, 3 * len(names)))
     return figure
 
 
+def detect_in(
+    model: OneStageDetector, images: list[AnnotatedImage], image_size: int, threshold: float
+) -> dict[int, Detections]:
+    """Detections by position in the list."""
+    paths, options = [image.path for image in images], {"num_workers": 0, "show_progress": False}
+    return detect(model, paths, image_size, model.anchors.device, score_threshold=threshold, **options)[0]
+
+
 def plot_curves(runs: list[Path]) -> Figure:
-    """Loss, its parts, learning rate, and what evaluations there were, over epochs, for several runs.
+    """Loss, its parts, learning rate, and what evaluations there were, over epochs; a color for each run.
 
     Raises:
         ValueError: a run has no log.
@@ -242,20 +220,21 @@ def plot_curves(runs: list[Path]) -> Figure:
         logs[name if names.count(name) == 1 else str(run)] = entries
     if any("eval_AP" in entry for entries in logs.values() for entry in entries):
         panels |= {"eval_AP": "AP", "eval_AP50": "AP50"}
-    columns = len(panels) // 2
-    figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5.6), layout="constrained")
+    figure, axes = make_panels(2, len(panels) // 2, 3.6, 2.8)
+    color_of = colors_of(list(logs))
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
         for name, entries in logs.items():
             pairs = ((entry.get("epoch"), entry.get(key)) for entry in entries)
             points = [pair for pair in pairs if all(isinstance(value, (int, float)) for value in pair)]
             marker = "o" if key.startswith("eval") else None
-            axis.plot(*zip(*points, strict=True), label=name, marker=marker, linewidth=1.2) if points else None
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, color=color_of[name], marker=marker, linewidth=1.2)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.set_xlim(left=0)
-        if key in ("eval_AP", "eval_AP50"):
+        if key.startswith("eval"):
             axis.set_ylim(0, 1)
-    axes.flat[0].legend(fontsize="x-small")
+    axes[0, 0].legend(fontsize="x-small" if max(map(len, logs)) < 30 else 4)
     return figure
 
 
@@ -274,28 +253,26 @@ def choose_images(data: AnnotatedImages, names: list[str] | None, count: int) ->
     return [with_objects[index * len(with_objects) // count] for index in range(count)]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The figure asked for, and its flags."""
     parser = argparse.ArgumentParser("python -m detector.visualize", description=__doc__)
     figures = parser.add_subparsers(dest="figure", required=True)
+    sigma = real_number(1, above=True)
 
     amplification = figures.add_parser("amplification", help="Figure 3: how a score amplifies an anchor's IoU")
-    amplification.add_argument(
-        "--sigmas", nargs="+", type=real_number(1, above=True), default=[1.5, 2.0, 3.0], help="one panel each"
-    )
+    amplification.add_argument("--sigmas", nargs="+", type=sigma, default=[1.5, 2.0, 3.0], help="one panel each")
 
     assignment = figures.add_parser("assignment", help="Figure 4: which anchors each strategy chooses")
     assignment.add_argument("--checkpoint", type=Path, required=True, help="whose predictions guide the matching")
-    assignment.add_argument("--sigma", type=real_number(1, above=True), default=2.0, help="degree of amplification")
+    assignment.add_argument("--sigma", type=sigma, default=2.0, help="degree of amplification")
 
     detections = figures.add_parser("detections", help="Figure 5: detections of checkpoints side by side")
     detections.add_argument("--checkpoints", nargs="+", type=Path, required=True, help="one column each")
     detections.add_argument("--threshold", type=real_number(0, 1), default=0.3, help="lowest score shown")
 
     for figure in (assignment, detections):
-        figure.add_argument("--data", type=Path, required=True, help="folder of the data set")
-        figure.add_argument("--format", choices=("voc", "coco"), default="voc", help="how it is laid out")
-        figure.add_argument("--split", help="by default VOC2007/test, val2017 or val")
+        add_data_arguments(figure)
+        figure.add_argument("--split", help="by default what training held out, or VOC2007/test, val2017, val or test")
         figure.add_argument("--images", nargs="+", help="names of images; by default some spread over the split")
         figure.add_argument("--count", type=whole_number(1), default=4, help="how many images, without --images")
 
@@ -306,10 +283,15 @@ def main(argv: list[str] | None = None) -> None:
         figure.add_argument("--out", type=Path, required=True, help="file to write: .png, .jpg, .pdf or .svg")
         figure.add_argument("--dpi", type=whole_number(1), default=150, help="of a .png or .jpg")
     args = parser.parse_args(argv)
-
     suffixes = sorted(Figure().canvas.get_supported_filetypes())
     if args.out.suffix[1:].lower() not in suffixes:
         raise ValueError(f"--out: expected a name that ends in .{', .'.join(suffixes)}, got {args.out}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    args = parse_arguments(argv)
     prepare_folder(args.out.parent, [args.out.name])
     if args.figure == "amplification":
         drawing = plot_amplification(args.sigmas)
@@ -318,25 +300,15 @@ def main(argv: list[str] | None = None) -> None:
     else:
         checkpoints = [args.checkpoint] if args.figure == "assignment" else args.checkpoints
         loaded = [load_detector(checkpoint, "cpu") for checkpoint in checkpoints]
-        split = args.split or default_splits(args.data, args.format)[1]
-        data = read_data(args.data, args.format, split, loaded[0][1]["class_names"])
+        data = read_split(args, loaded[0][1])
         positions = choose_images(data, args.images, args.count)
+        sizes = [content["arguments"]["image_size"] for _, content in loaded]
         if args.figure == "assignment":
-            model, content = loaded[0]
-            drawing = plot_assignment(model, content["arguments"]["image_size"], data, positions, args.sigma)
+            drawing = plot_assignment(loaded[0][0], sizes[0], data, positions, args.sigma)
         else:
             images = [data.images[position] for position in positions]
             found = [
-                detect(
-                    model,
-                    [image.path for image in images],
-                    content["arguments"]["image_size"],
-                    "cpu",
-                    num_workers=0,
-                    score_threshold=args.threshold,
-                    show_progress=False,
-                )[0]
-                for model, content in loaded
+                detect_in(model, images, size, args.threshold) for (model, _), size in zip(loaded, sizes, strict=True)
             ]
             names = [content["arguments"].get("strategy") for _, content in loaded]
             if None in names or len(set(names)) < len(names):

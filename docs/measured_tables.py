@@ -7,102 +7,24 @@ display, and nothing left out: methods that were skipped say why.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the tests make the tables without MkDocs
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from benchmarks import report  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
 MARK = "<!-- measured -->"
 WHEELS = Path(__file__).with_name("wheel_matrix.json")
 WHEELS_MARK = "<!-- tested wheels -->"
-SWEEP = "sweep"
-
-
-def format_seconds(seconds: float) -> str:
-    """Three significant digits in s, ms or us."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:,.0f} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def format_bytes(count: float) -> str:
-    """Three significant digits in B, kB, MB or GB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
-def format_ratio(ratio: float | None) -> str:
-    """How many times as fast as the loop."""
-    if ratio is None:
-        return ""
-    return f"{ratio:,.0f}x" if ratio >= 10 else f"{ratio:.2g}x"
-
-
-def method_row(method: dict[str, Any]) -> str:
-    """One method of a case as a row of its table."""
-    label = f"**{method['label']}**" if method["subject"] else method["label"]
-    if method["skipped"]:
-        return f"| {label} | | | | | skipped: {method['skipped']} |"
-    quartiles = method["quartile_seconds"]
-    spread = "one call" if quartiles is None else " - ".join(format_seconds(value) for value in quartiles)
-    memory = "" if method["extra_bytes"] is None else format_bytes(method["extra_bytes"])
-    notes = "; ".join(note for note in (method["note"], method["memory_note"]) if note)
-    ratio = format_ratio(method["loop_over_this"])
-    return f"| {label} | {format_seconds(method['median_seconds'])} | {spread} | {ratio} | {memory} | {notes} |"
-
-
-def case_section(name: str, case: dict[str, Any]) -> list[str]:
-    """The table of one case."""
-    sizes, objects = case["sizes"], case["objects_per_image"]
-    mean = f"{objects['mean']:,.0f}" if objects["mean"] >= 100 else f"{objects['mean']:.3g}"
-    return [
-        f"#### {name}",
-        "",
-        f"B = {sizes['B']} images, A = {sizes['A']:,} anchors, C = {sizes['C']} classes; {mean} "
-        f"objects per image (at most {objects['max']:,}), {case['objects_from']}. "
-        f"Checked before it was timed: {case['checked']}.",
-        "",
-        "| method | median | quartiles | against (a) | extra memory | notes |",
-        "|---|---:|---:|---:|---:|---|",
-        *(method_row(method) for method in case["methods"].values()),
-        "",
-    ]
-
-
-def sweep_section(cases: dict[str, dict[str, Any]]) -> list[str]:
-    """Time and memory of each method against the number of objects: one table for all cases of the sweep."""
-    counts = [case["sizes"]["N"] for case in cases.values()]
-    sizes = next(iter(cases.values()))["sizes"]
-    methods = {name: method["label"] for case in cases.values() for name, method in case["methods"].items()}
-    lines = [
-        "#### Against the number of objects",
-        "",
-        f"One image, A = {sizes['A']:,}, C = {sizes['C']}: median time of a call, peak memory beyond inputs and "
-        "outputs.",
-        "",
-        f"| method | {' | '.join(f'{count:,} objects' for count in counts)} |",
-        f"|---|{'---:|' * len(counts)}",
-    ]
-    for name, label in methods.items():
-        cells = []
-        for case in cases.values():
-            method = case["methods"].get(name)
-            if method is None or method["skipped"]:
-                cells.append("skipped" if method else "")
-                continue
-            memory = method["extra_bytes"]
-            cells.append(format_seconds(method["median_seconds"]) + (f", {format_bytes(memory)}" if memory else ""))
-        if any(cell not in ("", "skipped") for cell in cells):
-            shown = f"**{label}**" if label.startswith("mg_ops") else label
-            lines.append(f"| {shown} | {' | '.join(cells)} |")
-    return [*lines, ""]
 
 
 def machine_section(path: Path) -> str:
@@ -121,14 +43,10 @@ def machine_section(path: Path) -> str:
     if plot.is_file():
         alt = "Time of one call and peak memory against the number of objects in an image"
         lines += [f"![{alt}](../benchmarks/results/{path.parent.name}/{plot.name})", ""]
-    for name, case in cases.items():
-        if not name.startswith(SWEEP):
-            lines += case_section(name, case)
-    swept = {name: case for name, case in cases.items() if name.startswith(SWEEP) or name == "dense5000"}
-    swept = dict(sorted(swept.items(), key=lambda item: item[1]["sizes"]["N"]))
-    if swept:
-        lines += sweep_section(swept)
-    return "\n".join(lines)
+    tables = [report.case_table(name, case) for name, case in cases.items() if not name.startswith("sweep")]
+    if swept := report.swept_cases(cases):
+        tables.append(report.sweep_table(swept))
+    return "\n".join(lines + [line for table in tables for line in report.table_as_markdown(table)])
 
 
 def wheel_table() -> str:

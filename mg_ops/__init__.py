@@ -1,24 +1,32 @@
 """Mutual Guidance (Zhang et al., ACCV 2020) as one fused operator: `mg_ops.mutual_match`."""
 
+from mg_ops import losses
 from mg_ops.backend_choice import backends
 from mg_ops.boxes import BoxCoder, anchors_from_points, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
 from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
-from mg_ops.targets import Targets, encode_targets
+from mg_ops.rules.max_iou_match import MaxIouMatcher, max_iou_match
+from mg_ops.rules.result import Match
+from mg_ops.targets import Targets, encode_class_targets, encode_targets
 
 __all__ = [
     "BACKGROUND",
     "IGNORED",
     "BoxCoder",
+    "Match",
     "MatchSummary",
+    "MaxIouMatcher",
     "MutualMatch",
     "MutualMatcher",
     "Targets",
     "anchors_from_points",
     "backends",
     "box_iou",
+    "encode_class_targets",
     "encode_targets",
+    "losses",
+    "max_iou_match",
     "mutual_match",
     "summarize",
 ]

@@ -76,20 +76,25 @@ def check_backend(backend: object) -> None:
         raise ValueError(f"backend: expected None or one of {', '.join(map(repr, DEVICES))}, got {backend!r}")
 
 
-def choose_backend(backend: str | None, device_type: str, device_index: int | None) -> str:
+def choose_backend(
+    backend: str | None, device_type: str, device_index: int | None, operator: str = "mutual_match"
+) -> str:
     """The backend to use for tensors on this device: the one asked for, or the first that can be used."""
+    has_triton = operator == "mutual_match"
     cuda_index = device_index if device_type == "cuda" else None
     if backend is None:
         for name, device_types in DEVICES.items():
             # Triton's interpreter takes CPU tensors, but only on request.
             fits = not device_types or device_types[-1] == device_type
-            if fits and not _usage_error(name, cuda_index):
+            if fits and (has_triton or name != "triton") and not _usage_error(name, cuda_index):
                 return name
         return "eager"  # which any device takes
     check_backend(backend)
     if cuda_index is None and torch.cuda.is_available():
         cuda_index = torch.cuda.current_device()
     error = _usage_error(backend, cuda_index)
+    if backend == "triton" and not has_triton:
+        error = f"{operator} has no Triton kernel: use 'cuda', 'cpp' or 'eager'"
     if not error and DEVICES[backend] and device_type not in DEVICES[backend]:
         device = device_type if device_index is None else f"{device_type}:{device_index}"
         error = f"it takes {_accepted(backend)}, the arguments are on {device}"
@@ -103,11 +108,9 @@ def choose_backend(backend: str | None, device_type: str, device_index: int | No
 choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def operator_of(backend: str | None, device: torch.device) -> torch._ops.OpOverload:
-    """The operator of a backend for tensors on this device; RuntimeError if it cannot be used."""
-    backend = choose_backend(backend, device.type, device.index)
-    if backend == "eager":
-        return torch.ops.mg_ops.mutual_match_eager.default
-    if backend == "triton":
-        return torch.ops.mg_ops.mutual_match_triton.default
-    return torch.ops.mg_ops.mutual_match.default
+def operator_of(backend: str | None, device: torch.device, operator: str = "mutual_match") -> torch._ops.OpOverload:
+    """An operator of a backend for tensors on this device; RuntimeError if it cannot be used."""
+    backend = choose_backend(backend, device.type, device.index, operator)
+    suffix = "" if backend in ("cpp", "cuda") else f"_{backend}"
+    found: torch._ops.OpOverload = getattr(torch.ops.mg_ops, f"{operator}{suffix}").default
+    return found

@@ -19,6 +19,7 @@ DTYPES: dict[str, tuple[set[torch.dtype], str]] = {
         "float16, bfloat16, float32 or float64",
     ),
     "integer": ({torch.int64, torch.int32}, "int64 or int32"),
+    "int64": ({torch.int64}, "int64"),
     "label": (
         {torch.int64, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64},
         "int64, int32 or floating point",
@@ -54,7 +55,7 @@ def check_tensor(
         device_of: the argument whose device it is.
     """
     if not isinstance(value, Tensor):
-        article = "an" if kind == "integer" else "a"
+        article = "an" if kind.startswith("int") else "a"
         raise TypeError(f"{name}: expected {article} {kind} tensor, got {describe(value)}")
     dtypes, allowed = DTYPES[kind]
     if value.dtype not in dtypes:
@@ -195,14 +196,25 @@ def check_thresholds(
     sigma: object, iou_positive: object, iou_ignored: object, crowd_overlap: object
 ) -> tuple[float, float, float, float]:
     """Raises unless sigma is above 1 and the thresholds are in (0, 1], ignored not above positive; returns floats."""
-    threshold = "a threshold in (0, 1]"
     sigma = check_number("sigma", sigma, 1.0, MAX_FLOAT, "a finite number above 1")
-    iou_positive = check_number("iou_positive", iou_positive, 0.0, 1.0, threshold)
-    iou_ignored = check_number("iou_ignored", iou_ignored, 0.0, 1.0, threshold)
-    crowd_overlap = check_number("crowd_overlap", crowd_overlap, 0.0, 1.0, threshold)
+    return sigma, *check_iou_thresholds(iou_positive, iou_ignored, crowd_overlap)
+
+
+def check_threshold(name: str, value: object) -> float:
+    """Raises unless value is in (0, 1]; returns the float."""
+    return check_number(name, value, 0.0, 1.0, "a threshold in (0, 1]")
+
+
+def check_iou_thresholds(
+    iou_positive: object, iou_ignored: object, crowd_overlap: object
+) -> tuple[float, float, float]:
+    """Raises unless the thresholds are in (0, 1], ignored not above positive; returns floats."""
+    iou_positive = check_threshold("iou_positive", iou_positive)
+    iou_ignored = check_threshold("iou_ignored", iou_ignored)
+    crowd_overlap = check_threshold("crowd_overlap", crowd_overlap)
     if iou_ignored > iou_positive:
         raise ValueError(f"iou_ignored: must not exceed iou_positive ({iou_positive}), got {iou_ignored}")
-    return sigma, iou_positive, iou_ignored, crowd_overlap
+    return iou_positive, iou_ignored, crowd_overlap
 
 
 def check_predictions(
@@ -318,7 +330,17 @@ def check_offsets(gt_offsets: Tensor, num_gt: int) -> None:
         raise ValueError(f"gt_offsets: must not exceed the {num_gt} packed objects, got {offsets[-1]}")
 
 
-def check_operator_arguments(
+def check_operator_arguments(*arguments: Any) -> None:
+    """The checks of csrc/check.h, for the operators that are written in Python; not of the offsets' values."""
+    check_operator_inputs(*arguments[:NUM_INPUTS])
+    check_thresholds(*arguments[NUM_INPUTS + 2 :])
+
+
+NUM_INPUTS = 9
+"""How many arguments of an operator are its inputs, the same for all; its options follow."""
+
+
+def check_operator_inputs(
     anchors: object,
     pred_boxes: object,
     cls_scores: object,
@@ -328,14 +350,8 @@ def check_operator_arguments(
     gt_crowd: object,
     box_coder: Sequence[float] | None,
     scores_are_probabilities: bool,
-    classification_by_regressed: bool,
-    localization_by_amplified: bool,
-    sigma: float,
-    iou_positive: float,
-    iou_ignored: float,
-    crowd_overlap: float,
 ) -> None:
-    """The checks of csrc/check.h, for the operators that are written in Python; not of the offsets' values."""
+    """What `check_operator_arguments` checks of the inputs that every rule's operator takes."""
     for name, value in (("pred_boxes", pred_boxes), ("cls_scores", cls_scores)):
         check_tensor(name, value, "floating point", ("B", "A", "C"), None)
     batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)
@@ -351,4 +367,3 @@ def check_operator_arguments(
                 raise ValueError(f"box_coder: expected weights that are finite numbers other than 0, got {weight}")
         if box_coder[4] != box_coder[4]:
             raise ValueError("box_coder: expected a number as clip, got NaN")
-    check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)

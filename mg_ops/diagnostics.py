@@ -12,6 +12,7 @@ from mg_ops.checks import check_count, check_list, check_num_classes, check_tens
 from mg_ops.matching import GroundTruth, MutualMatch, check_counts
 from mg_ops.objects import holds_dictionaries, pack_objects
 from mg_ops.reference import area, autocast_type, is_object
+from mg_ops.rules.result import Match
 
 _SIZES = ("all", "small", "medium", "large")
 
@@ -64,7 +65,7 @@ class MatchSummary(NamedTuple):
 
 
 def summarize(
-    match: MutualMatch,
+    match: MutualMatch | Match,
     gt_boxes: GroundTruth,
     gt_labels: Tensor | Sequence[Tensor] | None = None,
     gt_offsets: Tensor | None = None,
@@ -81,7 +82,7 @@ def summarize(
     hundredth step.
 
     Args:
-        match: what `mutual_match` returned for these objects.
+        match: what `mutual_match`, or another rule, returned for these objects.
         gt_boxes: the boxes, as given to `mutual_match`, like the arguments after it.
         gt_labels: the labels, for the counts by class; needs `num_classes`.
         gt_offsets: the offsets of packed objects.
@@ -104,8 +105,8 @@ def summarize(
         ...     for name, value in mg_ops.summarize(match, gt_boxes).as_dict().items():
         ...         writer.add_scalar(f"match/{name}", value, step)
     """
-    if not isinstance(match, MutualMatch):
-        raise TypeError(f"match: expected what mg_ops.mutual_match returned, got {describe(match)}")
+    if not isinstance(match, (MutualMatch, Match)):
+        raise TypeError(f"match: expected what mg_ops.mutual_match or another rule returned, got {describe(match)}")
     in_dictionaries = holds_dictionaries(gt_boxes, gt_labels)
     if not in_dictionaries and (gt_labels is None) != (num_classes is None):
         raise ValueError("gt_labels, num_classes: the counts by class need both, got only one")

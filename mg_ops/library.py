@@ -18,16 +18,29 @@ from torch import Tensor
 
 from mg_ops import reference
 from mg_ops.checks import check_offsets, check_operator_arguments
+from mg_ops.rules.operators import INPUTS, RULES, Rule
 
 _SIGNATURE = (
-    "(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
-    "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
-    "float[]? box_coder, bool scores_are_probabilities, "
-    "bool classification_by_regressed, bool localization_by_amplified, "
+    f"({INPUTS}, bool classification_by_regressed, bool localization_by_amplified, "
     "float sigma, float iou_positive, float iou_ignored, float crowd_overlap) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 """The one signature of every backend's operator; csrc/schema.cpp says the same and holds the contract."""
+_CLASS_LOSS_ARGUMENTS = (
+    "Tensor cls_logits, Tensor class_targets, Tensor? soft_targets, float positive_weight, float positive_gamma, "
+    "float negative_weight, float negative_gamma, bool weigh_by_target"
+)
+_BOX_LOSS_ARGUMENTS = (
+    "Tensor predictions, Tensor anchors, Tensor match, Tensor gt_boxes, Tensor gt_offsets, Tensor? weights, "
+    "float[]? box_coder, int loss, float alpha, float gamma, float beta"
+)
+_COMPILED_OPERATORS = {
+    "mutual_match": _SIGNATURE,
+    "class_loss": f"({_CLASS_LOSS_ARGUMENTS}) -> Tensor",
+    "class_loss_backward": f"(Tensor grad_output, {_CLASS_LOSS_ARGUMENTS}) -> Tensor",
+    "box_loss": f"({_BOX_LOSS_ARGUMENTS}) -> Tensor",
+    "box_loss_backward": f"(Tensor grad_output, {_BOX_LOSS_ARGUMENTS}) -> Tensor",
+}
 
 LIBRARY_FILE = Path(__file__).parent / "libmg_ops.so"
 MINIMUM_TORCH = (2, 10)
@@ -54,11 +67,12 @@ def _load_library() -> str:
         )
     try:
         torch.ops.load_library(LIBRARY_FILE)
-        schema = str(torch.ops.mg_ops.mutual_match.default._schema)
+        signatures = _COMPILED_OPERATORS | {name: rule.signature for name, rule in RULES.items()}
+        found = {name: str(getattr(torch.ops.mg_ops, name).default._schema) for name in signatures}
     except (OSError, RuntimeError, AttributeError) as error:
         reason = error.__cause__ or error  # torch puts the loader's words into the cause
         return f"{LIBRARY_FILE.name} does not load under torch {torch.__version__} ({reason}): install mg_ops again"
-    if schema != f"mg_ops::mutual_match{_SIGNATURE}":
+    if found != {name: f"mg_ops::{name}{signature}" for name, signature in signatures.items()}:
         return f"{LIBRARY_FILE.name} was built from other sources than these Python files: install mg_ops again"
     return ""
 
@@ -96,6 +110,13 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mg_ops.triton.mutual_match import mutual_match
 
     _check(*arguments)
+    device = arguments[0].device
+    if device.type == "cuda" and len(TRITON_DEVICES) > 1:
+        # The kernels get addresses, which the interpreter would read on the CPU.
+        raise RuntimeError(
+            f"backend 'triton': expected CPU tensors where TRITON_INTERPRET=1, got tensors on {device}; "
+            "unset TRITON_INTERPRET to run on the GPU"
+        )
     return mutual_match(*arguments)
 
 
@@ -111,6 +132,25 @@ torch.library.define("mg_ops::mutual_match_triton", _SIGNATURE)
 torch.library.impl("mg_ops::mutual_match_triton", TRITON_DEVICES)(_triton)
 torch.library.register_fake("mg_ops::mutual_match_triton")(_fake)
 
+
+def _define_rule(name: str, rule: Rule) -> None:
+    """The eager operator of a rule, which checks what csrc/check.h does for those in C++."""
+
+    def eager(*arguments: Any) -> tuple[Tensor, ...]:
+        rule.check(*arguments)
+        gt_boxes, gt_offsets = arguments[3], arguments[5]
+        if gt_offsets.device.type == "cpu":
+            check_offsets(gt_offsets, len(gt_boxes))
+        return rule.eager(*arguments)
+
+    torch.library.define(f"mg_ops::{name}_eager", rule.signature)
+    torch.library.impl(f"mg_ops::{name}_eager", ("cpu", "cuda"))(eager)
+    torch.library.register_fake(f"mg_ops::{name}_eager")(rule.fake)
+
+
+for _name, _rule in RULES.items():
+    _define_rule(_name, _rule)
+
 load_error = _load_library()
 if load_error:
     rest = "" if triton_error else ", 'triton' too on GPUs"
@@ -121,5 +161,7 @@ if load_error:
     )
 else:
     torch.library.register_fake("mg_ops::mutual_match")(_fake)
+    for _name, _rule in RULES.items():
+        torch.library.register_fake(f"mg_ops::{_name}")(_rule.fake)
 has_cuda = not load_error and torch._C._dispatch_has_kernel_for_dispatch_key("mg_ops::mutual_match", "CUDA")
 """Whether the compiled library holds the CUDA backend."""

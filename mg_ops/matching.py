@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -21,6 +21,7 @@ from mg_ops.checks import (
 )
 from mg_ops.objects import Objects, check_box_format, pack_objects
 from mg_ops.reference import IGNORED
+from mg_ops.rules.result import Match
 from mg_ops.validation import check_values
 
 Strategy: TypeAlias = Literal["iou", "localize_to_classify", "classify_to_localize", "mutual"]
@@ -35,6 +36,8 @@ STRATEGIES: dict[str, tuple[bool, bool]] = {
 Levels: TypeAlias = "Tensor | Sequence[Tensor]"
 """A prediction, or the anchors, of all feature levels: one tensor, or one per level, which are concatenated."""
 GroundTruth: TypeAlias = "Tensor | Sequence[Tensor] | Sequence[dict[str, Tensor]]"
+GivenObjects: TypeAlias = tuple[Any, Any, Any, Any, Any, str]
+"""gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask and gt_box_format, as given."""
 
 
 class MutualMatch(NamedTuple):
@@ -140,7 +143,7 @@ class MutualMatcher:
         )
 
 
-def check_counts(match: MutualMatch, num_gt: int, device: torch.device) -> None:
+def check_counts(match: MutualMatch | Match, num_gt: int, device: torch.device) -> None:
     """Raises unless the match was made for so many objects."""
     check_tensor("match.num_pos", match.num_pos, "integer", ("...",), device)
     if match.num_pos.numel() != num_gt:
@@ -247,6 +250,69 @@ def mutual_match(
         # A bool or a tensor is no number here, whatever torch would make of it.
         numbers = check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
         sigma, iou_positive, iou_ignored, crowd_overlap = numbers
+    by_regressed, by_amplified = STRATEGIES[strategy]
+    result = call_operator(
+        "mutual_match",
+        Predictions(cls_logits, cls_probabilities, pred_boxes, box_deltas, box_coder),
+        anchors,
+        (gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format),
+        (by_regressed, by_amplified, sigma, iou_positive, iou_ignored, crowd_overlap),
+        lambda: check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap),
+        reader=f"strategy {strategy!r}",
+        reads_boxes=by_regressed,
+        reads_scores=by_amplified,
+        num_per_anchor=2,
+        check=check,
+        backend=backend,
+    )
+    return MutualMatch(*result)
+
+
+class Predictions(NamedTuple):
+    """The predictions of a call as given, two forms of each; arguments of `mutual_match`."""
+
+    cls_logits: Levels | None
+    cls_probabilities: Levels | None
+    pred_boxes: Levels | None
+    box_deltas: Levels | None
+    box_coder: BoxCoder | None
+
+
+def call_operator(
+    name: str,
+    predictions: Predictions,
+    anchors: Levels,
+    given_objects: GivenObjects,
+    options: tuple[Any, ...],
+    check_options: Callable[[], object],
+    *,
+    reader: str,
+    reads_boxes: bool,
+    reads_scores: bool,
+    num_per_anchor: int,
+    check: bool,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    """What every rule's function does with its arguments: packs, checks, picks the backend and runs it.
+
+    Args:
+        name: of the operator.
+        predictions: as given.
+        anchors: as given.
+        given_objects: as given.
+        options: what follows the inputs in the operator's signature.
+        check_options: raises on a wrong one.
+        reader: who reads the predictions, for an error message.
+        reads_boxes: whether predicted boxes must be given.
+        reads_scores: likewise.
+        num_per_anchor: how many of the operator's results have an entry for each anchor; the rest have one for each
+            object.
+        check: as of `mutual_match`, like backend.
+
+    Returns:
+        The operator's results, those of padded objects (B, M).
+    """
+    cls_logits, cls_probabilities, pred_boxes, box_deltas, box_coder = predictions
     boxes_name, boxes = _one_of("pred_boxes", pred_boxes, "box_deltas", box_deltas)
     scores_name, scores = _one_of("cls_logits", cls_logits, "cls_probabilities", cls_probabilities)
     if (box_coder is None) != (boxes_name != "box_deltas"):
@@ -255,11 +321,10 @@ def mutual_match(
             if box_coder is None
             else "box_coder: expected none without box_deltas; boxes that are already decoded are pred_boxes"
         )
-    by_regressed, by_amplified = STRATEGIES[strategy]
-    if by_regressed and boxes is None:
-        raise ValueError(f"pred_boxes: strategy {strategy!r} reads the predicted boxes; pass pred_boxes or box_deltas")
-    if by_amplified and scores is None:
-        raise ValueError(f"cls_logits: strategy {strategy!r} reads the scores; pass cls_logits or cls_probabilities")
+    if reads_boxes and boxes is None:
+        raise ValueError(f"pred_boxes: {reader} reads the predicted boxes; pass pred_boxes or box_deltas")
+    if reads_scores and scores is None:
+        raise ValueError(f"cls_logits: {reader} reads the scores; pass cls_logits or cls_probabilities")
 
     # The operator checks its arguments. Only where it, or what comes before it, fails are they looked at one by one,
     # for an error that says which one is wrong, and how.
@@ -270,39 +335,33 @@ def mutual_match(
         num_images = next((len(given) for given in (boxes, scores) if given is not None), None)
         if check_bool("check", check) and num_images is not None:
             check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
-        objects = _pack(gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, num_images, device)
+        objects = _pack(*given_objects, batch_size=num_images, device=device)
         if num_images is None:
             num_images = objects.gt_offsets.shape[0] - 1
         if check:
             check_values(all_anchors, boxes, scores, objects, box_coder, scores_name)
-        # What the strategy does not read, the operator is given in the shape it expects, without memory of its own.
-        result = operator_of(backend, device)(
+        # What is not read the operator is given in the shape it expects, without memory of its own.
+        result = operator_of(backend, device, name)(
             all_anchors,
             all_anchors.expand(num_images, *all_anchors.shape) if boxes is None else boxes,
             all_anchors.new_zeros(()).expand(num_images, all_anchors.shape[0], 1) if scores is None else scores,
             *objects[:4],
             None if box_coder is None else [*box_coder.weights, box_coder.clip],
             scores_name == "cls_probabilities",
-            by_regressed,
-            by_amplified,
-            sigma,
-            iou_positive,
-            iou_ignored,
-            crowd_overlap,
+            *options,
         )
         if objects.padded_shape is not None:
-            result = (*result[:2], *(counts.view(objects.padded_shape) for counts in result[2:]))
-        return MutualMatch(*result)
+            per_object = (values.view(objects.padded_shape) for values in result[num_per_anchor:])
+            result = (*result[:num_per_anchor], *per_object)
+        return tuple(result)
     except Exception:
         # No error is kept in a variable: its frames would hold the call's tensors in a cycle.
         try:
             check_levels_are_of_one_image(anchors, scores_name, scores)
             check_levels_are_of_one_image(anchors, boxes_name, boxes)
             batch_size, device = check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
-            pack_objects(
-                gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
-            )
-            check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
+            pack_objects(*given_objects, batch_size=batch_size, device=device)
+            check_options()
         except (TypeError, ValueError) as fault:
             raise fault from None
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from mg_ops.boxes import BoxCoder, check_box_coder
 from mg_ops.checks import check_num_classes, check_tensor, describe, join_levels
 from mg_ops.matching import GroundTruth, Levels, MutualMatch, check_counts
-from mg_ops.objects import pack_objects
+from mg_ops.objects import Objects, pack_objects
 from mg_ops.reference import BACKGROUND, IGNORED, autocast_type
+from mg_ops.rules.result import Match
 
 
 class Targets(NamedTuple):
@@ -28,7 +29,7 @@ class Targets(NamedTuple):
 
 
 def encode_targets(
-    match: MutualMatch,
+    match: MutualMatch | Match,
     anchors: Levels,
     gt_boxes: GroundTruth,
     gt_labels: Tensor | Sequence[Tensor] | None = None,
@@ -42,7 +43,7 @@ def encode_targets(
     """Gathers the targets of a match: class targets with the ignore mask, and the encoded boxes of the positives.
 
     Args:
-        match: what `mutual_match` returned for these objects.
+        match: what `mutual_match`, or another rule, returned for these objects.
         anchors: (A, 4) floating, (x1, y1, x2, y2); or a list of one tensor per feature level.
         gt_boxes: the boxes, as given to `mutual_match`, like the arguments after it.
         gt_labels: the labels.
@@ -65,39 +66,98 @@ def encode_targets(
         >>> positive = match.loc_positive.unsqueeze(-1)
         >>> loss = (error * positive).sum() / (4 * positive.sum()).clamp(min=1)
     """
-    if not isinstance(match, MutualMatch):
-        raise TypeError(f"match: expected what mg_ops.mutual_match returned, got {describe(match)}")
-    if num_classes is not None:
-        check_num_classes(num_classes)
     anchors = check_tensor("anchors", join_levels("anchors", anchors), "floating point", ("A", 4), None)
-    device = anchors.device
-    num_anchors = anchors.shape[0]
-    check_tensor("match.cls_match", match.cls_match, "integer", ("B", num_anchors), device)
-    batch_size = match.cls_match.shape[0]
-    check_tensor("match.loc_match", match.loc_match, "integer", (batch_size, num_anchors), device)
-    objects = pack_objects(
-        gt_boxes, gt_labels, gt_offsets, None, gt_mask, gt_box_format, batch_size=batch_size, device=device
-    )
-    boxes, labels, offsets = objects.gt_boxes, objects.gt_labels.long(), objects.gt_offsets
-    num_gt = boxes.shape[0]
-    check_counts(match, num_gt, device)
     check_box_coder(box_coder)
-
-    with torch.no_grad(), torch.autocast(autocast_type(device), enabled=False):
-        if num_gt == 0:
-            nothing = torch.full_like(match.loc_match, BACKGROUND, dtype=torch.int64)
-            no_boxes = torch.zeros((*nothing.shape, 4), dtype=torch.float32, device=device)
-            return Targets(match.cls_match.to(torch.int64, copy=True), nothing, no_boxes)
-        start = offsets[:-1].long().unsqueeze(1)  # (B, 1)
-        label_of = labels[(start + match.cls_match).clamp(0, num_gt - 1)]
-        if num_classes is not None:
-            label_of = torch.where((label_of >= 0) & (label_of < num_classes), label_of, IGNORED)
-        class_targets = torch.where(match.cls_positive, label_of, match.cls_match)
+    objects = _objects_of(
+        match, gt_boxes, gt_labels, gt_offsets, gt_mask, gt_box_format, anchors.shape[0], anchors.device
+    )
+    class_targets = _class_targets(match, objects, num_classes)
+    num_gt = objects.gt_boxes.shape[0]
+    if num_gt == 0:
+        nothing = torch.full_like(match.loc_match, BACKGROUND, dtype=torch.int64)
+        no_boxes = torch.zeros((*nothing.shape, 4), dtype=torch.float32, device=anchors.device)
+        return Targets(class_targets, nothing, no_boxes)
+    with torch.no_grad(), torch.autocast(autocast_type(anchors.device), enabled=False):
         positive = match.loc_positive
-        owner = (start + match.loc_match).clamp(0, num_gt - 1)
-        loc_labels = torch.where(positive, labels[owner], BACKGROUND)
-        box_targets = boxes.float()[owner]
+        owner = _owners(match.loc_match, objects)
+        loc_labels = torch.where(positive, objects.gt_labels.long()[owner], BACKGROUND)
+        box_targets = objects.gt_boxes.float()[owner]
         if box_coder is not None:
             box_targets = box_coder.encode(anchors=anchors, boxes=box_targets)
         box_targets = torch.where(positive.unsqueeze(-1), box_targets, 0.0)
     return Targets(class_targets, loc_labels, box_targets)
+
+
+def encode_class_targets(
+    match: MutualMatch | Match,
+    gt_boxes: GroundTruth,
+    gt_labels: Tensor | Sequence[Tensor] | None = None,
+    gt_offsets: Tensor | None = None,
+    *,
+    gt_mask: Tensor | None = None,
+    num_classes: int | None = None,
+) -> Tensor:
+    """The class targets alone: what the losses of `mg_ops.losses` need, which encode the boxes themselves.
+
+    Args:
+        match: as of `encode_targets`, like all arguments.
+        gt_boxes: the boxes.
+        gt_labels: the labels.
+        gt_offsets: the offsets of packed objects.
+        gt_mask: the mask of padded objects.
+        num_classes: C.
+
+    Returns:
+        (B, A) int64: `Targets.class_targets`.
+
+    Raises:
+        TypeError, ValueError: as `encode_targets`.
+    """
+    objects = _objects_of(match, gt_boxes, gt_labels, gt_offsets, gt_mask, "xyxy", "A", None)
+    return _class_targets(match, objects, num_classes)
+
+
+def _objects_of(
+    match: object,
+    gt_boxes: Any,
+    gt_labels: Any,
+    gt_offsets: Any,
+    gt_mask: Any,
+    gt_box_format: str,
+    num_anchors: int | str,
+    device: torch.device | None,
+) -> Objects:
+    """The packed objects, once they fit the match; the match's device if none is given."""
+    if not isinstance(match, (MutualMatch, Match)):
+        raise TypeError(f"match: expected what mg_ops.mutual_match or another rule returned, got {describe(match)}")
+    cls_match = check_tensor("match.cls_match", match.cls_match, "integer", ("B", num_anchors), device)
+    check_tensor("match.loc_match", match.loc_match, "integer", tuple(cls_match.shape), cls_match.device)
+    objects = pack_objects(
+        gt_boxes,
+        gt_labels,
+        gt_offsets,
+        None,
+        gt_mask,
+        gt_box_format,
+        batch_size=cls_match.shape[0],
+        device=cls_match.device,
+    )
+    check_counts(match, objects.gt_boxes.shape[0], cls_match.device)
+    return objects
+
+
+def _owners(match: Tensor, objects: Objects) -> Tensor:
+    """(B, A): the number of each positive's object among the packed ones, at least one; anything for other anchors."""
+    start = objects.gt_offsets[:-1].long().unsqueeze(1)  # (B, 1)
+    return (start + match).clamp(0, objects.gt_boxes.shape[0] - 1)
+
+
+def _class_targets(match: MutualMatch | Match, objects: Objects, num_classes: int | None) -> Tensor:
+    if num_classes is not None:
+        check_num_classes(num_classes)
+    if objects.gt_boxes.shape[0] == 0:
+        return match.cls_match.to(torch.int64, copy=True)
+    label_of = objects.gt_labels.long()[_owners(match.cls_match, objects)]
+    if num_classes is not None:
+        label_of = torch.where((label_of >= 0) & (label_of < num_classes), label_of, IGNORED)
+    return torch.where(match.cls_positive, label_of, match.cls_match)

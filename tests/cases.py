@@ -2,8 +2,8 @@
 
 Plain data, no test framework: the same cases check every backend on every device, emulators included. Most boxes are
 strips of height 1, `strip(x1, x2)`, so that an IoU is the overlap of two intervals over their union: strip(0, 6)
-against strip(0, 10) has 6 / 10. Unless a case says otherwise, predicted boxes equal the anchors and every logit is 0,
-so that both rankings agree with the anchors' IoU.
+against strip(0, 10) has 6 / 10. Unless a case says otherwise, an image has one object, strip(0, 10), which asks for one
+positive, predicted boxes equal the anchors and every logit is 0, so that both rankings agree with the anchors' IoU.
 
 Logits SURE and NEVER give p = 1 and p = 0 (3.8e-44, which sigma - p rounds away).
 """
@@ -25,9 +25,7 @@ NAN = math.nan
 INF = math.inf
 SURE = 100.0
 NEVER = -100.0
-BACKGROUND = -1
-IGNORED = -2
-NONE = -1
+MATCHES = {".": mg_ops.BACKGROUND, "i": mg_ops.IGNORED} | {str(index): index for index in range(10)}
 
 
 def strip(x1: float, x2: float) -> Box:
@@ -42,11 +40,11 @@ FAR = strip(1000, 1010)
 class Image:
     """The predictions for one image, its objects, and what matching must make of them."""
 
-    gt_boxes: list[Box]
-    cls_match: list[int]
-    loc_match: list[int]
-    num_pos: list[int]
+    cls_match: str  # a digit for each anchor, the index of its object; "." is background, "i" ignored
+    loc_match: str
+    num_pos: list[int] = field(default_factory=lambda: [1])
     num_total: list[int] | None = None  # None: num_pos, nothing is ignored
+    gt_boxes: list[Box] = field(default_factory=lambda: [strip(0, 10)])
     pred_boxes: list[Box] | None = None  # None: the anchors
     box_deltas: list[Box] | None = None  # None: zeros; in place of boxes where the case has a box coder
     cls_logits: list[list[float]] | None = None  # None: zeros
@@ -134,9 +132,13 @@ class Case:
         shape = (len(self.images), len(self.anchors))
         num_pos = [count for image in self.images for count in image.num_pos] + [0] * slack
         num_total = [count for image in self.images for count in image.num_total or image.num_pos] + [0] * slack
+        cls_match, loc_match = (
+            [[MATCHES[letter] for letter in getattr(image, name)] for image in self.images]
+            for name in ("cls_match", "loc_match")
+        )
         return (
-            torch.tensor([image.cls_match for image in self.images], dtype=torch.int64).reshape(shape),
-            torch.tensor([image.loc_match for image in self.images], dtype=torch.int64).reshape(shape),
+            torch.tensor(cls_match, dtype=torch.int64).reshape(shape),
+            torch.tensor(loc_match, dtype=torch.int64).reshape(shape),
             torch.tensor(num_pos, dtype=torch.int32),
             torch.tensor(num_total, dtype=torch.int32),
         )
@@ -164,31 +166,25 @@ add(
     "best[g] = the anchor with the largest quality for g",
     # q_anchor    .6            .7            0
     [strip(0, 6), strip(0, 7), strip(20, 30)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        # q_regressed .3          .2           .9: anchor 2 leads, though its anchor does not even touch the object
-        pred_boxes=[strip(0, 3), strip(0, 2), strip(0, 9)],
-        # n_pos: .6 >= .5, and .7 forced to 1 >= .5: 2; n_total the same. Classification ranks 2, 0, 1; the last is
-        # past n_total.
-        cls_match=[0, BACKGROUND, 0],
-        # Amplified (p = .5 everywhere) ranks 1, 0.
-        loc_match=[0, 0, NONE],
-        num_pos=[2],
-    ),
+    # q_regressed .3          .2           .9: anchor 2 leads, though its anchor does not even touch the object
+    # n_pos: .6 >= .5, and .7 forced to 1 >= .5: 2; n_total the same. Classification ranks 2, 0, 1; the last is
+    # past n_total.
+    # Amplified (p = .5 everywhere) ranks 1, 0.
+    Image("0.0", "00.", [2], pred_boxes=[strip(0, 3), strip(0, 2), strip(0, 9)]),
 )
 add(
     "best anchor is forced to quality 1",
     'The pair (best[g], g) gets quality 1. ("At least one anchor should be assigned as positive.")',
     # q .1, below every threshold; forced to 1
     [strip(50, 60), strip(0, 1)],
-    Image(gt_boxes=[strip(0, 10)], cls_match=[BACKGROUND, 0], loc_match=[NONE, 0], num_pos=[1]),
+    Image(".0", ".0"),
 )
 add(
     "forced quality beats a larger real one",
     "The pair (best[g], g) gets quality 1; owner[a] = the object with the largest quality for a",
     # object 0: .8 and 1; object 1: 4/8 = .5 and 4/10 = .4. best = [anchor 1, anchor 0]; (0, 1) becomes 1 > .8.
     [strip(0, 8), strip(0, 10)],
-    Image(gt_boxes=[strip(0, 10), strip(0, 4)], cls_match=[1, 0], loc_match=[1, 0], num_pos=[1, 1]),
+    Image("10", "10", [1, 1], gt_boxes=[strip(0, 10), strip(0, 4)]),
 )
 add(
     "both forced bests on one anchor",
@@ -196,7 +192,7 @@ add(
     # Anchor 0 is the best of both: object 0 with 8/12, object 1 with 1. Both become 1: a tie, object 0 wins.
     # Object 1 is stolen empty: it owns no anchor, its counts are still at least 1.
     [strip(2, 12), strip(100, 110)],
-    Image(gt_boxes=[strip(0, 10), strip(2, 12)], cls_match=[0, BACKGROUND], loc_match=[0, NONE], num_pos=[1, 1]),
+    Image("0.", "0.", [1, 1], gt_boxes=[strip(0, 10), strip(2, 12)]),
 )
 add(
     "a perfect overlap ties with a forced one",
@@ -204,54 +200,36 @@ add(
     # First image: the anchor is object 1 exactly (IoU 1); object 0 (.5) has no other anchor: forced to 1, tie, object
     # 0. Second image: the same two objects in the other order.
     [strip(0, 10)],
-    Image(gt_boxes=[strip(0, 5), strip(0, 10)], cls_match=[0], loc_match=[0], num_pos=[1, 1]),
-    Image(gt_boxes=[strip(0, 10), strip(0, 5)], cls_match=[0], loc_match=[0], num_pos=[1, 1]),
+    Image("0", "0", [1, 1], gt_boxes=[strip(0, 5), strip(0, 10)]),
+    Image("0", "0", [1, 1], gt_boxes=[strip(0, 10), strip(0, 5)]),
 )
 add(
     "equal anchors: the lowest is best",
     "best[g]: lowest anchor index on ties",
     # .4 four times: anchor 0 is forced to 1; n_pos 1; all four reach .4: n_total 4.
     [strip(0, 4), strip(0, 4), strip(0, 4), strip(0, 4)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        cls_match=[0, IGNORED, IGNORED, IGNORED],
-        loc_match=[0, NONE, NONE, NONE],
-        num_pos=[1],
-        num_total=[4],
-    ),
+    Image("0iii", "0...", [1], [4]),
 )
 add(
     "equal regressed boxes: the lowest anchor is best",
     "best[g]: lowest anchor index on ties",
     # q_anchor .4 .3 .3: n_pos = n_total = 1 (.4 is forced). q_regressed 0 .5 .5: anchor 1.
     [strip(0, 4), strip(0, 3), strip(0, 3)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        pred_boxes=[FAR, strip(0, 5), strip(0, 5)],
-        cls_match=[BACKGROUND, 0, BACKGROUND],
-        loc_match=[0, NONE, NONE],
-        num_pos=[1],
-    ),
+    Image(".0.", "0..", pred_boxes=[FAR, strip(0, 5), strip(0, 5)]),
 )
 add(
     "equal amplified qualities: the lowest anchor is best",
     "best[g]: lowest anchor index on ties",
     # q_anchor .3 twice, p = 1 for both: the same exponent.
     [FAR, strip(0, 3), strip(7, 10)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        cls_logits=[[SURE], [SURE], [SURE]],
-        cls_match=[BACKGROUND, 0, BACKGROUND],
-        loc_match=[NONE, 0, NONE],
-        num_pos=[1],
-    ),
+    Image(".0.", ".0.", cls_logits=[[SURE], [SURE], [SURE]]),
 )
 add(
     "equal objects: the lowest owns",
     "owner[a] = the object with the largest quality for a; lowest object index on ties",
     # Two objects on one place: both bests are anchor 0, and .8 against .8 for anchor 1. Object 1 owns nothing.
     [strip(0, 10), strip(0, 8)],
-    Image(gt_boxes=[strip(0, 10), strip(0, 10)], cls_match=[0, 0], loc_match=[0, 0], num_pos=[2, 1]),
+    Image("00", "00", [2, 1], gt_boxes=[strip(0, 10), strip(0, 10)]),
 )
 add(
     "an anchor half way between two objects",
@@ -259,7 +237,7 @@ add(
     # Anchors 0 and 1 are the objects themselves. Anchor 2 = [3, 13] against [0, 10] and [6, 16]: 7/13 both. Object 0
     # owns it: n_pos 2 and 1.
     [strip(0, 10), strip(6, 16), strip(3, 13)],
-    Image(gt_boxes=[strip(0, 10), strip(6, 16)], cls_match=[0, 1, 0], loc_match=[0, 1, 0], num_pos=[2, 1]),
+    Image("010", "010", [2, 1], gt_boxes=[strip(0, 10), strip(6, 16)]),
 )
 add(
     "an anchor competes for its owner only",
@@ -267,7 +245,7 @@ add(
     # Anchor 2 = [1, 11]: 9/11 with object 0, 7/13 with object 1. Object 0 owns it, and it does not count for object 1,
     # though 7/13 >= .5: n_pos 2 and 1.
     [strip(0, 10), strip(4, 14), strip(1, 11)],
-    Image(gt_boxes=[strip(0, 10), strip(4, 14)], cls_match=[0, 1, 0], loc_match=[0, 1, 0], num_pos=[2, 1]),
+    Image("010", "010", [2, 1], gt_boxes=[strip(0, 10), strip(4, 14)]),
 )
 add(
     "no regressed box touches the object",
@@ -275,13 +253,7 @@ add(
     # q_anchor .5 .7 .6: best is anchor 1, n_pos 3. Every regressed box is elsewhere: only the pair (1, 0) has quality
     # 1.
     [strip(0, 5), strip(0, 7), strip(0, 6)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        pred_boxes=[FAR, FAR, FAR],
-        cls_match=[BACKGROUND, 0, BACKGROUND],
-        loc_match=[0, 0, 0],
-        num_pos=[3],
-    ),
+    Image(".0.", "000", [3], pred_boxes=[FAR, FAR, FAR]),
 )
 add(
     "the fallback best meets another object's best",
@@ -289,22 +261,10 @@ add(
     # Regressed: nothing near object 0, whose best is anchor 0 as under q_anchor. For object 1 anchor 0 has 1, anchor 1
     # .8. First image: (0, 0) and (0, 1) are both 1: object 0 takes anchor 0; object 1 keeps anchor 1 (.8).
     [strip(0, 10), strip(20, 30)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(20, 30)],
-        pred_boxes=[strip(20, 30), strip(20, 28)],
-        cls_match=[0, 1],
-        loc_match=[0, 1],
-        num_pos=[1, 1],
-    ),
+    Image("01", "01", [1, 1], gt_boxes=[strip(0, 10), strip(20, 30)], pred_boxes=[strip(20, 30), strip(20, 28)]),
     # The objects swapped: now object 0 is the one at [20, 30] and takes anchor 0 (1 against 1); the other is left
     # empty. Anchor 1 (.8) is object 0's second, past n_total = 1.
-    Image(
-        gt_boxes=[strip(20, 30), strip(0, 10)],
-        pred_boxes=[strip(20, 30), strip(20, 28)],
-        cls_match=[0, BACKGROUND],
-        loc_match=[1, 0],
-        num_pos=[1, 1],
-    ),
+    Image("0.", "10", [1, 1], gt_boxes=[strip(20, 30), strip(0, 10)], pred_boxes=[strip(20, 30), strip(20, 28)]),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,33 +275,21 @@ add(
     "n_pos = number of anchors it owns with quality >= iou_positive; n_total = ... >= iou_ignored",
     # 1, 5/10 (counts), 4.999/10 (does not), 4/10 (counts as ignored), 3.999/10 (does not): n_pos 2, n_total 4
     [strip(0, 10), strip(0, 5), strip(0, 4.999), strip(0, 4), strip(0, 3.999)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        cls_match=[0, 0, IGNORED, IGNORED, BACKGROUND],
-        loc_match=[0, 0, NONE, NONE, NONE],
-        num_pos=[2],
-        num_total=[4],
-    ),
+    Image("00ii.", "00...", [2], [4]),
 )
 add(
     "counts at other thresholds",
     "iou_positive, iou_ignored",
     # >= 1: the first two; >= .75: [0, 7.5] as well, [0, 7] not
     [strip(0, 10), strip(0, 10), strip(0, 7.5), strip(0, 7)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        cls_match=[0, 0, IGNORED, BACKGROUND],
-        loc_match=[0, 0, NONE, NONE],
-        num_pos=[2],
-        num_total=[3],
-    ),
+    Image("00i.", "00..", [2], [3]),
     options={"iou_positive": 1.0, "iou_ignored": 0.75},
 )
 add(
     "equal thresholds ignore nothing",
     "the next n_total - n_pos are ignored",
     [strip(0, 10), strip(0, 5), strip(0, 4.9), strip(0, 4)],
-    Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0, BACKGROUND, BACKGROUND], loc_match=[0, 0, NONE, NONE], num_pos=[2]),
+    Image("00..", "00..", [2]),
     options={"iou_positive": 0.5, "iou_ignored": 0.5},
 )
 add(
@@ -349,7 +297,7 @@ add(
     "thresholds in (0, 1]",
     [strip(0, 10), strip(0, 1), strip(9.5, 20), strip(10, 20)],
     # 1, .1, .5/20 = .025, and a shared edge: 0
-    Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0, 0, BACKGROUND], loc_match=[0, 0, 0, NONE], num_pos=[3]),
+    Image("000.", "000.", [3]),
     options={"iou_positive": 1e-6, "iou_ignored": 1e-6},
 )
 add(
@@ -358,7 +306,7 @@ add(
     # Object 1 loses its best, anchor 0 (9/11 for both, object 0 wins), and keeps anchor 1: [8, 12] in [2, 12] is .4,
     # below .5. Counts 1 and 1. Its one positive is the best anchor it still owns. (2/12 of anchor 1 with object 0.)
     [strip(1, 11), strip(8, 12)],
-    Image(gt_boxes=[strip(0, 10), strip(2, 12)], cls_match=[0, 1], loc_match=[0, 1], num_pos=[1, 1]),
+    Image("01", "01", [1, 1], gt_boxes=[strip(0, 10), strip(2, 12)]),
 )
 add(
     "one positive, and the rest of what is left ignored",
@@ -366,13 +314,7 @@ add(
     # As above with two more anchors in object 1, .45 and .4 (0.5/12 and less of object 0): it owns .4 .45 .4, all of
     # them >= .4 and none >= .5: n_pos 1, n_total 3.
     [strip(1, 11), strip(8, 12), strip(7.5, 12), strip(8, 12)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(2, 12)],
-        cls_match=[0, IGNORED, 1, IGNORED],
-        loc_match=[0, NONE, 1, NONE],
-        num_pos=[1, 1],
-        num_total=[1, 3],
-    ),
+    Image("0i1i", "0.1.", [1, 1], [1, 3], gt_boxes=[strip(0, 10), strip(2, 12)]),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,42 +325,23 @@ add(
     "The first n_pos are its positives, the next n_total - n_pos are ignored, the rest are background.",
     # q_anchor .9 .6 .45 .4 .3: n_pos 2, n_total 4
     [strip(0, 9), strip(0, 6), strip(0, 4.5), strip(0, 4), strip(0, 3)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        # q_regressed .1 .2 .3 .35 .8: ranks 4, 3 | 2, 1 | 0
-        pred_boxes=[strip(0, 1), strip(0, 2), strip(0, 3), strip(0, 3.5), strip(0, 8)],
-        cls_match=[BACKGROUND, IGNORED, IGNORED, 0, 0],
-        loc_match=[0, 0, NONE, NONE, NONE],  # nothing is ignored for localization
-        num_pos=[2],
-        num_total=[4],
-    ),
+    # q_regressed .1 .2 .3 .35 .8: ranks 4, 3 | 2, 1 | 0
+    # nothing is ignored for localization
+    Image(".ii00", "00...", [2], [4], pred_boxes=[strip(0, 1), strip(0, 2), strip(0, 3), strip(0, 3.5), strip(0, 8)]),
 )
 add(
     "equal ranks: the lowest anchor first",
     "largest first, lowest anchor index on ties",
     # q_anchor .5 .4 .1 .1: n_pos 1, n_total 2. q_regressed .9 0 .3 .3: ranks 0 | 2 | 3
     [strip(0, 5), strip(0, 4), strip(0, 1), strip(0, 1)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        pred_boxes=[strip(0, 9), FAR, strip(0, 3), strip(0, 3)],
-        cls_match=[0, BACKGROUND, IGNORED, BACKGROUND],
-        loc_match=[0, NONE, NONE, NONE],
-        num_pos=[1],
-        num_total=[2],
-    ),
+    Image("0.i.", "0...", [1], [2], pred_boxes=[strip(0, 9), FAR, strip(0, 3), strip(0, 3)]),
 )
 add(
     "an object takes what it owns",
     "An object that owns fewer anchors than the count takes what it owns. Anchors of quality 0 are never chosen.",
     # n_pos 3; only the regressed box of anchor 1 touches the object.
     [strip(0, 10), strip(0, 9), strip(0, 8)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        pred_boxes=[FAR, strip(0, 1), FAR],
-        cls_match=[BACKGROUND, 0, BACKGROUND],
-        loc_match=[0, 0, 0],
-        num_pos=[3],
-    ),
+    Image(".0.", "000", [3], pred_boxes=[FAR, strip(0, 1), FAR]),
 )
 add(
     "a sure anchor overtakes a better placed one",
@@ -426,14 +349,7 @@ add(
     # q_anchor .8 .6 .4: n_pos 2, n_total 3. p = 0, 0, 1: exponents log2 .8 = -.32, log2 .6 = -.74, log2 .4 / 2 = -.66.
     # Localization ranks 0, 2 | 1.
     [strip(0, 8), strip(0, 6), strip(0, 4)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        cls_logits=[[NEVER], [NEVER], [SURE]],
-        cls_match=[0, 0, IGNORED],
-        loc_match=[0, NONE, 0],
-        num_pos=[2],
-        num_total=[3],
-    ),
+    Image("00i", "0.0", [2], [3], cls_logits=[[NEVER], [NEVER], [SURE]]),
 )
 add(
     "p is read at the object's label",
@@ -442,16 +358,8 @@ add(
     # Labels 0 and 2 (second image: label 2) say the opposite: -.26 and -.74: anchor 0.
     [strip(0, 7), strip(0, 6)],
     *(
-        Image(
-            gt_boxes=[strip(0, 10)],
-            gt_labels=[label],
-            cls_logits=[[SURE, NEVER, SURE], [NEVER, SURE, NEVER]],
-            cls_match=[0, IGNORED],
-            loc_match=loc_match,
-            num_pos=[1],
-            num_total=[2],
-        )
-        for label, loc_match in ((1, [NONE, 0]), (2, [0, NONE]), (0, [0, NONE]))
+        Image("0i", loc_match, [1], [2], gt_labels=[label], cls_logits=[[SURE, NEVER, SURE], [NEVER, SURE, NEVER]])
+        for label, loc_match in ((1, ".0"), (2, "0."), (0, "0."))
     ),
     num_classes=3,
     options={"iou_positive": 0.65},
@@ -463,16 +371,8 @@ add(
     # -.46, the larger; with p = .5: -.55, the smaller. Taken for logits (.5 and .68), both would be anchor 0's.
     [strip(0, 7), strip(0, 6)],
     *(
-        Image(
-            gt_boxes=[strip(0, 10)],
-            gt_labels=[1],
-            cls_probabilities=[[1, 0], [0, p]],
-            cls_match=[0, IGNORED],
-            loc_match=loc_match,
-            num_pos=[1],
-            num_total=[2],
-        )
-        for p, loc_match in ((0.75, [NONE, 0]), (0.5, [0, NONE]))
+        Image("0i", loc_match, [1], [2], gt_labels=[1], cls_probabilities=[[1, 0], [0, p]])
+        for p, loc_match in ((0.75, ".0"), (0.5, "0."))
     ),
     num_classes=2,
     options={"iou_positive": 0.65},
@@ -486,12 +386,12 @@ add(
     # object 1.
     [strip(0, 10), strip(4, 14), strip(1.5, 11.5)],
     Image(
+        "010",
+        "01.",
+        [2, 1],
         gt_boxes=[strip(0, 10), strip(4, 14)],
         gt_labels=[0, 1],
         cls_logits=[[0, 0], [0, 0], [NEVER, SURE]],
-        cls_match=[0, 1, 0],
-        loc_match=[0, 1, NONE],
-        num_pos=[2, 1],
     ),
     num_classes=2,
 )
@@ -501,56 +401,35 @@ add(
     # Anchor 0 is sure of the class but elsewhere; anchor 1 (IoU 1) belongs to object 0, which leaves object 1 (the same
     # place) empty, though its count is 1.
     [FAR, strip(0, 10)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(0, 10)],
-        cls_logits=[[SURE], [NEVER]],
-        cls_match=[BACKGROUND, 0],
-        loc_match=[NONE, 0],
-        num_pos=[1, 1],
-    ),
+    Image(".0", ".0", [1, 1], gt_boxes=[strip(0, 10), strip(0, 10)], cls_logits=[[SURE], [NEVER]]),
 )
 for sigma, loc_match in (
     # q_anchor .7 .6, p = 0 and 1, n_pos 1 (>= .65): exponents log2 .7 = -.515 and (sigma - 1) / sigma * -.737.
-    (1.0001, [NONE, 0]),  # -.00007
-    (2.0, [NONE, 0]),  # -.368
-    (3.0, [NONE, 0]),  # -.491
-    (4.0, [0, NONE]),  # -.553
-    (1e6, [0, NONE]),  # -.737
+    (1.0001, ".0"),  # -.00007
+    (2.0, ".0"),  # -.368
+    (3.0, ".0"),  # -.491
+    (4.0, "0."),  # -.553
+    (1e6, "0."),  # -.737
 ):
     add(
         f"sigma = {sigma:g}",
         "q_anchor ** ((sigma - p) / sigma)",
         [strip(0, 7), strip(0, 6)],
-        Image(
-            gt_boxes=[strip(0, 10)],
-            cls_logits=[[NEVER], [SURE]],
-            cls_match=[0, IGNORED],
-            loc_match=loc_match,
-            num_pos=[1],
-            num_total=[2],
-        ),
+        Image("0i", loc_match, [1], [2], cls_logits=[[NEVER], [SURE]]),
         options={"iou_positive": 0.65, "sigma": sigma},
     )
 for strategy, cls_match, loc_match in (
     # q_anchor .7 .6: n_pos 1 (>= .65), n_total 2. q_regressed .1 .9. p = 0 and 1: exponents -.51 and -.37.
-    ("iou", [0, IGNORED], [0, NONE]),
-    ("localize_to_classify", [IGNORED, 0], [0, NONE]),
-    ("classify_to_localize", [0, IGNORED], [NONE, 0]),
-    ("mutual", [IGNORED, 0], [NONE, 0]),
+    ("iou", "0i", "0."),
+    ("localize_to_classify", "i0", "0."),
+    ("classify_to_localize", "0i", ".0"),
+    ("mutual", "i0", ".0"),
 ):
     add(
         f"strategy {strategy}",
         "strategy picks the quality of each task",
         [strip(0, 7), strip(0, 6)],
-        Image(
-            gt_boxes=[strip(0, 10)],
-            pred_boxes=[strip(0, 1), strip(0, 9)],
-            cls_logits=[[NEVER], [SURE]],
-            cls_match=cls_match,
-            loc_match=loc_match,
-            num_pos=[1],
-            num_total=[2],
-        ),
+        Image(cls_match, loc_match, [1], [2], pred_boxes=[strip(0, 1), strip(0, 9)], cls_logits=[[NEVER], [SURE]]),
         options={"iou_positive": 0.65, "strategy": strategy},
     )
 add(
@@ -559,13 +438,7 @@ add(
     # Object 10 x 10. Anchor 0 [0,0,10,5]: 50/100 = .5. Anchor 1 [5,5,15,15]: 25/175 = .14. Anchor 2 [0,0,5,8]: 40/100
     # = .4. Anchor 3 shares the x range but lies below: 0.
     [(0, 0, 10, 5), (5, 5, 15, 15), (0, 0, 5, 8), (0, 20, 10, 30)],
-    Image(
-        gt_boxes=[(0, 0, 10, 10)],
-        cls_match=[0, BACKGROUND, IGNORED, BACKGROUND],
-        loc_match=[0, NONE, NONE, NONE],
-        num_pos=[1],
-        num_total=[2],
-    ),
+    Image("0.i.", "0...", [1], [2], gt_boxes=[(0, 0, 10, 10)]),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,13 +452,7 @@ add(
     # anchor 2 up by its height, off the object. q_anchor 0 .. : object [10, 20]: 0 1 1. q_regressed 1, 2/18, 0.
     # n_pos 2 (anchor 1 forced to 1, anchor 2 is 1). Classification ranks 0, 1; localization 1, 2.
     [strip(0, 10), strip(10, 20), strip(10, 20)],
-    Image(
-        gt_boxes=[strip(10, 20)],
-        box_deltas=[(10, 0, 0, 0), (-8, 0, 0, 0), (0, 10, 0, 0)],
-        cls_match=[0, 0, BACKGROUND],
-        loc_match=[NONE, 0, 0],
-        num_pos=[2],
-    ),
+    Image("00.", ".00", [2], gt_boxes=[strip(10, 20)], box_deltas=[(10, 0, 0, 0), (-8, 0, 0, 0), (0, 10, 0, 0)]),
     options={"box_coder": DEFAULT_CODER},
 )
 add(
@@ -595,20 +462,8 @@ add(
     # dw = 1000 -> cut at ln 62.5: width 62.5: 10/62.5 = .16. dw = 0: .1. First image: the exact one wins.
     # Second image: without it the cut one (.16) wins over .1.
     [strip(4.5, 5.5), strip(4.5, 5.5), strip(4.5, 5.5)],
-    Image(
-        gt_boxes=[strip(0, 10)],
-        box_deltas=[(0, 0, 0, 0), (0, 0, 1000, 0), (0, 0, 5 * math.log(10), 0)],
-        cls_match=[BACKGROUND, BACKGROUND, 0],
-        loc_match=[0, NONE, NONE],
-        num_pos=[1],
-    ),
-    Image(
-        gt_boxes=[strip(0, 10)],
-        box_deltas=[(0, 0, 0, 0), (0, 0, 1000, 0), (0, 0, -1, 0)],
-        cls_match=[BACKGROUND, 0, BACKGROUND],
-        loc_match=[0, NONE, NONE],
-        num_pos=[1],
-    ),
+    Image("..0", "0..", box_deltas=[(0, 0, 0, 0), (0, 0, 1000, 0), (0, 0, 5 * math.log(10), 0)]),
+    Image(".0.", "0..", box_deltas=[(0, 0, 0, 0), (0, 0, 1000, 0), (0, 0, -1, 0)]),
     options={"box_coder": DEFAULT_CODER},
 )
 add(
@@ -617,14 +472,8 @@ add(
     # Weights 1: dx = 1 moves by the width, [0, 10] -> [10, 20]: 1. clip = 0: dw = 1 -> min(1, 0) = 0, unchanged: 0
     # overlap for anchor 1. With the default coder dx = 1 would move by 1 only, and neither would touch the object.
     [strip(0, 10), strip(0, 10), strip(19, 29)],
-    Image(
-        gt_boxes=[strip(10, 20)],
-        box_deltas=[(1, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 0)],
-        # q_anchor 0 0 1/19: n_pos 1. q_regressed 1 0 1/19.
-        cls_match=[0, BACKGROUND, BACKGROUND],
-        loc_match=[NONE, NONE, 0],
-        num_pos=[1],
-    ),
+    # q_anchor 0 0 1/19: n_pos 1. q_regressed 1 0 1/19.
+    Image("0..", "..0", gt_boxes=[strip(10, 20)], box_deltas=[(1, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 0)]),
     options={"box_coder": mg_ops.BoxCoder(weights=(1.0, 1.0, 1.0, 1.0), clip=0.0)},
 )
 add(
@@ -633,20 +482,14 @@ add(
     # clip = inf: dw = 1e4 -> exp(2000) = inf: not finite. NaN likewise. dx = inf likewise. Left: anchor 3 with dx = 5:
     # [5, 15], 5/15. n_pos 4.
     [strip(0, 10)] * 4,
-    Image(
-        gt_boxes=[strip(0, 10)],
-        box_deltas=[(0, 0, 1e4, 0), (0, NAN, 0, 0), (INF, 0, 0, 0), (5, 0, 0, 0)],
-        cls_match=[BACKGROUND, BACKGROUND, BACKGROUND, 0],
-        loc_match=[0, 0, 0, 0],
-        num_pos=[4],
-    ),
+    Image("...0", "0000", [4], box_deltas=[(0, 0, 1e4, 0), (0, NAN, 0, 0), (INF, 0, 0, 0), (5, 0, 0, 0)]),
     options={"box_coder": mg_ops.BoxCoder(weights=(10.0, 10.0, 5.0, 5.0), clip=INF)},
 )
 add(
     "deltas of an invalid anchor",
     "A non-finite anchor: quality 0 with everything (decoded from it, so is the box)",
     [(0, 0, NAN, 1), strip(0, 6)],
-    Image(gt_boxes=[strip(0, 10)], cls_match=[BACKGROUND, 0], loc_match=[NONE, 0], num_pos=[1]),
+    Image(".0", ".0"),
     options={"box_coder": DEFAULT_CODER},
 )
 
@@ -662,12 +505,12 @@ add(
     # nothing; anchor 6 ([108, 118]: 2/18 of the object, 7/10 of the crowd [95, 115]) becomes ignored.
     [strip(0, 4), strip(5, 15), strip(6, 16), strip(40, 50), strip(100, 110), strip(100, 104.5), strip(108, 118)],
     Image(
+        "ii..1ii",
+        "....1..",
+        [0, 1, 0],
+        [0, 2, 0],
         gt_boxes=[strip(0, 10), strip(100, 110), strip(95, 115)],
         gt_crowd=[True, False, True],
-        cls_match=[IGNORED, IGNORED, BACKGROUND, BACKGROUND, 1, IGNORED, IGNORED],
-        loc_match=[NONE, NONE, NONE, NONE, 1, NONE, NONE],
-        num_pos=[0, 1, 0],
-        num_total=[0, 2, 0],
     ),
 )
 add(
@@ -676,21 +519,13 @@ add(
     # The crowd equals anchor 0 and would win it; the object (.5 of anchor 0) gets it. Anchor 1 overlaps only the
     # crowd, by .4.
     [strip(0, 10), strip(6, 16)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(0, 5)],
-        gt_crowd=[True, False],
-        cls_match=[1, BACKGROUND],
-        loc_match=[1, NONE],
-        num_pos=[0, 1],
-    ),
+    Image("1.", "1.", [0, 1], gt_boxes=[strip(0, 10), strip(0, 5)], gt_crowd=[True, False]),
 )
 add(
     "only crowds",
     "A crowd region takes no part above.",
     [strip(0, 10), strip(20, 30)],
-    Image(
-        gt_boxes=[strip(0, 10)], gt_crowd=[True], cls_match=[IGNORED, BACKGROUND], loc_match=[NONE, NONE], num_pos=[0]
-    ),
+    Image("i.", "..", [0], gt_crowd=[True]),
 )
 add(
     "another share of a crowd",
@@ -698,24 +533,16 @@ add(
     # 4/10 >= .25; 2.5/10 = .25; 2/10. In two dimensions: [0,0,4,4] against [0,0,10,1]: 4/16 = .25.
     # Two crowds do not add up: [8, 12] would be covered 2/4 by one and 0 by the other ([11.5, 13]: .5/4).
     [strip(6, 16), strip(7.5, 17.5), strip(8, 18), (0, 0, 4, 4), strip(9.2, 13.2)],
-    Image(
-        gt_boxes=[strip(0, 10), strip(12.5, 13)],
-        gt_crowd=[True, True],
-        # strip(6, 16): .4; strip(7.5, 17.5): .25; strip(8, 18): .2, and .05 of the second; (0, 0, 4, 4): .25;
-        # strip(9.2, 13.2): .8/4 = .2 and .5/4 = .125: together .325, each below .25.
-        cls_match=[IGNORED, IGNORED, BACKGROUND, IGNORED, BACKGROUND],
-        loc_match=[NONE] * 5,
-        num_pos=[0, 0],
-    ),
+    # strip(6, 16): .4; strip(7.5, 17.5): .25; strip(8, 18): .2, and .05 of the second; (0, 0, 4, 4): .25;
+    # strip(9.2, 13.2): .8/4 = .2 and .5/4 = .125: together .325, each below .25.
+    Image("ii.i.", ".....", [0, 0], gt_boxes=[strip(0, 10), strip(12.5, 13)], gt_crowd=[True, True]),
     options={"crowd_overlap": 0.25},
 )
 add(
     "wholly covered",
     "crowd_overlap in (0, 1]",
     [strip(0, 10), strip(0, 10.5)],
-    Image(
-        gt_boxes=[strip(0, 10)], gt_crowd=[True], cls_match=[IGNORED, BACKGROUND], loc_match=[NONE, NONE], num_pos=[0]
-    ),
+    Image("i.", "..", [0], gt_crowd=[True]),
     options={"crowd_overlap": 1.0},
 )
 add(
@@ -723,18 +550,18 @@ add(
     "Bad values never spread",
     [strip(0, 10), strip(0, 6)],
     Image(
+        "44",
+        "44",
+        [0, 0, 0, 0, 2],
         gt_boxes=[(NAN, 0, 10, 1), (-INF, 0, INF, 1), (10, 0, 0, 1), (0, 0, 10, 0), strip(0, 10)],
         gt_crowd=[True, True, True, True, False],
-        cls_match=[4, 4],
-        loc_match=[4, 4],
-        num_pos=[0, 0, 0, 0, 2],
     ),
     Image(
+        "..",
+        "..",
+        [0] * 4,
         gt_boxes=[(NAN, 0, 10, 1), (-INF, 0, INF, 1), (10, 0, 0, 1), (0, 0, 10, 0)],
         gt_crowd=[True] * 4,
-        cls_match=[BACKGROUND, BACKGROUND],
-        loc_match=[NONE, NONE],
-        num_pos=[0] * 4,
     ),
 )
 
@@ -770,31 +597,19 @@ for bad_name, bad in BAD_OBJECTS.items():
             f"bad object, {bad_name}, place {place}",
             "takes no part, counts 0, and changes nothing for any other object",
             [strip(0, 10), strip(0, 6), strip(20, 30), strip(23, 30), strip(40, 50)],
-            Image(
-                gt_boxes=gt_boxes,
-                cls_match=[first, first, second, second, BACKGROUND],
-                loc_match=[first, first, second, second, NONE],
-                num_pos=counts,
-            ),
+            Image(f"{first}{first}{second}{second}.", f"{first}{first}{second}{second}.", counts, gt_boxes=gt_boxes),
         )
     add(
         f"bad object, {bad_name}, alone",
         "takes no part, counts 0",
         [strip(0, 10), strip(23, 30)],
-        Image(gt_boxes=[bad], cls_match=[BACKGROUND, BACKGROUND], loc_match=[NONE, NONE], num_pos=[0]),
+        Image("..", "..", [0], gt_boxes=[bad]),
     )
 add(
     "an object out of the anchors' reach stays out, whatever the regressed boxes",
     "An object that no anchor overlaps: takes no part",
     [strip(0, 10)],
-    Image(
-        gt_boxes=[strip(20, 30)],
-        pred_boxes=[strip(20, 30)],
-        cls_logits=[[SURE]],
-        cls_match=[BACKGROUND],
-        loc_match=[NONE],
-        num_pos=[0],
-    ),
+    Image(".", ".", [0], gt_boxes=[strip(20, 30)], pred_boxes=[strip(20, 30)], cls_logits=[[SURE]]),
 )
 add(
     "invalid predicted boxes",
@@ -802,7 +617,9 @@ add(
     [strip(0, 10)] * 7,
     # Only the last box is one: [0, 2], .2. n_pos 7.
     Image(
-        gt_boxes=[strip(0, 10)],
+        "......0",
+        "0000000",
+        [7],
         pred_boxes=[
             (NAN, 0, 10, 1),
             (0, 0, 10, NAN),
@@ -812,18 +629,9 @@ add(
             (10, 1, 0, 0),
             strip(0, 2),
         ],
-        cls_match=[BACKGROUND] * 6 + [0],
-        loc_match=[0] * 7,
-        num_pos=[7],
     ),
     # All invalid: the best of q_anchor, anchor 0.
-    Image(
-        gt_boxes=[strip(0, 10)],
-        pred_boxes=[(NAN, NAN, NAN, NAN)] * 7,
-        cls_match=[0] + [BACKGROUND] * 6,
-        loc_match=[0] * 7,
-        num_pos=[7],
-    ),
+    Image("0......", "0000000", [7], pred_boxes=[(NAN, NAN, NAN, NAN)] * 7),
 )
 for bad_name, bad in (
     ("NaN", (0.0, NAN, 10.0, 1.0)),
@@ -836,26 +644,13 @@ for bad_name, bad in (
         f"invalid anchor, {bad_name}",
         "A non-finite or inverted anchor: quality 0 with everything",
         [bad, strip(0, 6)],
-        Image(
-            gt_boxes=[strip(0, 10)],
-            pred_boxes=[strip(0, 10), strip(0, 6)],
-            cls_logits=[[SURE], [NEVER]],
-            cls_match=[0, BACKGROUND],
-            loc_match=[NONE, 0],
-            num_pos=[1],
-        ),
+        Image("0.", ".0", pred_boxes=[strip(0, 10), strip(0, 6)], cls_logits=[[SURE], [NEVER]]),
     )
     add(
         f"invalid anchor under a crowd, {bad_name}",
         "overlap with a crowd region divided by the anchor's area",
         [bad, strip(0, 6)],
-        Image(
-            gt_boxes=[(0, 0, 10, 1)],
-            gt_crowd=[True],
-            cls_match=[BACKGROUND, IGNORED],
-            loc_match=[NONE, NONE],
-            num_pos=[0],
-        ),
+        Image(".i", "..", [0], gt_boxes=[(0, 0, 10, 1)], gt_crowd=[True]),
     )
 add(
     "a NaN score is p = 0",
@@ -864,15 +659,8 @@ add(
     # 1: -.37: anchor 1. With p = -inf -> 0: anchor 0.
     [strip(0, 7), strip(0, 6)],
     *(
-        Image(
-            gt_boxes=[strip(0, 10)],
-            cls_logits=[[NEVER], [score]],
-            cls_match=[0, IGNORED],
-            loc_match=loc_match,
-            num_pos=[1],
-            num_total=[2],
-        )
-        for score, loc_match in ((NAN, [0, NONE]), (-NAN, [0, NONE]), (INF, [NONE, 0]), (-INF, [0, NONE]))
+        Image("0i", loc_match, [1], [2], cls_logits=[[NEVER], [score]])
+        for score, loc_match in ((NAN, "0."), (-NAN, "0."), (INF, ".0"), (-INF, "0."))
     ),
     options={"iou_positive": 0.65},
 )
@@ -883,18 +671,11 @@ add(
     # Not contained, p = 3 would give anchor 1 +.37, and p = -1 anchor 0 -.77.
     [strip(0, 7), strip(0, 6)],
     *(
-        Image(
-            gt_boxes=[strip(0, 10)],
-            cls_probabilities=[[first], [second]],
-            cls_match=[0, IGNORED],
-            loc_match=loc_match,
-            num_pos=[1],
-            num_total=[2],
-        )
+        Image("0i", loc_match, [1], [2], cls_probabilities=[[first], [second]])
         for first, second, loc_match in (
-            *((1, 3, [0, NONE]), (0, 3, [NONE, 0]), (0, INF, [NONE, 0]), (1, INF, [0, NONE])),
-            *((-1, 0.5, [0, NONE]), (-INF, 0.5, [0, NONE]), (0, -INF, [0, NONE]), (-INF, 1, [NONE, 0])),
-            *((NAN, 0.5, [0, NONE]), (0, NAN, [0, NONE]), (NAN, 1, [NONE, 0])),
+            *((1, 3, "0."), (0, 3, ".0"), (0, INF, ".0"), (1, INF, "0.")),
+            *((-1, 0.5, "0."), (-INF, 0.5, "0."), (0, -INF, "0."), (-INF, 1, ".0")),
+            *((NAN, 0.5, "0."), (0, NAN, "0."), (NAN, 1, ".0")),
         )
     ),
     options={"iou_positive": 0.65},
@@ -905,28 +686,11 @@ add(
     # As above; the logits would make anchor 1 win for any label in [0, 2). Neighbors in memory say the same.
     [strip(0, 7), strip(0, 6)],
     *(
-        Image(
-            gt_boxes=[strip(0, 10)],
-            gt_labels=[label],
-            cls_logits=[[NEVER, NEVER], [SURE, SURE]],
-            cls_match=[0, IGNORED],
-            loc_match=loc_match,
-            num_pos=[1],
-            num_total=[2],
-        )
+        Image("0i", loc_match, [1], [2], gt_labels=[label], cls_logits=[[NEVER, NEVER], [SURE, SURE]])
         for label, loc_match in (
-            (0, [NONE, 0]),
-            (1, [NONE, 0]),
-            (2, [0, NONE]),
-            (-1, [0, NONE]),
-            (-2, [0, NONE]),
-            (2**31 - 1, [0, NONE]),
-            (2**31, [0, NONE]),
-            (2**32, [0, NONE]),
-            (2**32 + 1, [0, NONE]),
-            (-(2**32), [0, NONE]),
-            (2**63 - 1, [0, NONE]),
-            (-(2**63), [0, NONE]),
+            *((label, ".0") for label in (0, 1)),
+            *((label, "0.") for label in (2, -1, -2, 2**31 - 1, 2**31, 2**32, 2**32 + 1, -(2**32))),
+            *((label, "0.") for label in (2**63 - 1, -(2**63))),
         )
     ),
     num_classes=2,
@@ -936,41 +700,35 @@ add(
     "no class at all",
     "A label outside [0, C): p = 0 (C = 0)",
     [strip(0, 7), strip(0, 6)],
-    Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0], loc_match=[0, 0], num_pos=[2]),
+    Image("00", "00", [2]),
     num_classes=0,
 )
 add(
     "no object",
     "An image without objects: all background, no positive.",
     [strip(0, 10), strip(0, 6)],
-    Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[]),
+    Image("..", "..", [], gt_boxes=[]),
 )
 add(
     "an image without objects between others",
     "An image without objects: all background, no positive.",
     [strip(0, 10), strip(0, 6)],
-    Image(gt_boxes=[strip(0, 10)], cls_match=[0, 0], loc_match=[0, 0], num_pos=[2]),
-    Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[]),
+    Image("00", "00", [2]),
+    Image("..", "..", [], gt_boxes=[]),
     # [0, 6] is object 1; object 0 = [8, 10] overlaps anchor 0 only (.2), its best: anchor 0 is forced on it.
-    Image(gt_boxes=[strip(8, 10), strip(0, 6)], cls_match=[0, 1], loc_match=[0, 1], num_pos=[1, 1]),
-    Image(gt_boxes=[], cls_match=[BACKGROUND] * 2, loc_match=[NONE] * 2, num_pos=[]),
+    Image("01", "01", [1, 1], gt_boxes=[strip(8, 10), strip(0, 6)]),
+    Image("..", "..", [], gt_boxes=[]),
 )
 add("no image", "B = 0 is ordinary", [strip(0, 10)])
 add(
     "no anchor",
     "A = 0 is ordinary: no anchor overlaps the objects",
     [],
-    Image(gt_boxes=[strip(0, 10), strip(0, 5)], cls_match=[], loc_match=[], num_pos=[0, 0]),
-    Image(gt_boxes=[], cls_match=[], loc_match=[], num_pos=[]),
+    Image("", "", [0, 0], gt_boxes=[strip(0, 10), strip(0, 5)]),
+    Image("", "", [], gt_boxes=[]),
 )
 add("no anchor and no image", "A = 0, B = 0 are ordinary", [])
-add(
-    "no anchor, no object, no class",
-    "A = 0, N = 0 are ordinary",
-    [],
-    Image(gt_boxes=[], cls_match=[], loc_match=[], num_pos=[]),
-    num_classes=0,
-)
+add("no anchor, no object, no class", "A = 0, N = 0 are ordinary", [], Image("", "", [], gt_boxes=[]), num_classes=0)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arithmetic
@@ -981,21 +739,10 @@ add(
     # [0, 1e19] squared is 1e38; 1e38 + 1e38 - 1e38 = 1e38: IoU 1. [0, 1.5e19] squared is 2.25e38; with itself
     # 2.25e38 + 2.25e38 overflows: IoU 0, as with any union above 3.4e38.
     [(0, 0, 1e19, 1e19), (0, 0, 1.5e19, 1.5e19)],
-    Image(
-        gt_boxes=[(0, 0, 1e19, 1e19)],
-        # anchor 1: 1e38 / ((2.25e38 + 1e38) - 1e38) = .44
-        cls_match=[0, IGNORED],
-        loc_match=[0, NONE],
-        num_pos=[1],
-        num_total=[2],
-    ),
-    Image(
-        gt_boxes=[(0, 0, 1.5e19, 1.5e19)],
-        # anchor 0: .44, the best, forced; anchor 1: overflow, 0.
-        cls_match=[0, BACKGROUND],
-        loc_match=[0, NONE],
-        num_pos=[1],
-    ),
+    # anchor 1: 1e38 / ((2.25e38 + 1e38) - 1e38) = .44
+    Image("0i", "0.", [1], [2], gt_boxes=[(0, 0, 1e19, 1e19)]),
+    # anchor 0: .44, the best, forced; anchor 1: overflow, 0.
+    Image("0.", "0.", gt_boxes=[(0, 0, 1.5e19, 1.5e19)]),
 )
 add(
     "areas that underflow",
@@ -1003,33 +750,22 @@ add(
     # 1e-30 squared is 0 in float32: no IoU, though the boxes are equal. 1e-22 squared is 1e-44, 7 units of the smallest
     # subnormal (1.4e-45): half of it in width is 5e-23 * 1e-22 = 5e-45, 3.57 -> 4 units: IoU 4 / ((4 + 7) - 4) = 4/7.
     [(0, 0, 1e-30, 1e-30), (1, 1, 1 + 1e-22, 1 + 1e-22), (0, 0, 5e-23, 1e-22)],
-    Image(
-        gt_boxes=[(0, 0, 1e-30, 1e-30)],
-        # anchor 2 holds it, but the intersection is 0 as well
-        cls_match=[BACKGROUND] * 3,
-        loc_match=[NONE] * 3,
-        num_pos=[0],
-    ),
-    Image(
-        gt_boxes=[(0, 0, 1e-22, 1e-22)],
-        pred_boxes=[(0, 0, 1e-22, 1e-22), FAR, FAR],
-        # q_anchor 0 0 4/7: n_pos 1. q_regressed 1 0 0.
-        cls_match=[0, BACKGROUND, BACKGROUND],
-        loc_match=[NONE, NONE, 0],
-        num_pos=[1],
-    ),
+    # anchor 2 holds it, but the intersection is 0 as well
+    Image("...", "...", [0], gt_boxes=[(0, 0, 1e-30, 1e-30)]),
+    # q_anchor 0 0 4/7: n_pos 1. q_regressed 1 0 0.
+    Image("0..", "..0", gt_boxes=[(0, 0, 1e-22, 1e-22)], pred_boxes=[(0, 0, 1e-22, 1e-22), FAR, FAR]),
 )
 add(
     "normalized coordinates",
     "any one unit (pixels, or fractions of the image)",
     # .25/.5 = .5, .5/.5 = 1 of the object; powers of two, so that the fractions are exact
     [(0.25, 0.25, 0.5, 0.75), (0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.25, 0.25)],
-    Image(gt_boxes=[(0.25, 0.25, 0.75, 0.75)], cls_match=[0, 0, BACKGROUND], loc_match=[0, 0, NONE], num_pos=[2]),
+    Image("00.", "00.", [2], gt_boxes=[(0.25, 0.25, 0.75, 0.75)]),
 )
 add(
     "negative coordinates",
     "boxes lie anywhere",
     [strip(-10, 0), strip(-5, 5), strip(0, 10)],
     # [-10, 0] is the object; [-5, 5]: 5/15; [0, 10] touches it
-    Image(gt_boxes=[strip(-10, 0)], cls_match=[0, BACKGROUND, BACKGROUND], loc_match=[0, NONE, NONE], num_pos=[1]),
+    Image("0..", "0..", gt_boxes=[strip(-10, 0)]),
 )

@@ -76,10 +76,14 @@ def as_parameter(target: Target) -> Any:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A file without Triton, of operators that have no Triton kernel, says so by WITHOUT_TRITON = True."""
+    targets = usable_targets()
+    if getattr(metafunc.module, "WITHOUT_TRITON", False):
+        targets = [target for target in targets if target.backend != "triton"]
     if "target" in metafunc.fixturenames:
-        metafunc.parametrize("target", [as_parameter(target) for target in usable_targets()])
+        metafunc.parametrize("target", [as_parameter(target) for target in targets])
     if "compiled_target" in metafunc.fixturenames:
-        params = [as_parameter(target) for target in usable_targets() if target.backend != "eager"]
+        params = [as_parameter(target) for target in targets if target.backend != "eager"]
         if not params:
             reason = "no backend but eager is usable here: " + "; ".join(
                 f"{name}: {status.detail}" for name, status in mg_ops.backends().items() if not status.usable
@@ -91,6 +95,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_report_header() -> str:
     targets = ", ".join(f"{target.backend} on {target.device}" for target in usable_targets())
     return f"mg_ops {mg_ops.__version__}, torch {torch.__version__}: {targets}"
+
+
+@pytest.fixture
+def one_thread() -> Generator[None, None, None]:
+    """Networks as small as the detector's tests train gain nothing from a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VOC folder of four training images and two to evaluate on, for tests that change nothing in it."""
+    from small_data import write_voc
+
+    return write_voc(tmp_path_factory.mktemp("voc"), {"train": 4, "val": 2})
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained detector that finds something everywhere, as `detector.train` would have left it."""
+    from small_data import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("run"))
 
 
 def fuzz_cases(count: int) -> int:

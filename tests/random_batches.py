@@ -18,32 +18,7 @@ import mg_ops
 
 # Sizes around what kernels cut their work into.
 NUM_ANCHORS = (
-    0,
-    1,
-    2,
-    3,
-    7,
-    8,
-    9,
-    15,
-    16,
-    17,
-    31,
-    33,
-    63,
-    64,
-    65,
-    100,
-    127,
-    128,
-    129,
-    200,
-    255,
-    256,
-    257,
-    500,
-    1023,
-    1025,
+    *(0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 500, 1023, 1025),
 )
 MORE_ANCHORS = (2047, 2049, 3000, 4096, 5003, 8191)
 NUM_OBJECTS = (0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 17, 33, 64, 65, 100, 128, 129, 300)
@@ -289,16 +264,8 @@ def random_batch(seed: int, *, large: bool = False) -> RandomBatch:
     arguments["iou_ignored"] = iou_positive * float(random.choice([0.8, 0.8, 0.5, 1.0, 0.1]))
     arguments["crowd_overlap"] = float(random.choice([0.5, 0.5, 0.1, 1.0, 1e-6]))
     notes = {
-        "B": batch_size,
-        "A": num_anchors,
-        "C": num_classes,
-        "objects": counts,
-        "anchors": anchor_kind,
-        "gt_boxes": str(object_kind),
-        "pred_boxes": f"{pred_kind}{' as deltas' if with_coder else ''}",
-        "scores": f"{score_kind} {scores_name}",
-        "scale": scale,
-        "garbage": garbage,
-        "packed": packed,
+        **{"B": batch_size, "A": num_anchors, "C": num_classes, "objects": counts, "anchors": anchor_kind},
+        **{"gt_boxes": str(object_kind), "pred_boxes": f"{pred_kind}{' as deltas' if with_coder else ''}"},
+        **{"scores": f"{score_kind} {scores_name}", "scale": scale, "garbage": garbage, "packed": packed},
     }
     return RandomBatch(seed, arguments, notes)

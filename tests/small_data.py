@@ -1,4 +1,4 @@
-"""Small data sets the detector's tests write: colored rectangles and discs on noise, laid out as VOC and as COCO."""
+"""What the detector's tests work on: colored rectangles and discs on noise, laid out as VOC and as COCO, small runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+
+from detector.checkpoint import save_atomically
+from detector.detectors import make_detector
 
 COLORS = {"disc": (40, 60, 220), "square": (220, 40, 30)}
 
@@ -83,19 +87,39 @@ def write_coco(root: Path, splits: dict[str, int], size: tuple[int, int] = (128,
             draw_image(root / split / file_name, objects, size, number)
             images.append({"id": number, "file_name": file_name, "width": size[0], "height": size[1]})
             for name, (x1, y1, x2, y2) in objects:
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": number,
-                        "category_id": category_ids[name],
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "area": (x2 - x1) * (y2 - y1),
-                        "iscrowd": 0,
-                    }
-                )
+                ids = {"id": len(annotations) + 1, "image_id": number, "category_id": category_ids[name]}
+                width, height = x2 - x1, y2 - y1
+                annotations.append({**ids, "bbox": [x1, y1, width, height], "area": width * height, "iscrowd": 0})
         categories = [{"id": category_id, "name": name} for name, category_id in category_ids.items()]
         content = {"images": images, "annotations": annotations, "categories": categories}
         annotation_file = root / "annotations" / f"instances_{split}.json"
         annotation_file.parent.mkdir(parents=True, exist_ok=True)
         annotation_file.write_text(json.dumps(content))
     return root
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """An untrained detector of 64 pixels that finds something everywhere, and the log of a few steps, the last cut."""
+    torch.manual_seed(0)
+    model = make_detector("fssd", "resnet18", 64, 2)
+    for conv in model.head.classes:
+        torch.nn.init.normal_(conv.bias, -1, 1)
+    arguments = {"model": "fssd", "backbone": "resnet18", "image_size": 64, "strategy": "mutual"}
+    content = {"step": 1, "model": model.state_dict(), "ema": None, "arguments": arguments}
+    save_atomically({**content, "class_names": ["disc", "square"]}, folder / "last.pt")
+    losses = {"cls_loss": 1, "box_loss": 2, "lr": 0.1}
+    lines: list[dict[str, float]] = [{"step": step, "epoch": step / 2, "loss": 3 - step, **losses} for step in (0, 1)]
+    lines.append({"step": 2, "epoch": 1, "eval_AP": 0.4, "eval_AP50": 0.6, "eval_AP75": 0.5, "eval_VOC_AP50": 0.6})
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
+    return folder
+
+
+def train_flags(data: Path, out: Path, **changes: object) -> list[str]:
+    """The command line of a training of seconds: 64 pixels, batches of 2, one epoch; None leaves a flag out."""
+    values: dict[str, object] = {
+        **{"data": data, "out": out, "model": "fssd", "backbone": "resnet18", "backbone-weights": "none"},
+        **{"image-size": 64, "batch": 2, "epochs": 1, "log-every": 1, "device": "cpu", "workers": 0},
+        **changes,
+    }
+    given = [(f"--{name}", value) for name, value in values.items() if value is not None]
+    return [word for name, value in given for word in ([name] if value is True else [name, str(value)])]

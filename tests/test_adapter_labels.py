@@ -44,15 +44,8 @@ def test_detectron2_matches_are_the_mutual_match() -> None:
     )
     boxes = [torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.zeros(0, 4)]
     classes = [torch.tensor([1]), torch.zeros(0, dtype=torch.int64)]
-    predictions = anchors.expand(2, 4, 4)
-    result = detectron2.match_anchors(
-        anchors,
-        boxes,
-        classes,
-        matcher=mg_ops.MutualMatcher(),
-        pred_boxes=predictions,
-        cls_logits=torch.zeros(2, 4, 2),
-    )
+    predictions = {"pred_boxes": anchors.expand(2, 4, 4), "cls_logits": torch.zeros(2, 4, 2)}
+    result = detectron2.match_anchors(anchors, boxes, classes, matcher=mg_ops.MutualMatcher(), **predictions)
     # IoU 1, 0.9, 0.495 and 0: two positives and one ignored.
     assert result.classification.match_labels.tolist() == [[1, 1, -1, 0], [0, 0, 0, 0]]
     assert result.localization.match_labels.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]

@@ -15,7 +15,8 @@ import mg_ops
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "mg_ops" / "libmg_ops.so"
-KERNELS = ("prepare_kernel", "claim_kernel", "rank_kernel")
+KERNELS = {"prepare_kernel": 32, "object_kernel": 32, "claim_kernel": 32, "rank_kernel": 20}
+"""How many warps of each a multiprocessor must find registers for."""
 
 
 def has_cuda_kernels() -> bool:
@@ -77,15 +78,15 @@ def test_no_kernel_spills() -> None:
     )
     seen = dict.fromkeys(KERNELS, 0)
     for function, registers, stack, shared, local in usage:
-        for name in KERNELS:
+        for name, warps in KERNELS.items():
             if name in function:
                 seen[name] += 1
                 assert (int(stack), int(local)) == (0, 0), f"{function} spills"
-                assert int(registers) * 256 * 3 <= 65536, f"{function} leaves room for fewer than 3 blocks"
+                assert int(registers) * 32 * warps <= 65536, f"{function} leaves room for fewer than {warps} warps"
                 assert int(shared) <= 48 * 1024
     architectures = len(set(re.findall(r"arch = (sm_\d+a?)", dump("--dump-resource-usage"))))
     assert architectures >= 1
-    assert all(count == architectures for count in seen.values()), seen
+    assert all(count >= architectures for count in seen.values()), seen  # other rules have kernels of these names
 
 
 @with_cuda_kernels

@@ -25,8 +25,8 @@ from small_batches import small_batches
 
 import mg_ops
 
-SMALL_BLOCKS = {"threads": 32, "staged_keys": 8}
-"""One warp a block and tiny lists in shared memory: all chunks, all long lists, on inputs of a few hundred anchors."""
+SMALL_BLOCKS = {"threads": 32, "list_room": 8}
+"""One warp a block and tiny lists: on inputs of a few hundred anchors most objects are ranked from all anchors."""
 
 
 @pytest.fixture(scope="module", params=[{"threads": 64}, SMALL_BLOCKS], ids=["64 threads", "32 threads, tiny lists"])
@@ -182,19 +182,52 @@ def test_random_wrong_offsets(small_blocks: cuda_on_cpu.Emulator) -> None:
 
 
 def test_launches_and_memory(small_blocks: cuda_on_cpu.Emulator) -> None:
-    """At most three launches, and scratch of 24 bytes an image and anchor and about 104 an object, for any input."""
+    """At most four launches, and scratch of about 8 bytes an image and anchor, 17 an anchor and 470 an object."""
     for batch_size, num_anchors, num_objects in [(3, 200, 5), (1, 40, 300), (2, 0, 3), (0, 50, 0), (2, 100, 0)]:
         small_blocks.mutual_match(**detector_batch(batch_size, num_anchors, num_objects))
         call = small_blocks.last_call
-        assert call.launches <= 3
-        pairs, objects = batch_size * num_anchors, batch_size * num_objects
-        assert call.scratch_bytes <= 24 * pairs + 104 * objects + 4 * batch_size + 20 * 32
+        assert call.launches <= 4
+        pairs, tiles, objects = batch_size * num_anchors, -(-num_anchors // 64), batch_size * num_objects
+        per_tile = 16 * batch_size + 64
+        assert (
+            call.scratch_bytes <= 8 * pairs + 16 * num_anchors + per_tile * tiles + 472 * objects + 4 * batch_size + 500
+        )
     small_blocks.mutual_match(**detector_batch(2, 100, 0))
     assert small_blocks.last_call.launches == 1  # nothing but the background
 
 
-def test_scores_are_read_rarely(emulator: cuda_on_cpu.Emulator) -> None:
+def test_lists_are_enough_for_ordinary_batches(emulator: cuda_on_cpu.Emulator) -> None:
+    """With predictions near their anchors hardly an object is ranked from all anchors; tiny lists send many there."""
+    ranked_from_all = 0
+    for seed in range(3):
+        arguments = detector_batch(2, 2000, 6, seed=seed)
+        arguments["box_deltas"] = 0.2 * arguments["box_deltas"]
+        emulator.mutual_match(**arguments)
+        ranked_from_all += sum(emulator.notes().values())
+    assert ranked_from_all > 30 if emulator.list_room < 100 else ranked_from_all <= 1
+
+
+def test_each_reason_to_rank_from_all_anchors() -> None:
+    """More pairs than a list may have; more predictions near an object than it has room for; all of an object lost."""
+    boxes = torch.tensor([[100.0, 100.0, 140.0, 140.0]])
+    too_many_pairs = worst_batch("all one box", 300)
+    too_many_fronts = detector_batch(1, 300, 1) | {"gt_boxes": [boxes], "pred_boxes": boxes.expand(1, 300, 4)}
+    del too_many_fronts["box_coder"], too_many_fronts["box_deltas"]
+    all_lost = detector_batch(1, 300, 2) | {"gt_boxes": [boxes.expand(2, 4)]}
+    for why, list_room, arguments in [
+        ("pairs not kept", 8, too_many_pairs),
+        ("front not kept", 2048, too_many_fronts),
+        ("too few left", 2048, all_lost),
+    ]:
+        emulator = cuda_on_cpu.build(threads=64, list_room=list_room)
+        match = emulator.mutual_match(**arguments)
+        assert emulator.notes().get(f"rank_all: {why}", 0) > 0, why
+        assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), why)
+
+
+def test_scores_are_read_rarely() -> None:
     """Of the classes of all overlapping pairs, which the definition asks for, few are read; without overlap none."""
+    emulator = cuda_on_cpu.build(threads=64)
     arguments = detector_batch(2, 2000, 6)
     emulator.mutual_match(**arguments)
     overlapping = sum(int((mg_ops.box_iou(arguments["anchors"], boxes) > 0).sum()) for boxes in arguments["gt_boxes"])

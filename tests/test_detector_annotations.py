@@ -25,7 +25,7 @@ from detector.annotations import (
     parse_xml,
     read_json,
 )
-from detector.data import note_small_objects, read_coco, read_voc
+from detector.data import AnnotatedImages, note_small_objects, read_coco, read_voc
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_names_and_sizes() -> None:
 # COCO
 
 
-def change_coco(root: Path, change: Callable[[dict[str, Any]], None], count: int = 2) -> Path:
+def change_coco(root: Path, change: Callable[[dict[str, Any]], Any], count: int = 2) -> Path:
     """A COCO folder of `count` training images, each with a disc (category 3) and a square (7), its file changed."""
     write_coco(root, {"train": count})
     file = root / "annotations" / "instances_train.json"
@@ -78,6 +78,10 @@ def change_coco(root: Path, change: Callable[[dict[str, Any]], None], count: int
     change(content)
     file.write_text(json.dumps(content))
     return root
+
+
+def changed_coco(root: Path, change: Callable[[dict[str, Any]], Any], count: int = 2) -> AnnotatedImages:
+    return read_coco(change_coco(root, change, count), "train")
 
 
 def test_flags_and_numbers_that_are_text(tmp_path: Path) -> None:
@@ -90,7 +94,7 @@ def test_flags_and_numbers_that_are_text(tmp_path: Path) -> None:
             image.update(width=str(image["width"]), height=str(image["height"]))
 
     plain = read_coco(write_coco(tmp_path / "plain", {"train": 2}), "train")
-    data = read_coco(change_coco(tmp_path / "text", as_text), "train")
+    data = changed_coco(tmp_path / "text", as_text)
     assert data.defects.counts() == {}
     for one, other in zip(data.images, plain.images, strict=True):
         assert one.image_id == other.image_id and one.boxes.equal(other.boxes) and one.labels.equal(other.labels)
@@ -101,7 +105,7 @@ def test_images_that_share_an_id_are_both_left_out_and_so_are_their_annotations(
     def merge(content: dict[str, Any]) -> None:
         content["images"][1]["id"] = content["images"][0]["id"]
 
-    data = read_coco(change_coco(tmp_path, merge, count=3), "train")
+    data = changed_coco(tmp_path, merge, count=3)
     assert [image.image_id for image in data.images] == [3]
     # The second image's own id is no longer listed.
     assert data.defects.counts() == {
@@ -114,29 +118,21 @@ def test_one_image_file_under_two_ids(tmp_path: Path) -> None:
     """With the same objects it is read once; with others nobody knows which are right."""
 
     def repeat(content: dict[str, Any]) -> None:
-        first, second, third = content["images"]
-        second["file_name"] = first["file_name"]
-        boxes = [entry["bbox"] for entry in content["annotations"] if entry["image_id"] == first["id"]]
-        for entry, box in zip((e for e in content["annotations"] if e["image_id"] == second["id"]), boxes, strict=True):
-            entry["bbox"] = box
-        pairs = {
-            number: {e["category_id"] for e in content["annotations"] if e["image_id"] == number} for number in (1, 2)
-        }
-        assert pairs[1] == pairs[2]
-        for entry in content["annotations"]:
-            if entry["image_id"] == second["id"]:
-                twin = next(e for e in content["annotations"] if e["image_id"] == 1 and e["bbox"] == entry["bbox"])
-                entry["category_id"] = twin["category_id"]
-        assert third["id"] == 3
+        content["images"][1]["file_name"] = content["images"][0]["file_name"]
+        first, _, third = (
+            [entry for entry in content["annotations"] if entry["image_id"] == number] for number in (1, 2, 3)
+        )
+        second = [entry | {"id": 90 + number, "image_id": 2} for number, entry in enumerate(first)]
+        content["annotations"] = [*first, *second, *third]
 
-    data = read_coco(change_coco(tmp_path / "same", repeat, count=3), "train")
+    data = changed_coco(tmp_path / "same", repeat, count=3)
     assert [image.image_id for image in data.images] == [1, 3]
     assert data.defects.counts() == {"image listed twice: the second skipped": 1}
 
     def other(content: dict[str, Any]) -> None:
         content["images"][1]["file_name"] = content["images"][0]["file_name"]
 
-    data = read_coco(change_coco(tmp_path / "other", other, count=3), "train")
+    data = changed_coco(tmp_path / "other", other, count=3)
     assert [image.image_id for image in data.images] == [3]
     assert data.defects.counts() == {"image listed twice with other objects: left out": 1}
 
@@ -151,7 +147,7 @@ def test_every_bad_annotation_is_counted_also_without_an_id(tmp_path: Path) -> N
         ]
         content["annotations"] += [None, 7, {"category_id": 3, "bbox": [1, 1, 5, 5]}]
 
-    data = read_coco(change_coco(tmp_path, spoil), "train")
+    data = changed_coco(tmp_path, spoil)
     assert data.defects.counts() == {
         "object without a name or a box: left out": 5,
         "object with a coordinate that is not a number: left out": 3,
@@ -161,9 +157,7 @@ def test_every_bad_annotation_is_counted_also_without_an_id(tmp_path: Path) -> N
 
 
 def test_crowds_are_no_objects(tmp_path: Path) -> None:
-    data = read_coco(
-        change_coco(tmp_path, lambda content: [entry.update(iscrowd=1) for entry in content["annotations"]]), "train"
-    )
+    data = changed_coco(tmp_path, lambda content: [entry.update(iscrowd=1) for entry in content["annotations"]])
     assert data.num_objects() == 0
     assert data.summary().startswith("train: 2 images, 0 objects, 4 crowd regions, 2 classes")
     assert data.defects.counts() == {"image with nothing but crowd regions": 2}
@@ -173,21 +167,21 @@ def test_categories_of_every_kind(tmp_path: Path) -> None:
     def names(content: dict[str, Any]) -> None:
         content["categories"] = [{"id": "7", "name": 1}, {"id": 3}, {"name": "lost"}]
 
-    data = read_coco(change_coco(tmp_path / "numbers", names), "train")
+    data = changed_coco(tmp_path / "numbers", names)
     assert data.class_names == ["3", "1"] and data.category_ids == [3, 7]
     assert data.defects.counts() == {
         "category without a name: named by its id": 1,
         "category without an id: left out": 1,
     }
 
-    data = read_coco(change_coco(tmp_path / "none", lambda content: content.pop("categories")), "train")
+    data = changed_coco(tmp_path / "none", lambda content: content.pop("categories"))
     assert data.class_names == ["3", "7"]
     assert data.defects.counts() == {"no list of categories: classes are named by their ids": 1}
 
     def same_name(content: dict[str, Any]) -> None:
         content["categories"][0]["name"] = content["categories"][1]["name"]
 
-    data = read_coco(change_coco(tmp_path / "same", same_name), "train")
+    data = changed_coco(tmp_path / "same", same_name)
     assert data.class_names == ["square"] and data.num_objects() == 4
     assert data.defects.counts() == {"category ids that share the name 'square': one class": 1}
 
@@ -195,7 +189,7 @@ def test_categories_of_every_kind(tmp_path: Path) -> None:
         content["categories"][0]["id"] = content["categories"][1]["id"]
 
     with pytest.raises(ValueError, match=r"categories\[1\]: id 7 is 'square' and 'disc'"):
-        read_coco(change_coco(tmp_path / "clash", same_id), "train")
+        changed_coco(tmp_path / "clash", same_id)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +367,7 @@ def test_boxes_that_are_fractions_are_refused(tmp_path: Path) -> None:
             entry["bbox"] = [x / 128, y / 96, w / 128, h / 96]
 
     with pytest.raises(ValueError, match="expected boxes in pixels, and all 4 lie between 0 and 1"):
-        read_coco(change_coco(tmp_path / "coco", divide), "train")
+        changed_coco(tmp_path / "coco", divide)
     root = write_voc(tmp_path / "voc", {"train": 1})
     write_voc_annotation(root / "Annotations" / "image_000.xml", (128, 96), [voc_object("disc", (0.1, 0.1, 0.5, 0.6))])
     with pytest.raises(ValueError, match="expected boxes in pixels"):
@@ -389,7 +383,7 @@ def test_objects_under_a_pixel_of_the_input_are_counted(tmp_path: Path) -> None:
             {"image_id": 1, "category_id": 3, "bbox": [10, 10, 1, 1], "iscrowd": 1},
         ]
 
-    data = read_coco(change_coco(tmp_path, add, count=1), "train")
+    data = changed_coco(tmp_path, add, count=1)
     note_small_objects(data, 64)
     assert data.defects.counts() == {
         "object under a pixel of the input of 64: not trained on unless augmentation enlarges it": 1
@@ -414,7 +408,7 @@ def test_an_image_without_a_size_is_measured_the_right_way_up(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".jpg", "a\0b.jpg"])
 def test_a_name_that_no_file_can_have_costs_only_its_image(tmp_path: Path, name: str) -> None:
-    data = read_coco(change_coco(tmp_path, lambda content: content["images"][0].update(file_name=name)), "train")
+    data = changed_coco(tmp_path, lambda content: content["images"][0].update(file_name=name))
     assert [image.image_id for image in data.images] == [2]
     assert data.defects.counts() == {"image file missing: skipped": 1}
 
@@ -462,7 +456,7 @@ def test_one_image_file_by_two_paths_is_one_file(tmp_path: Path) -> None:
     def repeat(content: dict[str, Any]) -> None:
         content["images"][1]["file_name"] = f"../train/{content['images'][0]['file_name']}"
 
-    data = read_coco(change_coco(tmp_path, repeat, count=3), "train")
+    data = changed_coco(tmp_path, repeat, count=3)
     assert [image.image_id for image in data.images] == [3]
     assert data.defects.counts() == {"image listed twice with other objects: left out": 1}
 
@@ -473,12 +467,12 @@ def test_without_a_list_of_categories_the_id_0_is_a_class_too(tmp_path: Path) ->
         for entry in content["annotations"]:
             entry["category_id"] = {3: 0, 7: 1}[entry["category_id"]]
 
-    data = read_coco(change_coco(tmp_path, renumber), "train")
+    data = changed_coco(tmp_path, renumber)
     assert data.class_names == ["0", "1"] and data.num_objects() == 4
 
 
 def test_a_size_that_no_image_has_is_read_from_the_image(tmp_path: Path) -> None:
-    data = read_coco(change_coco(tmp_path, lambda content: content["images"][0].update(width=1e30)), "train")
+    data = changed_coco(tmp_path, lambda content: content["images"][0].update(width=1e30))
     note_small_objects(data, 64)
     assert (data.images[0].width, data.images[0].height) == (128, 96)
     assert data.defects.counts() == {"annotation without the image's size: read from the image": 1}

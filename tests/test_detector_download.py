@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("requests")
+
 from detector import download
 from detector.download import Archive, fetch
 

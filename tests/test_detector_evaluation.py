@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_data import write_coco, write_voc
+from small_data import write_checkpoint, write_coco, write_voc
 
 from detector.annotations import Defects
-from detector.checkpoint import save_atomically
 from detector.data import read_voc
 from detector.detectors import make_detector
 from detector.evaluate import evaluate, main
@@ -307,17 +306,7 @@ def test_perfect_detections_score_one_and_a_broken_image_is_left_out(tmp_path: P
 
 def test_the_command_line_scores_a_checkpoint_on_voc_and_coco_alike(tmp_path: Path) -> None:
     """The same images laid out both ways give the same scores; the detections written score the same again."""
-    torch.manual_seed(0)
-    model = make_detector("fssd", "resnet18", 64, 2)
-    arguments = {"model": "fssd", "backbone": "resnet18", "image_size": 64}
-    content = {
-        "step": 7,
-        "model": model.state_dict(),
-        "ema": None,
-        "arguments": arguments,
-        "class_names": ["disc", "square"],
-    }
-    save_atomically(content, tmp_path / "last.pt")
+    write_checkpoint(tmp_path)
     voc = write_voc(tmp_path / "voc", {"val": 3})
     coco = write_coco(tmp_path / "coco", {"val": 3})
     for image in (coco / "val").iterdir():  # the same pixels: COCO's were saved as JPEG

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
-
-onnxruntime = pytest.importorskip("onnxruntime")
-for package in ("onnx", "onnxscript", "safetensors", "supervision"):
-    pytest.importorskip(package)
 
 from detector import Detector, export
 from detector.checkpoint import save_atomically
 from detector.detectors import make_detector
 from detector.program import run_program
 
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
 SIZE = 128
-"""With three classes over `MAX_CANDIDATES` (anchor, class) pairs, and three levels whose cells are not square."""
+"""Pixels. With three classes there are more than `MAX_CANDIDATES` (anchor, class) pairs."""
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +191,7 @@ def test_what_differs_is_not_written(
     assert f"{tmp_path / 'a.pt2'} is not written: boxes differ" in capsys.readouterr().err
 
 
-def test_images_that_are_given_are_compared_on(exported: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
+def test_images_that_are_given_are_compared_on(tmp_path: Path) -> None:
     for number in range(2):
         Image.new("RGB", (40 + number, 30), (number * 90, 10, 200)).save(tmp_path / f"{number}.png")
     paths = [tmp_path / "0.png", tmp_path / "1.png"]

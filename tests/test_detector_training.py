@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_data import write_coco, write_voc
+from small_data import train_flags, write_coco, write_voc
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten
 from torchvision.transforms import v2
 
 import detector.train
@@ -37,36 +35,12 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 """For the processes the tests start: what is compared bit for bit must add up in the same order."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def flags(data: Path, out: Path, **changes: object) -> list[str]:
-    """A run of seconds: 64 pixels, batches of 3."""
-    values: dict[str, object] = {
-        "data": data,
-        "out": out,
-        "model": "fssd",
-        "backbone": "resnet18",
-        "backbone-weights": "none",
-        "image-size": 64,
-        "batch": 3,
-        "epochs": 2,
-        "lr": 0.01,
-        "log-every": 1,
-        "device": "cpu",
-        "workers": 0,
-        **changes,
-    }
-    parts = []
-    for name, value in values.items():
-        parts += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return parts
+    """Batches of 3, two epochs."""
+    return train_flags(data, out, **{"batch": 3, "epochs": 2, "lr": 0.01, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -74,36 +48,20 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_voc(tmp_path_factory.mktemp("voc"), {"train": 7, "val": 2})
 
 
-def assert_same_tensors(one: Any, other: Any, where: str = "") -> None:
-    assert type(one) is type(other), where
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same_tensors(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for index, (first, second) in enumerate(zip(one, other, strict=True)):
-            assert_same_tensors(first, second, f"{where}[{index}]")
-    else:
-        assert one == other, where
+def loss_curve(run: Path, *names: str) -> list[list[Any]]:
+    return [[entry[name] for name in ("step", *names)] for entry in read_log(run / "log.jsonl") if "loss" in entry]
 
 
-def assert_same_training(one: Path, other: Path) -> None:
+def assert_same_training(one: Path, another: Path) -> None:
     """The same weights, averages, momenta and loss curve, to the last bit."""
-    first, second = read_checkpoint(one), read_checkpoint(other)
+    first, second = read_checkpoint(one), read_checkpoint(another)
     for key in ("step", "model", "ema", "optimizer", "scaler", "class_names"):
-        assert_same_tensors(first[key], second[key], key)
-    curves = [
-        [
-            (entry["step"], entry["loss"], entry["cls_loss"], entry["box_loss"])
-            for entry in read_log(run / "log.jsonl")
-            if "loss" in entry
-        ]
-        for run in (one, other)
-    ]
-    assert curves[0] == curves[1]
+        (leaves, structure), (others, other_structure) = tree_flatten(first[key]), tree_flatten(second[key])
+        assert structure == other_structure, key
+        for leaf, other in zip(leaves, others, strict=True):
+            assert torch.equal(leaf, other) if isinstance(leaf, Tensor) else leaf == other, key
+    names = ("loss", "cls_loss", "box_loss")
+    assert loss_curve(one, *names) == loss_curve(another, *names)
 
 
 def test_a_few_images_are_learned_by_heart(voc: Path) -> None:
@@ -115,24 +73,17 @@ def test_a_few_images_are_learned_by_heart(voc: Path) -> None:
     resize = v2.Resize((size, size), antialias=True)
     images = torch.stack([resize(decode_image(image.path)) for image in data.images])
     scale = torch.tensor([size / 128, size / 96, size / 128, size / 96])
-    gt_boxes = torch.cat([image.boxes * scale for image in data.images])
-    gt_labels = torch.cat([image.labels for image in data.images])
-    gt_offsets = torch.tensor([0] + [len(image.labels) for image in data.images]).cumsum(0)
+    gt_boxes, gt_labels = [image.boxes * scale for image in data.images], [image.labels for image in data.images]
+    gt_offsets = torch.tensor([0, *map(len, gt_labels)]).cumsum(0)
+    objects = torch.cat(gt_boxes), torch.cat(gt_labels), gt_offsets
     model = make_detector("fssd", "resnet18", size, 2)
     num_steps = 60
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for step in range(num_steps):
         cls_logits, box_deltas = model(images)
-        match = mg_ops.mutual_match(
-            model.anchors,
-            gt_boxes,
-            gt_labels,
-            gt_offsets,
-            cls_logits=cls_logits,
-            box_deltas=box_deltas,
-            box_coder=coder,
-        )
-        loss = detection_loss(cls_logits, box_deltas, model.anchors, match, gt_boxes, gt_labels, gt_offsets, coder)
+        predictions = {"cls_logits": cls_logits, "box_deltas": box_deltas}
+        match = mg_ops.mutual_match(model.anchors, *objects, **predictions, box_coder=coder)
+        loss = detection_loss(cls_logits, box_deltas, model.anchors, match, *objects, coder)
         optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, 0.02, 10)
         optimizer.zero_grad()
         (loss.cls_loss + loss.box_loss).backward()
@@ -151,22 +102,30 @@ def test_the_schedule_warms_up_and_ends_low() -> None:
     assert learning_rate(10, 100, 0.01, 500) == pytest.approx(0.01)
 
 
+STOPPED = """
+import os, signal, sys
+from detector import program, run_log, train
+
+def add_and_stop(log, entry, *arguments):
+    add(log, entry, *arguments)
+    if entry["step"] == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+add, run_log.RunLog.add = run_log.RunLog.add, add_and_stop
+program.run_program(train.main)
+"""
+"""A training that is terminated in its fifth step, however fast it is."""
+
+
 def test_a_run_that_was_terminated_and_resumed_equals_one_that_was_not(voc: Path, tmp_path: Path) -> None:
     changes: dict[str, object] = {"epochs": 12, "workers": 1, "ema": 0.9}
     detector.train.main(flags(voc, tmp_path / "whole", **changes))
 
-    command = [sys.executable, "-W", "ignore", "-m", "detector.train", *flags(voc, tmp_path / "stopped", **changes)]
-    stopped = subprocess.Popen(
-        command, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while stopped.poll() is None and len(read_log(tmp_path / "stopped" / "log.jsonl")) < 4:
-        time.sleep(0.01)
-    stopped.send_signal(signal.SIGTERM)
-    output, errors = stopped.communicate()
-    assert stopped.returncode == 143, output + errors
-    assert "--resume continues it" in output
-    step = read_checkpoint(tmp_path / "stopped")["step"]
-    assert 4 <= step < 28
+    command = [sys.executable, "-W", "ignore", "-c", STOPPED, *flags(voc, tmp_path / "stopped", **changes)]
+    stopped = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 143, stopped.stdout + stopped.stderr
+    assert "--resume continues it" in stopped.stdout
+    assert read_checkpoint(tmp_path / "stopped")["step"] == 5  # that during which the signal came
     assert not (tmp_path / "stopped" / "results.json").exists()
 
     # Other workers, images in memory: how fast a run goes has no say in what it computes.
@@ -228,14 +187,8 @@ def test_the_strategy_changes_nothing_but_the_strategy(
     def record(
         cls_logits: Tensor, box_deltas: Tensor, anchors: Tensor, match: Any, *objects: Any, **options: Any
     ) -> Any:
-        entry = (
-            cls_logits.detach().clone(),
-            box_deltas.detach().clone(),
-            *objects[:3],
-            match.cls_match,
-            match.loc_match,
-        )
-        seen.setdefault(current, []).append(entry)
+        predictions = cls_logits.detach().clone(), box_deltas.detach().clone()
+        seen.setdefault(current, []).append((*predictions, *objects[:3], match.cls_match, match.loc_match))
         return detection_loss(cls_logits, box_deltas, anchors, match, *objects, **options)
 
     monkeypatch.setattr(detector.train, "detection_loss", record)
@@ -303,14 +256,6 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: py
         save_atomically({"model": {}}, path)
     assert read_checkpoint(path)["model"]["weight"].tolist() == [1, 1, 1]
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
-
-
-def test_what_is_not_a_checkpoint_is_refused_with_its_path(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is none at"):
-        read_checkpoint(tmp_path)
-    (tmp_path / "last.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_checkpoint(tmp_path)
 
 
 def test_coco_with_crowds_and_a_broken_image_trains_under_bf16(
@@ -392,14 +337,7 @@ def test_torchrun_trains_on_the_images_one_process_would(voc: Path, tmp_path: Pa
     command = [*launcher, "-m", "detector.train", *flags(voc, tmp_path / "two", **changes)]
     done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    curves = [
-        [
-            (entry["step"], entry["cls_positives"], entry["lr"])
-            for entry in read_log(tmp_path / run / "log.jsonl")
-            if "loss" in entry
-        ]
-        for run in ("one", "two")
-    ]
+    curves = [loss_curve(tmp_path / run, "cls_positives", "lr") for run in ("one", "two")]
     assert len(curves[0]) == 3 and curves[0] == curves[1]
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["images"] == metrics["images"] == 2

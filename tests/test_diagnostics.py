@@ -89,6 +89,15 @@ def test_size_limits_are_in_the_boxes_unit() -> None:
     assert mg_ops.summarize(match, scaled, size_limits=(0.0319, 0.0961)).num_objects.tolist() == [5, 2, 2, 1]
 
 
+def test_padded_objects_need_no_labels_where_a_mask_tells_the_padding() -> None:
+    match, boxes, _ = hand_made()
+    mask = torch.tensor([[True, True, True], [False] * 3, [True, True, False]])
+    padded = torch.full((3, 3, 4), float("nan")).masked_scatter(mask.unsqueeze(-1), torch.cat(boxes))
+    counts = [torch.zeros(3, 3, dtype=torch.int32).masked_scatter(mask, value) for value in match[2:]]
+    found = mg_ops.summarize(match._replace(num_pos=counts[0], num_total=counts[1]), padded, gt_mask=mask)
+    assert found.as_dict() == mg_ops.summarize(match, boxes).as_dict()
+
+
 def test_a_batch_without_objects_has_zeros() -> None:
     nothing = torch.full((2, 3), mg_ops.BACKGROUND)
     match = mg_ops.MutualMatch(nothing, nothing, torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
@@ -115,16 +124,8 @@ def test_the_iou_strategy_never_disagrees() -> None:
     boxes, labels = [anchors[:4] + 1, anchors[50:53] - 1], [torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 2])]
 
     def disagreement(strategy: str) -> float:
-        match = mg_ops.mutual_match(
-            anchors,
-            boxes,
-            labels,
-            cls_logits=scores,
-            pred_boxes=predictions,
-            strategy=strategy,
-            iou_positive=0.3,
-            iou_ignored=0.2,
-        )
+        options = {"strategy": strategy, "iou_positive": 0.3, "iou_ignored": 0.2}
+        match = mg_ops.mutual_match(anchors, boxes, labels, cls_logits=scores, pred_boxes=predictions, **options)
         return float(mg_ops.summarize(match, boxes).disagreement)
 
     assert disagreement("iou") == 0.0
@@ -135,7 +136,7 @@ def test_another_batchs_objects_are_refused() -> None:
     match, boxes, _ = hand_made()
     with pytest.raises(ValueError, match="match: made for 5 objects, but gt_boxes has 3"):
         mg_ops.summarize(match, [boxes[0], boxes[1], boxes[1]])
-    with pytest.raises(TypeError, match=r"match: expected what mg_ops\.mutual_match returned"):
+    with pytest.raises(TypeError, match=r"match: expected what mg_ops\.mutual_match or another rule returned"):
         mg_ops.summarize(match.cls_match, boxes)  # type: ignore[arg-type]
 
 

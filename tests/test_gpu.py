@@ -246,7 +246,7 @@ def test_memory_stays_within_the_bound(num_anchors: int, num_objects: int) -> No
 
 
 @pytest.mark.parametrize("num_objects", [0, 7, 700])
-def test_at_most_three_launches(num_objects: int) -> None:
+def test_at_most_four_launches(num_objects: int) -> None:
     """Kernels, copies and fills together."""
     arguments = to_gpu(packed_batch(2, 5000, num_objects))
     mg_ops.mutual_match(**arguments, backend="cuda")
@@ -255,7 +255,7 @@ def test_at_most_three_launches(num_objects: int) -> None:
         mg_ops.mutual_match(**arguments, backend="cuda")
         torch.cuda.synchronize()
     on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert 1 <= len(on_device) <= 3, on_device
+    assert 1 <= len(on_device) <= 4, on_device
 
 
 @pytest.mark.parametrize("offsets", [[-5, 2, 10], [0, 4, 1000], [3, 8, 10], [10, 12, 14], [6, 2, 9]], ids=str)

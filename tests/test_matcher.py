@@ -84,29 +84,6 @@ def test_its_coder_decodes_deltas_and_leaves_boxes_alone() -> None:
         mg_ops.MutualMatcher()(anchors, **objects, box_deltas=torch.zeros(1, 2, 4))
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"strategy": "best"}, ValueError, "^strategy: expected one of"),
-        ({"sigma": 1.0}, ValueError, "^sigma: expected a finite number above 1"),
-        ({"sigma": "2"}, TypeError, "^sigma: expected a number"),
-        ({"iou_positive": 1.5}, ValueError, "^iou_positive: expected a threshold"),
-        ({"iou_positive": 0.3}, ValueError, "^iou_ignored: must not exceed iou_positive"),
-        ({"crowd_overlap": 0}, ValueError, "^crowd_overlap: expected a threshold"),
-        ({"box_coder": (10.0, 10.0, 5.0, 5.0)}, TypeError, "^box_coder: expected mg_ops.BoxCoder or None"),
-        ({"gt_box_format": "yxyx"}, ValueError, "^gt_box_format: expected one of 'xyxy', 'xywh', 'cxcywh', got 'yxyx'"),
-        ({"gt_box_format": None}, ValueError, "^gt_box_format: expected one of .*got None"),
-        ({"check": 1}, TypeError, "^check: expected True or False"),
-        ({"backend": "tpu"}, ValueError, "^backend: expected None or one of"),
-    ],
-)
-def test_a_wrong_option_raises_where_it_is_set(options: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        mg_ops.MutualMatcher(**options)
-    with pytest.raises(error, match=message):
-        dataclasses.replace(mg_ops.MutualMatcher(), **options)
-
-
 def test_it_is_a_value() -> None:
     """Frozen, equal by its options, a key of dictionaries, copied and pickled, replaced in part."""
     matchers = [mg_ops.MutualMatcher(), *(mg_ops.MutualMatcher(**{name: value}) for name, value in OTHERS.items())]

@@ -38,7 +38,7 @@ def test_probabilities_give_what_their_logits_give(target: Target) -> None:
 
 
 def test_so_they_do_in_the_cuda_kernels() -> None:
-    emulator = cuda_on_cpu.build(threads=32, staged_keys=8)
+    emulator = cuda_on_cpu.build(threads=32, list_room=8)
     for seed, arguments in enumerate(batches_of_logits(fuzz_cases(8))):
         match = emulator.mutual_match(**as_probabilities(arguments), seed=seed)
         assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), arguments)
@@ -46,7 +46,7 @@ def test_so_they_do_in_the_cuda_kernels() -> None:
 
 def test_few_probabilities_are_read() -> None:
     """The bounds hold for them too: of the pairs that overlap, which the definition asks about, few are looked at."""
-    emulator = cuda_on_cpu.build(threads=32, staged_keys=8)
+    emulator = cuda_on_cpu.build(threads=32, list_room=8)
     arguments = pyramid_batch(3) | {"strategy": "mutual"}
     emulator.mutual_match(**arguments)
     reads = emulator.last_call.scores_read

@@ -127,6 +127,10 @@ class Claims:
         return sorted(owned, key=lambda a: (-self.quality[a], a))
 
 
+NUMBERS = (("sigma", 2.0), ("iou_positive", 0.5), ("iou_ignored", 0.4), ("crowd_overlap", 0.5))
+"""And their defaults."""
+
+
 def match_image(
     anchors: list[list[Float]],
     pred_boxes: list[list[Float]],
@@ -134,13 +138,10 @@ def match_image(
     gt_boxes: list[list[Float]],
     gt_labels: list[int],
     gt_crowd: list[bool],
-    are_probabilities: bool,
-    strategy: str,
-    sigma: Float,
-    iou_positive: Float,
-    iou_ignored: Float,
-    crowd_overlap: Float,
+    arguments: dict[str, Any],
 ) -> tuple[list[int], list[int], list[int], list[int]]:
+    sigma, iou_positive, iou_ignored, crowd_overlap = (Float(arguments.get(*option)) for option in NUMBERS)
+    strategy = arguments.get("strategy", "mutual")
     q_anchor = [[iou(anchor, box) for box in gt_boxes] for anchor in anchors]
     q_regressed = [[iou(pred, box) for box in gt_boxes] for pred in pred_boxes]
     # Compared by its exponent: -inf stands for quality 0, and 0 for quality 1.
@@ -148,7 +149,7 @@ def match_image(
     for a in range(len(anchors)):
         for g in range(len(gt_boxes)):
             if q_anchor[a][g] > 0:
-                p = probability(cls_scores[a], gt_labels[g], are_probabilities)
+                p = probability(cls_scores[a], gt_labels[g], "cls_probabilities" in arguments)
                 exponent[a][g] = ((sigma - p) / sigma) * scalar(reference.log2, q_anchor[a][g])
 
     objects = [
@@ -196,8 +197,7 @@ def rows(tensor: torch.Tensor) -> list[list[Float]]:
 def match_batch(arguments: dict[str, Any]) -> mg_ops.MutualMatch:
     """`mg_ops.mutual_match` for objects in lists or packed, one scalar at a time."""
     anchors = rows(arguments["anchors"])
-    are_probabilities = "cls_probabilities" in arguments
-    cls_scores = arguments["cls_probabilities" if are_probabilities else "cls_logits"]
+    cls_scores = arguments["cls_probabilities" if "cls_probabilities" in arguments else "cls_logits"]
     pred_boxes = arguments["box_deltas" if "box_coder" in arguments else "pred_boxes"]
     batch_size, num_anchors = cls_scores.shape[:2]
     if "gt_offsets" in arguments:
@@ -210,39 +210,19 @@ def match_batch(arguments: dict[str, Any]) -> mg_ops.MutualMatch:
         objects = list(zip(arguments["gt_boxes"], arguments["gt_labels"], strict=True))
         crowds = arguments.get("gt_crowd")
         slack = 0
-    cls_match: list[list[int]] = []
-    loc_match: list[list[int]] = []
-    num_pos: list[int] = []
-    num_total: list[int] = []
+    matched = []
     for image, (gt_boxes, gt_labels) in enumerate(objects):
         boxes = rows(pred_boxes[image])
         if "box_coder" in arguments:
-            boxes = [
-                decode(anchor, deltas, arguments["box_coder"]) for anchor, deltas in zip(anchors, boxes, strict=True)
-            ]
-        matched = match_image(
-            anchors,
-            boxes,
-            rows(cls_scores[image]),
-            rows(gt_boxes),
-            gt_labels.tolist(),
-            crowds[image].tolist() if crowds is not None else [False] * len(gt_labels),
-            are_probabilities,
-            arguments.get("strategy", "mutual"),
-            Float(arguments.get("sigma", 2.0)),
-            Float(arguments.get("iou_positive", 0.5)),
-            Float(arguments.get("iou_ignored", 0.4)),
-            Float(arguments.get("crowd_overlap", 0.5)),
-        )
-        cls_match.append(matched[0])
-        loc_match.append(matched[1])
-        num_pos += matched[2]
-        num_total += matched[3]
+            boxes = [decode(*pair, arguments["box_coder"]) for pair in zip(anchors, boxes, strict=True)]
+        crowd = crowds[image].tolist() if crowds is not None else [False] * len(gt_labels)
+        predictions = (anchors, boxes, rows(cls_scores[image]))
+        matched.append(match_image(*predictions, rows(gt_boxes), gt_labels.tolist(), crowd, arguments))
+    matches = [torch.tensor([of_image[task] for of_image in matched], dtype=torch.int64) for task in (0, 1)]
+    counts = [[count for of_image in matched for count in of_image[which]] + [0] * slack for which in (2, 3)]
     return mg_ops.MutualMatch(
-        torch.tensor(cls_match, dtype=torch.int64).reshape(batch_size, num_anchors),
-        torch.tensor(loc_match, dtype=torch.int64).reshape(batch_size, num_anchors),
-        torch.tensor(num_pos + [0] * slack, dtype=torch.int32),
-        torch.tensor(num_total + [0] * slack, dtype=torch.int32),
+        *(match.reshape(batch_size, num_anchors) for match in matches),
+        *(torch.tensor(of_objects, dtype=torch.int32) for of_objects in counts),
     )
 
 

@@ -332,6 +332,8 @@ def test_a_row_is_trained_once_and_stands_beside_the_papers_number(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runs, "commands_of", finish_quickly)
+    for year in ("VOC2007", "VOC2012"):
+        Path(year).mkdir()
     assert reproduce.main([*PAPER, "--seeds", "0", "1"]) == 1  # seed 1 of iou fails
     table = Path("runs/reproduce/table1/table.md").read_text()
     assert "| fssd resnet18 | iou | 1 | 21.0 (50.3) | 41.0 (75.5) | 11.0 (53.7) |" in table
@@ -347,6 +349,20 @@ def test_a_row_is_trained_once_and_stands_beside_the_papers_number(
     assert said.count("classify_to_localize-seed0: to do") == 5 and "| fssd resnet18 | mutual | 2 |" in said
     assert reproduce.main(PAPER) == 0
     assert "started" not in capsys.readouterr().out
+
+
+def test_runs_with_other_flags_have_a_table_of_their_own_without_the_papers_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "commands_of", finish_quickly)
+    for year in ("VOC2007", "VOC2012"):
+        Path(year).mkdir()
+    assert reproduce.main(PAPER) == 0
+    assert reproduce.main([*PAPER, "--epochs=3", "--cache", "--amp", "bf16"]) == 0
+    table = Path("runs/reproduce/table1-ampbf16-epochs3/table.md").read_text()
+    assert "| fssd resnet18 | mutual | 1 | 31.0 | 51.0 | 21.0 |" in table and "of another setting" in table
+    assert reproduce.main([*PAPER, "--amp", "bf16", "--dry-run"]) == 0  # the same setting by another arithmetic
+    assert "| fssd resnet18 | mutual | 0 | - (52.1) | - (76.2) | - (55.9) |" in capsys.readouterr().out
 
 
 def test_the_papers_rows_are_trained_with_the_released_losses_and_what_the_user_adds(
@@ -401,9 +417,10 @@ def test_the_detectors_own_runs_fill_the_tables() -> None:
     assert f"{100 * record['test']['AP']:.1f}" in DOCUMENT.read_text()
     flags = "--backbone-weights none --image-size 64 --batch 4 --epochs 1 --models fssd --backbones resnet18"
     assert reproduce.main(["table2", *data, "--format", "voc", "--strategies", "iou", *flags.split()]) == 0
-    trained = json.loads(Path("runs/reproduce/table2/fssd-resnet18-iou-seed0/results.json").read_text())
-    table = Path("runs/reproduce/table2/table.md").read_text()
-    assert f"| fssd resnet18 | iou | 1 | {100 * trained['AP']:.1f} (26.1) |" in table
+    (folder,) = Path("runs/reproduce").iterdir()
+    assert folder.name == "table2-batch4-epochs1-image-size64"
+    trained = json.loads((folder / "fssd-resnet18-iou-seed0/results.json").read_text())
+    assert f"| fssd resnet18 | iou | 1 | {100 * trained['AP']:.1f} |" in (folder / "table.md").read_text()
     assert trained["arguments"]["box_loss"] == "released_balanced_l1"
 
 

@@ -27,6 +27,7 @@ from random_batches import RandomBatch, random_batch, to_device  # noqa: E402
 import mg_ops  # noqa: E402
 from mg_ops import library, reference  # noqa: E402
 from mg_ops.triton import det_math, mutual_match  # noqa: E402
+from mg_ops.triton.mutual_match_kernels import listed_orders  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -149,6 +150,21 @@ def test_any_strides_are_read_in_place() -> None:
     assert_same(mg_ops.mutual_match(**strided, backend="triton"), expected, "strides")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_any_alignment_is_read_in_place(dtype: torch.dtype, first: int) -> None:
+    """Rows that are aligned are read by one load each; memory may begin anywhere."""
+    arguments = packed_batch([2, 3], num_anchors=9)
+    for name in ("anchors", "pred_boxes", "cls_logits", "gt_boxes"):
+        arguments[name] = arguments[name].to(dtype)
+    expected = mg_ops.mutual_match(**arguments, backend="eager")
+    moved = to_device(arguments, DEVICE)
+    for name in ("anchors", "pred_boxes", "cls_logits", "gt_boxes"):
+        given = moved[name]
+        moved[name] = given.new_zeros(first + given.numel())[first:].view(given.shape).copy_(given)
+    assert_same(mg_ops.mutual_match(**moved, backend="triton"), expected, (dtype, first))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranking: lists and their fallback
 
@@ -172,6 +188,42 @@ def test_ties_over_all_anchors(num_anchors: int, longest_list: int) -> None:
     for width in (0.45, 0.75):
         arguments["gt_boxes"] = torch.tensor([[0.0, 0.0, width, 1.0]]).expand(3, 4)
         assert_same(run_operator(arguments, longest_list=longest_list), run_reference(arguments), width)
+
+
+@pytest.mark.parametrize("least_iou", [0.0, 1e-4, 0.2, 0.5, 0.999])
+def test_any_threshold_of_lists_gives_the_same(
+    small_blocks: None, monkeypatch: pytest.MonkeyPatch, least_iou: float
+) -> None:
+    """From lists of all that an object owns to lists of almost nothing."""
+    orders = listed_orders(2 * least_iou) if least_iou else (1, 1)
+    monkeypatch.setattr(mutual_match, "listed_orders", lambda iou_ignored: orders)
+    for by_regressed, by_amplified in itertools.product((False, True), repeat=2):
+        arguments = packed_batch([3, 1, 2, 9, 0])
+        arguments |= {"classification_by_regressed": by_regressed, "localization_by_amplified": by_amplified}
+        assert_same(run_operator(arguments), run_reference(arguments), (least_iou, by_regressed, by_amplified))
+
+
+def test_predicted_boxes_that_overlap_nothing() -> None:
+    """No object has anything to list but its best anchor."""
+    arguments = packed_batch([5, 1])
+    arguments["pred_boxes"] = arguments["pred_boxes"] + 50
+    assert_same(run_operator(arguments), run_reference(arguments), "far")
+
+
+def test_best_pairs_of_others_take_anchors_from_a_list() -> None:
+    """Claiming finds one anchor more than object 0 chooses; then two of them go to objects 1 and 2."""
+    arguments = packed_batch([3], num_anchors=20)
+    arguments["anchors"] = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(20, 1)
+    arguments["anchors"][12:, 3] = 0.3  # less than iou_ignored: object 0 chooses 12
+    arguments["gt_boxes"] = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.9, 0.0, 1.9, 1.0], [-0.9, 0.0, 0.1, 1.0]])
+    pred_boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(20, 1)
+    pred_boxes[11] += torch.tensor([0.4, 0.0, 0.4, 0.0])  # the best of objects 1 and 2, but better for object 0
+    pred_boxes[12] -= torch.tensor([0.4, 0.0, 0.4, 0.0])
+    pred_boxes[13:, 2] = 0.15  # less than half of iou_ignored: not listed
+    arguments["pred_boxes"] = pred_boxes[None]
+    expected = run_reference(arguments)
+    assert (expected[0] == 0).sum() == 12 and expected[0][0, 13] == 0
+    assert_same(run_operator(arguments), expected, "taken")
 
 
 def test_anchors_taken_back_overflow_a_list() -> None:

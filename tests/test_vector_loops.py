@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KERNEL = ROOT / "csrc" / "cpu" / "mutual_match_kernel.cpp"
-PARTS = [KERNEL, *(KERNEL.parent / name for name in ("tile.h", "image_work.h", "claim.h", "select.h"))]
+KERNELS = sorted((ROOT / "csrc" / "cpu").glob("*_kernel.cpp"))
+PARTS = [*KERNELS, *(ROOT / "csrc" / "cpu").glob("*.h")]
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2"],
@@ -41,22 +41,11 @@ def test_loops_marked_as_vector_loops_are_vectorized(instruction_set: str, tmp_p
     assert len(marked) >= 10, "the marks of the vector loops are gone"
     # The flags of CMakeLists.txt.
     flags = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    report = subprocess.run(
-        [
-            compiler,
-            *flags,
-            *INSTRUCTION_SETS[instruction_set],
-            "-fopt-info-vec-optimized",
-            f"-I{ROOT / 'csrc'}",
-            "-c",
-            str(KERNEL),
-            "-o",
-            str(tmp_path / "kernel.o"),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
+    report = ""
+    for kernel in KERNELS:
+        command = [compiler, *flags, *INSTRUCTION_SETS[instruction_set], "-fopt-info-vec-optimized"]
+        command += [f"-I{ROOT / 'csrc'}", "-c", str(kernel), "-o", str(tmp_path / "kernel.o")]
+        report += subprocess.run(command, capture_output=True, text=True, check=True).stderr
     vectorized = {
         (name, int(line)) for name, line in re.findall(r"(\w+\.\w+):(\d+):\d+: optimized: loop vectorized", report)
     }

@@ -56,30 +56,28 @@ def test_random_calls_of_interpreted_triton() -> None:
 
 
 def test_a_wrong_answer_shows() -> None:
-    """The harness itself: an answer that is off by one in one place, and an error that says nothing, are failures."""
-    right, match = wrong_calls.a_match(wrong_calls.np.random.default_rng(4))
+    """The harness itself: a wrong answer, an error that says nothing, and one for a right call are failures."""
+    right, match = wrong_calls.match_and_objects(wrong_calls.np.random.default_rng(4))
     assert match["cls_match"].numel() > 0
-    definition = lambda: tuple(match.values())  # noqa: E731
     answer = {name: value.clone() for name, value in match.items()}
-    case = wrong_calls.Case("mutual_match", right, lambda: mg_ops.MutualMatch(**answer), definition)
+    case = wrong_calls.Case("mutual_match", right, answer.values, match.values)
     assert wrong_calls.run_case(case) == "answered"
     answer["cls_match"].view(-1)[0] += 1
     with pytest.raises(AssertionError, match="result 0 is"):
         wrong_calls.run_case(case)
 
-    def fail() -> None:
-        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+    def fail(message: str) -> None:
+        raise ValueError(message)
 
-    with pytest.raises(AssertionError, match="must not raise RuntimeError"):
-        wrong_calls.run_case(case._replace(call=fail))
-
-    def refuse() -> None:
-        raise wrong_calls.Wrong
-
-    with pytest.raises(AssertionError, match="RuntimeError does not help"):
-        wrong_calls.run_case(case._replace(call=fail, expected=refuse))
-    with pytest.raises(AssertionError, match="must raise, but returned"):
-        wrong_calls.run_case(case._replace(expected=refuse))
+    for wrong, message in (
+        (case._replace(definition=lambda: fail("what is this?")), "answered what the definition cannot read"),
+        (case._replace(call=lambda: fail("the size of tensor a (3) must match")), "ValueError does not help"),
+        (case._replace(call=lambda: fail("anchors: expected"), must_answer=True), "must not raise ValueError"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            wrong_calls.run_case(wrong)
+    refusing = case._replace(call=lambda: fail("anchors: expected"), must_answer=False)
+    assert wrong_calls.run_case(refusing) == "refused"
 
 
 def test_a_crash_names_the_call(tmp_path: Path) -> None:

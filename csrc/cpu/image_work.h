@@ -184,17 +184,14 @@ MG_OPS_INLINE void set_box_that_nothing_overlaps(ImageWork& work, int32_t slot) 
 
 static void fill_row(int64_t* row, int64_t count) { std::memset(row, 0xff, static_cast<size_t>(count) * sizeof *row); }
 
-// Fills the image's results with background and reads its objects: the valid ones become slots, crowd regions are kept
-// apart.
-static bool begin_image(ImageWork& work, int64_t image) {
+// Reads the objects of an image: the valid ones become slots, crowd regions are kept apart. False: out of memory.
+static bool read_objects(ImageWork& work, int64_t image) {
   const DefaultFloatEnvironment environment;
   const MatchProblem& problem = *work.problem;
   work.image = image;
   work.num_slots = work.num_crowds = 0;
   work.all_anchor_pairs_seen = false;
   const int64_t begin = load_integer(problem.gt_offsets, image), end = load_integer(problem.gt_offsets, image + 1);
-  fill_row(problem.cls_match + image * problem.num_anchors, problem.num_anchors);
-  fill_row(problem.loc_match + image * problem.num_anchors, problem.num_anchors);
   if (!reserve_slots(work, end - begin)) {
     return false;
   }
@@ -227,6 +224,14 @@ static bool begin_image(ImageWork& work, int64_t image) {
     set_box_that_nothing_overlaps(work, slot);
   }
   return true;
+}
+
+// Fills the image's results with background and reads its objects.
+static bool begin_image(ImageWork& work, int64_t image) {
+  const MatchProblem& problem = *work.problem;
+  fill_row(problem.cls_match + image * problem.num_anchors, problem.num_anchors);
+  fill_row(problem.loc_match + image * problem.num_anchors, problem.num_anchors);
+  return read_objects(work, image);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

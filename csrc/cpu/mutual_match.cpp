@@ -9,14 +9,15 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
-#include <optional>
-#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "../mutual_match.h"
+#include "instruction_set.h"
 #include "mutual_match_kernel.h"
+#include "offsets.h"
 #include "os.h"
+#include "threads.h"
 
 namespace mg_ops {
 namespace {
@@ -25,18 +26,8 @@ namespace {
 // memory beyond the outputs stays within the stated bound.
 constexpr int64_t kShareAnchorTilesFrom = 4;
 
-// The widest instruction set this processor runs.
 const MatchKernels& kernels() {
-  static const MatchKernels chosen = [] {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq")) {
-      return avx512::match_kernels();
-    }
-    if (__builtin_cpu_supports("avx2")) return avx2::match_kernels();
-#endif
-    return baseline::match_kernels();
-  }();
+  static const MatchKernels chosen = MG_OPS_FOR_THIS_PROCESSOR(match_kernels());
   return chosen;
 }
 
@@ -45,37 +36,6 @@ void populate_rows(const MatchProblem& problem, int64_t image) {
   const size_t bytes = static_cast<size_t>(problem.num_anchors) * sizeof(int64_t);
   populate_pages(problem.cls_match + image * problem.num_anchors, bytes);
   populate_pages(problem.loc_match + image * problem.num_anchors, bytes);
-}
-
-// Calls work(begin, end) for parts of this range, on as many threads as torch uses.
-template <typename Function>
-void share_out(int64_t begin, int64_t end, const Function& work) {
-#ifndef MG_OPS_OWN_THREADS
-  if (!in_forked_process) {
-    torch::stable::parallel_for(begin, end, 1, work);
-    return;
-  }
-#endif
-  const int64_t num_parts = std::min<int64_t>(end - begin, torch::stable::get_num_threads());
-  std::vector<std::thread> threads;
-  for (int64_t part = 0; part < num_parts; ++part) {
-    const int64_t first = begin + (end - begin) * part / num_parts;
-    const int64_t stop = begin + (end - begin) * (part + 1) / num_parts;
-    bool started = false;
-    if (part + 1 < num_parts) {
-      try {
-        threads.emplace_back([&work, first, stop] { work(first, stop); });
-        started = true;
-      } catch (const std::exception&) {  // no thread to be had: the work is done here
-      }
-    }
-    if (!started) {
-      work(first, stop);
-    }
-  }
-  for (std::thread& thread : threads) {
-    thread.join();
-  }
 }
 
 using Work = std::unique_ptr<ImageWork, void (*)(ImageWork*)>;
@@ -172,26 +132,8 @@ bool match_split_images(const MatchProblem& problem, const BoxTile* anchor_tiles
   return true;
 }
 
-// Raises unless the offsets start at 0, never decrease and stay within the objects.
-void check_offsets(const MatchProblem& problem) {
-  int64_t previous = 0;
-  for (int64_t i = 0; i <= problem.batch_size; ++i) {
-    const int64_t offset = load_integer(problem.gt_offsets, i);
-    if (i == 0 && offset != 0) {
-      fail("gt_offsets: must start at 0, got ", offset);
-    }
-    if (offset < previous) {
-      fail("gt_offsets: must not decrease, got ", previous, " then ", offset, " for image ", i - 1);
-    }
-    previous = offset;
-  }
-  if (previous > problem.num_gt) {
-    fail("gt_offsets: must not exceed the ", problem.num_gt, " packed objects, got ", previous);
-  }
-}
-
 void mutual_match_cpu(const MatchProblem& problem, const Tensor&) {
-  check_offsets(problem);
+  check_offsets(problem.gt_offsets, problem.batch_size, problem.num_gt);
   if (problem.num_gt > 0) {
     std::memset(problem.num_pos, 0, static_cast<size_t>(problem.num_gt) * sizeof(int32_t));
     std::memset(problem.num_total, 0, static_cast<size_t>(problem.num_gt) * sizeof(int32_t));

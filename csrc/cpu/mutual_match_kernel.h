@@ -4,15 +4,9 @@
 // picks one of the resulting `MatchKernels` when it runs.
 #pragma once
 
-#include "../problem.h"
+#include "load_integer.h"
 
 namespace mg_ops {
-
-// The kernels ask for the offsets of a problem to be checked: 0 at first, never decreasing, N at most.
-MG_OPS_INLINE int64_t load_integer(const IntegerInput& input, int64_t index) {
-  return input.is_int64 ? static_cast<const int64_t*>(input.data)[index * input.stride]
-                        : static_cast<const int32_t*>(input.data)[index * input.stride];
-}
 
 // Boxes are handled in tiles of 64: structure of arrays, so that loops over a tile become vector instructions, with the
 // box around them all and the range of their areas, so that a tile too far from an object, or of boxes too small or too

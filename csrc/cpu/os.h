@@ -16,7 +16,7 @@ namespace {
 // Brings the pages of fresh memory in with one system call: touched one by one, their page faults can cost as much as
 // the whole matching. Memory that the allocator hands out again has its pages; the first one tells. Only advice: where
 // the kernel (before Linux 5.14) does not know it, nothing changes.
-void populate_pages(void* begin, size_t bytes) {
+inline void populate_pages(void* begin, size_t bytes) {
 #if defined(__linux__)
 #if !defined(MADV_POPULATE_WRITE)
   constexpr int MADV_POPULATE_WRITE = 23;
@@ -35,7 +35,7 @@ void populate_pages(void* begin, size_t bytes) {
 }
 
 // Large outputs are written whole, so they may as well come in huge pages, a five-hundredth of the page faults.
-void advise_huge_pages(void* output, size_t bytes) {
+inline void advise_huge_pages(void* output, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(output);

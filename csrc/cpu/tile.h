@@ -5,66 +5,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "float_types.h"
 #include "mutual_match_kernel.h"
-
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
 
 namespace mg_ops {
 namespace MG_OPS_CPU_TARGET {
 namespace {
-
-// Definition arithmetic needs subnormals and round-to-nearest; a caller may have switched them off for this thread.
-class DefaultFloatEnvironment {
- public:
-#if defined(__SSE2__)
-  DefaultFloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~DefaultFloatEnvironment() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  DefaultFloatEnvironment() {
-    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
-    __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
-  }
-  ~DefaultFloatEnvironment() { __asm__ volatile("msr fpcr, %0" ::"r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#else
-  DefaultFloatEnvironment() {}
-#endif
-};
-
-MG_OPS_INLINE float to_float(float x) { return x; }
-MG_OPS_INLINE float to_float(double x) { return static_cast<float>(x); }
-
-struct BFloat16 {
-  uint16_t bits;
-};
-MG_OPS_INLINE float to_float(BFloat16 x) { return bfloat16_to_float(x.bits); }
-
-struct Float16 {
-  uint16_t bits;
-};
-MG_OPS_INLINE float to_float(Float16 x) { return float16_to_float(x.bits); }
-
-// Calls f with a typed pointer to the array's first element.
-template <class F>
-MG_OPS_INLINE auto with_type(const FloatInput& array, F f) {
-  switch (array.type) {
-    case FloatType::kFloat16: return f(static_cast<const Float16*>(array.data));
-    case FloatType::kBFloat16: return f(static_cast<const BFloat16*>(array.data));
-    case FloatType::kFloat64: return f(static_cast<const double*>(array.data));
-    default: return f(static_cast<const float*>(array.data));
-  }
-}
-
-MG_OPS_INLINE float load_float(const FloatInput& array, int64_t offset) {
-  return with_type(array, [=](auto* data) { return to_float(data[offset]); });
-}
 
 MG_OPS_INLINE Box load_box(const FloatInput& array, int64_t index) {
   const int64_t offset = index * array.row_stride, step = array.column_stride;

@@ -8,6 +8,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -38,6 +39,16 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
                              std::to_string(tensor.get_device_index()));
   }
   return static_cast<cudaStream_t>(stream);
+}
+
+// How many blocks a batch needs, which are numbered in 31 bits; raises where they are too many.
+inline int64_t checked_grid(const char* name, int64_t batch_size, int64_t blocks_per_image) {
+  constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
+  if (blocks_per_image > 0 && batch_size > kMaxBlocks / blocks_per_image) {
+    throw std::runtime_error(std::string(name) + ": too large for one call, more than " + std::to_string(kMaxBlocks) +
+                             " blocks of threads: split the batch");
+  }
+  return batch_size * blocks_per_image;
 }
 
 }  // namespace mg_ops

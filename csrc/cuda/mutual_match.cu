@@ -17,11 +17,10 @@ namespace mg_ops::cuda {
 namespace {
 
 void mutual_match_cuda(const MatchProblem& problem, const Tensor& anchors) {
-  // Blocks are numbered in 31 bits, classes too.
+  // Images and classes are numbered in 31 bits.
   constexpr int64_t kMaxCount = std::numeric_limits<int32_t>::max();
-  if (problem.num_anchors > 0 && problem.batch_size > kMaxCount / (problem.num_anchors / kThreads + 1)) {
-    fail("mutual_match: expected at most ", kMaxCount, " blocks of ", kThreads, " anchors, got ", problem.batch_size,
-         " images of ", problem.num_anchors, " anchors: split the batch");
+  if (problem.batch_size > kMaxCount) {
+    fail("mutual_match: expected at most ", kMaxCount, " images, got ", problem.batch_size, ": split the batch");
   }
   if (problem.num_classes > kMaxCount) {
     fail("cls_scores: expected at most ", kMaxCount, " classes, got ", problem.num_classes);
@@ -35,8 +34,9 @@ void mutual_match_cuda(const MatchProblem& problem, const Tensor& anchors) {
   place_scratch(launched, static_cast<char*>(scratch.mutable_data_ptr()));
 
   const cudaStream_t stream = current_stream(anchors);
-  launch_mutual_match(launched, [&](int64_t grid, auto kernel) {
-    kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(launched);
+  launch_mutual_match(launched, [&](int64_t grid_x, int64_t grid_y, int threads, auto kernel) {
+    const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
+    kernel<<<grid, threads, 0, stream>>>(launched);
     check_launch("mutual_match");
   });
 }

@@ -22,9 +22,9 @@ FORCED_EXPONENT_ORDER = tl.constexpr(0x7FFFFFFF)  # exponent_order(0)
 
 
 @triton.jit
-def class_probability(score, IS_PROBABILITY: tl.constexpr):
+def class_probability(score, is_probability):
     """p of a score: sigmoid(score) of a logit, or the score itself, kept within [0, 1]. NaN counts as p = 0."""
-    if IS_PROBABILITY:
+    if is_probability != 0:
         p = tl.where(score > 1.0, 1.0, score)
     else:
         p = sigmoid(score)

@@ -26,7 +26,24 @@ class Box(NamedTuple):
 
 
 @triton.jit
-def load_box(pointers, stride, mask):
+def load_row(boxes, n):
+    """Row n of float32 boxes that lie one after the other."""
+    row = boxes + 4 * n.to(tl.int64)
+    return Box(tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3))
+
+
+@triton.jit
+def load_rows(pointers, mask):
+    """The four numbers from each pointer on, as float32, by one load a row; zeros where the mask is off."""
+    rows = tl.load(pointers[:, None] + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0).to(tl.float32)
+    x, y = tl.split(tl.reshape(rows, (rows.shape[0], 2, 2)))
+    x1, x2 = tl.split(x)
+    y1, y2 = tl.split(y)
+    return Box(x1, y1, x2, y2)
+
+
+@triton.jit
+def load_columns(pointers, stride, mask):
     """The four numbers at each pointer, `stride` apart, as float32; zeros where the mask is off."""
     return Box(
         tl.load(pointers, mask=mask, other=0).to(tl.float32),

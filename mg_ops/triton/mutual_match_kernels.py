@@ -3,28 +3,37 @@
 A call is one memset and four launches, whatever the number of anchors and objects. Launch sizes depend on shapes alone
 and nothing is read back, so a call can be captured in a CUDA graph (after one call that compiles the kernels).
 
-1. `claim_kernel`, a program for 128 anchors of an image. Decodes the predicted boxes, takes every quality against
-   each object that the tile's union box overlaps, keeps each anchor's best object in registers, and proposes each
-   object's best anchor by a 64-bit atomic maximum. A class score is read only where q_anchor > 0 and it can still
-   decide something.
-2. `settle_kernel`, a program an image. Which objects take part is known now. Gives every best pair quality 1 and lays
-   out one list an object and ranking, so that all lists of an image together fit in its anchors.
-3. `own_kernel`, a program for 512 anchors. Owners are final now: counts the anchors above the thresholds, appends
-   each to its owner's lists, writes the labels of anchors that are not chosen.
+1. `claim_kernel`, a program for 128 anchors of an image. Decodes the predicted boxes, takes every quality against each
+   object that the tile's union box overlaps, keeps each anchor's best object in registers, and proposes each object's
+   best anchor by a 64-bit atomic maximum. A class score is read only where q_anchor > 0 and it can still decide
+   something.
+2. `settle_kernel`, a program an image. Which objects take part is known now. Gives every best pair quality 1, which
+   makes the counts final, and lays out one list an object and ranking, so that all lists of an image together fit in
+   its anchors.
+3. `own_kernel`, a program for 512 anchors. Owners are final now: appends anchors to their owner's lists, writes the
+   labels of anchors that are not chosen.
 4. `rank_kernel`, a program an (object, ranking). Finds the quality of the n-th best owned anchor by radix selection,
-   8 bits a pass, and labels the anchors that reach it. The same loop runs over the object's list or, where the list is
-   incomplete, over all anchors of the image.
+   8 bits a pass, and labels the anchors that reach it. The same loop runs over the object's list or, where the list
+   does not suffice, over all anchors of the image.
+
+An object owns up to a fifth of an image's anchors, most of which overlap it so little that it never chooses them. Its
+list holds those of at least half of `iou_ignored`: where there are as many as it chooses, the ones it chooses are among
+them, whatever the threshold. Where claiming finds too few of them, everything the object owns is listed, in what room
+the others leave. A list does not suffice where anchors change hands after they were counted: when another object's best
+pair takes one, or an object that no anchor overlaps had claimed some by their predicted boxes. Radix selection over all
+anchors is slower, and exact for the same reason.
 
 Memory beyond the outputs: per anchor of an image one key a quality (8 bytes) and one list entry a ranking (4 bytes),
-32 bytes for `strategy="mutual"`; per object 48 bytes of maxima and counters, which the memset zeroes, and 24 bytes of
+32 bytes for `strategy="mutual"`; per object 48 bytes of maxima and counters, which the memset zeroes, and 32 bytes of
 lists.
 
-Lists are incomplete only where anchors change hands after they were counted: when an object that no anchor overlaps
-had claimed some by their predicted boxes. Radix selection over all anchors is slower, and exact for the same reason.
+Arguments are addresses, integers and float32 numbers, none of which Triton specializes a kernel for: each kernel
+compiles once a strategy, for all dtypes, strides, alignments and options.
 
 Why these sizes. A claiming program is one warp: its reductions over the tile, up to six an object, are then shuffles
-without a barrier, and a tile of 128 neighboring anchors is small enough for its union box to rule most objects out. A
-list of an ordinary object fits one or two blocks of 1024.
+without a barrier. Its tile of 128 neighboring anchors is small enough for its union box to rule most objects out. Half
+the tile takes two thirds of the registers and a sixth to a third more instructions an anchor, so that fewer anchors are
+under way on a multiprocessor at a time. A list of an ordinary object fits one block of 1024.
 """
 
 # Triton compiles these functions, and takes no annotations on their tensors.
@@ -32,6 +41,9 @@ list of an ordinary object fits one or two blocks of 1024.
 # mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
+
+import math
+import struct
 
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
@@ -51,6 +63,7 @@ from mg_ops.triton.assignment import (
     order_iou,
 )
 from mg_ops.triton.box import (
+    Box,
     bounds_of,
     box_area,
     box_iou,
@@ -58,21 +71,25 @@ from mg_ops.triton.box import (
     finite_or_empty,
     intersection_area,
     is_object,
-    load_box,
+    load_columns,
+    load_row,
+    load_rows,
     overlaps,
     positive_ratio,
 )
 from mg_ops.triton.det_math import log2
+from mg_ops.triton.inputs import float32_array, int32_array, int64_array, load_boxes, load_numbers, uint8_array
 
 _BACKGROUND = tl.constexpr(BACKGROUND)
 _IGNORED = tl.constexpr(IGNORED)
 _CHUNK = tl.constexpr(32)  # objects tested against a tile at once; their hits are the bits of one integer
+_EVERYTHING = tl.constexpr(1)  # the order that every anchor of an object has
 
 # Rows of the per-object counters.
-_RESERVED = tl.constexpr(0)  # + list: entries kept for the object
+_NUM_FRONT = tl.constexpr(0)  # + list: anchors the object owns, before best pairs get quality 1, that a list is for
 _LISTED = tl.constexpr(2)  # + list: entries the object asked for
-_COUNT_POS = tl.constexpr(4)
-_COUNT_TOTAL = tl.constexpr(5)
+_NUM_POS = tl.constexpr(4)
+_NUM_TOTAL = tl.constexpr(5)
 NUM_COUNTERS = 6
 
 
@@ -83,11 +100,9 @@ def _object_range(gt_offsets, image, num_gt):
     largest = tl.zeros([32], tl.int64)
     for first in range(0, image + 1, 32):
         index = first + lane
-        offset = tl.load(gt_offsets + index, mask=index <= image, other=0).to(tl.int64)
-        largest = tl.maximum(largest, offset)
+        largest = tl.maximum(largest, tl.load(gt_offsets + index, mask=index <= image, other=0))
     start = tl.minimum(tl.max(largest, 0), num_gt)
-    end = tl.load(gt_offsets + image + 1).to(tl.int64)
-    end = tl.minimum(tl.maximum(end, start), num_gt)
+    end = tl.minimum(tl.maximum(tl.load(gt_offsets + image + 1), start), num_gt)
     return start.to(tl.int32), end.to(tl.int32)
 
 
@@ -105,61 +120,137 @@ def _propose_best(best_of_object, order, largest, anchor):
 
 
 @triton.jit
-def _load_pred_boxes(pred_boxes, image, anchor, mask, anchor_box, strides, coder, DECODE: tl.constexpr):
+def _load_pred_boxes(pred_boxes, boxes_type, image, anchor, mask, anchor_box, strides, decode, coder):
     """The predicted boxes of a tile, decoded where they are deltas; empty where they are not finite."""
-    stride_image, stride_anchor, stride_column = strides
-    pointers = pred_boxes + image * stride_image + anchor.to(tl.int64) * stride_anchor
-    box = load_box(pointers, stride_column, mask)
-    if DECODE:
-        box = decode_box(anchor_box, box, coder)
-    return finite_or_empty(box)
+    x1, y1, x2, y2 = load_boxes(pred_boxes, image, anchor, strides, mask, boxes_type)
+    if decode != 0:
+        x1, y1, x2, y2 = decode_box(anchor_box, (x1, y1, x2, y2), coder)
+    return finite_or_empty(Box(x1, y1, x2, y2))
 
 
 @triton.jit
-def _load_object(gt_boxes, n, mask):
-    return load_box(gt_boxes + 4 * n.to(tl.int64), 1, mask)
+def _load_anchors(anchors, anchor, mask):
+    return load_rows(float32_array(anchors, 16) + 4 * anchor.to(tl.int64), mask)
 
 
-_STRIDES = ("stride_pred_b", "stride_pred_a", "stride_pred_x", "stride_scores_b", "stride_scores_a", "stride_scores_c")
-_UNSPECIALIZED = [*_STRIDES, "num_anchors", "num_gt", "num_classes", "num_tiles", "batch_size", "longest_list"]
-"""Integers that would otherwise compile a kernel anew when they happen to be 1 or a multiple of 16. In a tuple they
-always would, so strides are not in one. Inputs that have no strides here are contiguous."""
+_INTEGERS = (
+    *("scratch", "per_object", "cls_match", "loc_match", "num_pos", "num_total"),
+    *("anchors", "pred_boxes", "cls_scores", "gt_boxes", "gt_labels", "gt_offsets", "gt_crowd"),
+    *("batch_size", "num_anchors", "num_gt", "num_classes", "longest_list"),
+    *("boxes_type", "scores_type", "decode", "are_probabilities", "listed_iou", "listed_exponent"),
+    *("stride_boxes_b", "stride_boxes_a", "stride_boxes_x", "stride_scores_b", "stride_scores_a", "stride_scores_c"),
+)
+"""Every integer argument: none compiles a kernel anew when it happens to be 1 or a multiple of 16. In a tuple they
+would, so strides are not in one."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory between the launches. `per_object`, zeroed before: maxima, then counters. `scratch`: all else.
+
+
+@triton.jit
+def _maxima(per_object):
+    # (qualities, N) int64: claim_key(quality, anchor) of each object's best anchor; 0: every quality is 0.
+    return int64_array(per_object)
+
+
+@triton.jit
+def _counters(per_object, num_gt):
+    # (NUM_COUNTERS, N) int32.
+    return int32_array(per_object + 24 * num_gt.to(tl.int64))
+
+
+@triton.jit
+def _keys(scratch):
+    # (qualities, B, A) int64: claim_key(quality, owner) of each anchor; 0: none.
+    return int64_array(scratch)
+
+
+@triton.jit
+def _list_starts(scratch, num_keys, num_gt):
+    # (rankings, N) int64: the object's first entry.
+    return int64_array(scratch + 8 * num_keys)
+
+
+@triton.jit
+def _list_rooms(scratch, num_keys, num_gt):
+    # (rankings, N) int32: how many entries fit.
+    return int32_array(scratch + 8 * num_keys + 16 * num_gt.to(tl.int64))
+
+
+@triton.jit
+def _list_orders(scratch, num_keys, num_gt):
+    # (rankings, N) int32: the least order of an anchor in the list.
+    return int32_array(scratch + 8 * num_keys + 24 * num_gt.to(tl.int64))
+
+
+@triton.jit
+def _images_to_redo(scratch, num_keys, num_gt):
+    # (B,) int32: whether an object that no anchor overlaps owns anchors.
+    return int32_array(scratch + 8 * num_keys + 32 * num_gt.to(tl.int64))
+
+
+@triton.jit
+def _list_entries(scratch, num_keys, num_gt, batch_size):
+    # (rankings, B * A + N) int32: anchors. An image's lists have A + G entries.
+    return int32_array(scratch + 8 * num_keys + 32 * num_gt.to(tl.int64) + 4 * batch_size.to(tl.int64))
+
+
+def listed_orders(iou_ignored: float) -> tuple[int, int]:
+    """The least IoU and the least exponent of an anchor for a list, as orders: those of half of `iou_ignored`."""
+    least = max(iou_ignored / 2, 2.0**-126)  # a normal number, so never _EVERYTHING
+    bits = struct.unpack("<2i", struct.pack("<2f", least, math.log2(least)))
+    return bits[0], ~bits[1] & 0x7FFFFFFF
+
+
+def scratch_bytes(batch_size: int, num_anchors: int, num_gt: int, num_qualities: int) -> int:
+    """What the kernels keep in `scratch`."""
+    num_lists = 2 if num_qualities > 1 else 1
+    entries = num_lists * (batch_size * num_anchors + num_gt)
+    return 8 * num_qualities * batch_size * num_anchors + 32 * num_gt + 4 * batch_size + 4 * entries
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=_INTEGERS)
 def claim_kernel(
-    keys,
-    best,
-    counters,
-    anchors,
-    pred_boxes,
-    cls_scores,
-    gt_boxes,
-    gt_labels,
-    gt_offsets,
-    gt_crowd,
-    batch_size,
-    num_anchors,
-    num_gt,
-    num_classes,
-    num_tiles,
-    stride_pred_b: tl.int64,
-    stride_pred_a: tl.int64,
-    stride_pred_x: tl.int64,
+    scratch: tl.int64,
+    per_object: tl.int64,
+    anchors: tl.int64,
+    pred_boxes: tl.int64,
+    cls_scores: tl.int64,
+    gt_boxes: tl.int64,
+    gt_labels: tl.int64,
+    gt_offsets: tl.int64,
+    gt_crowd: tl.int64,
+    batch_size: tl.int32,
+    num_anchors: tl.int32,
+    num_gt: tl.int32,
+    num_classes: tl.int64,
+    boxes_type: tl.int32,
+    scores_type: tl.int32,
+    decode: tl.int32,
+    are_probabilities: tl.int32,
+    stride_boxes_b: tl.int64,
+    stride_boxes_a: tl.int64,
+    stride_boxes_x: tl.int64,
     stride_scores_b: tl.int64,
     stride_scores_a: tl.int64,
     stride_scores_c: tl.int64,
-    coder,
-    sigma,
-    DECODE: tl.constexpr,
-    PROBABILITIES: tl.constexpr,
+    weight_x: tl.float32,
+    weight_y: tl.float32,
+    weight_w: tl.float32,
+    weight_h: tl.float32,
+    clip: tl.float32,
+    sigma: tl.float32,
+    iou_positive: tl.float32,
+    iou_ignored: tl.float32,
+    listed_iou: tl.int32,
+    listed_exponent: tl.int32,
     REGRESSED: tl.constexpr,
     AMPLIFIED: tl.constexpr,
-    CROWD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Natural owners of a tile's anchors (before best pairs get quality 1), and proposals for objects' best anchors.
@@ -175,39 +266,48 @@ def claim_kernel(
     # seen (an aligned 64-bit load is never torn), an old value included, is a lower bound of the final one. It decides
     # nothing but which scores that lose to it are left unread: an anchor's own lane compares it, no branch depends on
     # it, so that lanes that see different values do no harm.
+    num_tiles = tl.cdiv(num_anchors, BLOCK)
     image = (tl.program_id(0) // num_tiles).to(tl.int64)
     anchor = (tl.program_id(0) % num_tiles) * BLOCK + tl.arange(0, BLOCK)
     inside = anchor < num_anchors
-    start, end = _object_range(gt_offsets, image, num_gt)
+    start, end = _object_range(int64_array(gt_offsets), image, num_gt)
+    best = _maxima(per_object)
+    counters = _counters(per_object, num_gt)
+    objects = float32_array(gt_boxes, 16)
+    gt_row = num_gt.to(tl.int64)
 
-    given_box = _load_object(anchors, anchor, inside)
+    given_box = _load_anchors(anchors, anchor, inside)
     anchor_box = finite_or_empty(given_box)
     anchor_area = box_area(anchor_box)
     anchor_bounds = bounds_of(anchor_box)
     anchor_order = tl.zeros([BLOCK], tl.int32)
     anchor_owner = tl.zeros([BLOCK], tl.int32)
     if REGRESSED:
-        pred_strides = (stride_pred_b, stride_pred_a, stride_pred_x)
-        pred_box = _load_pred_boxes(pred_boxes, image, anchor, inside, given_box, pred_strides, coder, DECODE)
+        strides = (stride_boxes_b, stride_boxes_a, stride_boxes_x)
+        coder = (weight_x, weight_y, weight_w, weight_h, clip)
+        pred_box = _load_pred_boxes(pred_boxes, boxes_type, image, anchor, inside, given_box, strides, decode, coder)
         pred_area = box_area(pred_box)
         pred_bounds = bounds_of(pred_box)
         regressed_order = tl.zeros([BLOCK], tl.int32)
         regressed_owner = tl.zeros([BLOCK], tl.int32)
     if AMPLIFIED:
-        scores = cls_scores + image * stride_scores_b + anchor.to(tl.int64) * stride_scores_a
         # The exponent of p = 1 bounds that of every p from above, after rounding too: each operation is monotone.
         least_amplification = amplification(1.0, sigma)
         amplified_order = tl.zeros([BLOCK], tl.int32)
         amplified_owner = tl.zeros([BLOCK], tl.int32)
 
+    # The largest order of the tile, so that a tile that has nothing to count does not.
+    largest_by_anchor = 0
+    largest_by_pred = 0
+    largest_by_score = 0
     bit = tl.arange(0, _CHUNK)
     for first in range(start, end, _CHUNK):
         candidate = first + bit
         mask = candidate < end
-        candidate_box = _load_object(gt_boxes, candidate, mask)
+        candidate_box = load_columns(objects + 4 * candidate.to(tl.int64), 1, mask)
         valid = mask & is_object(candidate_box)
-        if CROWD:
-            valid &= tl.load(gt_crowd + candidate, mask=mask, other=0) == 0
+        if gt_crowd != 0:
+            valid &= tl.load(uint8_array(gt_crowd) + candidate, mask=mask, other=0) == 0
         candidate_box = finite_or_empty(candidate_box)
         power = tl.full([_CHUNK], 1, tl.int64) << bit.to(tl.int64)
         by_anchor = tl.sum(tl.where(valid & overlaps(anchor_bounds, candidate_box), power, 0), 0)
@@ -222,35 +322,37 @@ def claim_kernel(
             hits ^= lowest
             n = first + index
             g = n - start
-            gt_box = _load_object(gt_boxes, n, n < end)
+            gt_box = load_row(objects, n)
             gt_area = box_area(gt_box)
 
             if (by_anchor & lowest) != 0:
                 order = iou_order(box_iou(anchor_box, anchor_area, gt_box, gt_area))
                 largest = tl.max(order, 0)
                 if largest > 0:
+                    largest_by_anchor = tl.maximum(largest_by_anchor, largest)
                     _propose_best(best + n, order, largest, anchor)
                     better = order > anchor_order
                     anchor_order = tl.where(better, order, anchor_order)
                     anchor_owner = tl.where(better, g, anchor_owner)
                     if AMPLIFIED:
-                        best_of_object = best + (1 + REGRESSED) * num_gt.to(tl.int64) + n
-                        label = tl.load(gt_labels + n).to(tl.int64)
+                        best_of_object = best + (1 + REGRESSED) * gt_row + n
+                        label = tl.load(int64_array(gt_labels) + n)
                         overlapping = order > 0
                         log2_q = log2(tl.where(overlapping, order_iou(order), 1.0))
                         bound = exponent_order(least_amplification * log2_q)
-                        needed = overlapping & (
-                            (bound > amplified_order) | (bound >= key_order(tl.load(best_of_object, volatile=True)))
-                        )
+                        # From the L2 cache, where the maxima are made.
+                        best_so_far = key_order(tl.load(best_of_object, cache_modifier=".cg"))
+                        needed = overlapping & ((bound > amplified_order) | (bound >= best_so_far))
                         p = tl.zeros([BLOCK], tl.float32)
                         if (label >= 0) & (label < num_classes):
-                            p = class_probability(
-                                tl.load(scores + label * stride_scores_c, mask=needed, other=0).to(tl.float32),
-                                PROBABILITIES,
-                            )
+                            scores = image * stride_scores_b + label * stride_scores_c
+                            scores += anchor.to(tl.int64) * stride_scores_a
+                            score = load_numbers(cls_scores, scores, needed, scores_type)
+                            p = class_probability(score, are_probabilities)
                         order = tl.where(needed, exponent_order(amplification(p, sigma) * log2_q), 0)
                         largest = tl.max(order, 0)
                         if largest > 0:
+                            largest_by_score = tl.maximum(largest_by_score, largest)
                             _propose_best(best_of_object, order, largest, anchor)
                             better = order > amplified_order
                             amplified_order = tl.where(better, order, amplified_order)
@@ -261,59 +363,130 @@ def claim_kernel(
                     order = iou_order(box_iou(pred_box, pred_area, gt_box, gt_area))
                     largest = tl.max(order, 0)
                     if largest > 0:
-                        _propose_best(best + num_gt.to(tl.int64) + n, order, largest, anchor)
+                        largest_by_pred = tl.maximum(largest_by_pred, largest)
+                        _propose_best(best + gt_row + n, order, largest, anchor)
                         better = order > regressed_order
                         regressed_order = tl.where(better, order, regressed_order)
                         regressed_owner = tl.where(better, g, regressed_owner)
 
-    # Owners that win no best pair later are counted here, so that lists have room for them.
     row = batch_size * num_anchors.to(tl.int64)
-    tile_keys = keys + image * num_anchors + anchor
+    tile_keys = _keys(scratch) + image * num_anchors + anchor
     tl.store(tile_keys, claim_key(anchor_order, anchor_owner), mask=inside)
+    if (largest_by_anchor > 0) & (order_iou(largest_by_anchor) >= iou_ignored):
+        q_anchor = order_iou(anchor_order)
+        owned = anchor_order > 0
+        _count(counters + _NUM_POS * gt_row + start, anchor_owner, owned & (q_anchor >= iou_positive))
+        _count(counters + _NUM_TOTAL * gt_row + start, anchor_owner, owned & (q_anchor >= iou_ignored))
+    fronts = counters + _NUM_FRONT * gt_row + start
     if REGRESSED:
         tl.store(tile_keys + row, claim_key(regressed_order, regressed_owner), mask=inside)
-        tl.atomic_add(counters + start + regressed_owner, 1, mask=regressed_order > 0, sem="relaxed")
-    else:
-        tl.atomic_add(counters + start + anchor_owner, 1, mask=anchor_order > 0, sem="relaxed")
+        if largest_by_pred >= listed_iou:
+            _count(fronts, regressed_owner, regressed_order >= listed_iou)
+    elif largest_by_anchor >= listed_iou:
+        _count(fronts, anchor_owner, anchor_order >= listed_iou)
     if AMPLIFIED:
         tl.store(tile_keys + (1 + REGRESSED) * row, claim_key(amplified_order, amplified_owner), mask=inside)
-        tl.atomic_add(
-            counters + num_gt.to(tl.int64) + start + amplified_owner, 1, mask=amplified_order > 0, sem="relaxed"
-        )
+        if largest_by_score >= listed_exponent:
+            _count(fronts + gt_row, amplified_owner, amplified_order >= listed_exponent)
     elif REGRESSED:
-        tl.atomic_add(counters + num_gt.to(tl.int64) + start + anchor_owner, 1, mask=anchor_order > 0, sem="relaxed")
+        if largest_by_anchor >= listed_iou:
+            _count(fronts + gt_row, anchor_owner, anchor_order >= listed_iou)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit
+def _count(counters, owner, mask):
+    tl.atomic_add(counters + owner, 1, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _lists_to_lay_out(counters, ranking, n, mask, gt_row):
+    # How many entries objects need, and whether that is enough for what they choose, from what claiming counted.
+    front = tl.load(counters + (_NUM_FRONT + ranking) * gt_row + n, mask=mask, other=-1) + 1
+    chosen = tl.load(counters + (_NUM_TOTAL - ranking) * gt_row + n, mask=mask, other=0)
+    return front, mask & (front <= chosen + 1)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def settle_kernel(
-    keys,
-    best,
-    counters,
-    list_starts,
-    images_to_redo,
-    gt_offsets,
-    batch_size,
-    num_anchors,
-    num_gt,
+    scratch: tl.int64,
+    per_object: tl.int64,
+    gt_offsets: tl.int64,
+    batch_size: tl.int32,
+    num_anchors: tl.int32,
+    num_gt: tl.int32,
+    iou_positive: tl.float32,
+    iou_ignored: tl.float32,
+    listed_iou: tl.int32,
+    listed_exponent: tl.int32,
     REGRESSED: tl.constexpr,
     AMPLIFIED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """q[best[g], g] = 1 for every object, of two the lower; room for a list of the anchors that each object owns.
+    """q[best[g], g] = 1 for every object, of two the lower; room for a list of the anchors that an object may choose.
+
+    n_pos[g]   = |{a owned by g: q_anchor[a, g] >= iou_positive}|
+    n_total[g] = |{a owned by g: q_anchor[a, g] >= iou_ignored}|
 
     Finds the images where an object that no anchor overlaps owns anchors.
     """
     # Concurrent programs: none shares an image or an object. Two objects may claim one anchor: an atomic maximum of
-    # their keys, the lower object wins in either order.
+    # their keys, the lower object wins in either order. Whoever raises an anchor's key learns from whom it takes the
+    # anchor: each step of a chain moves it from one object's count to the next one's, so the last one's has it.
     image = tl.program_id(0).to(tl.int64)
-    start, end = _object_range(gt_offsets, image, num_gt)
+    start, end = _object_range(int64_array(gt_offsets), image, num_gt)
     row = batch_size * num_anchors.to(tl.int64)
+    num_keys = (1 + REGRESSED + AMPLIFIED) * row
     gt_row = num_gt.to(tl.int64)
-    image_keys = keys + image * num_anchors
-    # An object's list has room for its natural owners and its best anchor: all lists fit in A + G_b entries.
+    best = _maxima(per_object)
+    counters = _counters(per_object, num_gt)
+    list_starts = _list_starts(scratch, num_keys, num_gt)
+    list_rooms = _list_rooms(scratch, num_keys, num_gt)
+    list_orders = _list_orders(scratch, num_keys, num_gt)
+
+    two_lists: tl.constexpr = REGRESSED or AMPLIFIED
+    num_entries = num_anchors + end - start
+    fronts_0 = tl.zeros([BLOCK], tl.int32)
+    fronts_1 = tl.zeros([BLOCK], tl.int32)
+    num_short_0 = tl.zeros([BLOCK], tl.int32)
+    num_short_1 = tl.zeros([BLOCK], tl.int32)
+    for first in range(start, end, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        takes_part = tl.load(best + n, mask=n < end, other=0) != 0
+        front, short = _lists_to_lay_out(counters, 0, n, takes_part, gt_row)
+        fronts_0 += front
+        num_short_0 += short.to(tl.int32)
+        if two_lists:
+            front, short = _lists_to_lay_out(counters, 1, n, takes_part, gt_row)
+            fronts_1 += front
+            num_short_1 += short.to(tl.int32)
+    # What the others leave, in equal parts for those that need more than their front.
+    more_0 = (num_entries - tl.sum(fronts_0, 0)) // tl.maximum(tl.sum(num_short_0, 0), 1)
+    more_1 = (num_entries - tl.sum(fronts_1, 0)) // tl.maximum(tl.sum(num_short_1, 0), 1)
     place_0 = image * num_anchors + start
     place_1 = place_0
-    redo = 0
+    for first in range(start, end, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        mask = n < end
+        takes_part = tl.load(best + n, mask=mask, other=0) != 0
+        front, short = _lists_to_lay_out(counters, 0, n, takes_part, gt_row)
+        room = front + tl.where(short, more_0, 0)
+        tl.store(list_starts + n, place_0 + tl.cumsum(room, 0) - room, mask=mask)
+        tl.store(list_rooms + n, room, mask=mask)
+        tl.store(list_orders + n, tl.where(short, _EVERYTHING, listed_iou), mask=mask)
+        place_0 += tl.sum(room, 0)
+        if two_lists:
+            front, short = _lists_to_lay_out(counters, 1, n, takes_part, gt_row)
+            room = front + tl.where(short, more_1, 0)
+            order = listed_exponent if AMPLIFIED else listed_iou
+            tl.store(list_starts + gt_row + n, place_1 + tl.cumsum(room, 0) - room, mask=mask)
+            tl.store(list_rooms + gt_row + n, room, mask=mask)
+            tl.store(list_orders + gt_row + n, tl.where(short, _EVERYTHING, order), mask=mask)
+            place_1 += tl.sum(room, 0)
+
+    # What is read above changes below.
+    tl.debug_barrier()
+    redo = tl.zeros([BLOCK], tl.int32)
+    image_keys = _keys(scratch) + image * num_anchors
     for first in range(start, end, BLOCK):
         n = first + tl.arange(0, BLOCK)
         mask = n < end
@@ -321,10 +494,20 @@ def settle_kernel(
         by_anchor = tl.load(best + n, mask=mask, other=0)
         takes_part = by_anchor != 0
         forced = claim_key(tl.where(takes_part, FORCED_IOU_ORDER, 0), g)
-        tl.atomic_max(image_keys + key_index(by_anchor), forced, mask=takes_part, sem="relaxed")
+        before = tl.atomic_max(image_keys + key_index(by_anchor), forced, mask=takes_part, sem="relaxed")
+        raised = takes_part & (forced > before)
+        _count(counters + _NUM_POS * gt_row, n, raised)
+        _count(counters + _NUM_TOTAL * gt_row, n, raised)
+        taken = raised & (before != 0)
+        q_before = order_iou(key_order(before))
+        loser = start + key_index(before)
+        pos = counters + _NUM_POS * gt_row + loser
+        tl.atomic_add(pos, -1, mask=taken & (q_before >= iou_positive), sem="relaxed")
+        total = counters + _NUM_TOTAL * gt_row + loser
+        tl.atomic_add(total, -1, mask=taken & (q_before >= iou_ignored), sem="relaxed")
         if REGRESSED:
             by_pred = tl.load(best + gt_row + n, mask=mask, other=0)
-            redo = tl.maximum(redo, tl.max(((by_pred != 0) & (by_anchor == 0)).to(tl.int32), 0))
+            redo |= ((by_pred != 0) & (by_anchor == 0)).to(tl.int32)
             index = key_index(tl.where(by_pred != 0, by_pred, by_anchor))
             tl.atomic_max(image_keys + row + index, forced, mask=takes_part, sem="relaxed")
         if AMPLIFIED:
@@ -333,94 +516,86 @@ def settle_kernel(
             forced = claim_key(tl.where(takes_part, FORCED_EXPONENT_ORDER, 0), g)
             index = (1 + REGRESSED) * row + key_index(by_score)
             tl.atomic_max(image_keys + index, forced, mask=takes_part, sem="relaxed")
-
-        room = tl.load(counters + n, mask=mask, other=-1) + 1
-        tl.store(list_starts + n, place_0 + tl.cumsum(room, 0) - room, mask=mask)
-        place_0 += tl.sum(room, 0)
-        if REGRESSED or AMPLIFIED:
-            room = tl.load(counters + gt_row + n, mask=mask, other=-1) + 1
-            tl.store(list_starts + gt_row + n, place_1 + tl.cumsum(room, 0) - room, mask=mask)
-            place_1 += tl.sum(room, 0)
-    tl.store(images_to_redo + image, redo)
+    tl.store(_images_to_redo(scratch, num_keys, num_gt) + image, tl.max(redo, 0))
 
 
 @triton.jit
-def _append(key, list_entries, list_starts, reserved, listed, start, anchor):
+def _append(key, list_entries, list_starts, list_rooms, list_orders, listed, start, anchor):
     owned = key != 0
     n = start + key_index(key)
-    place = tl.atomic_add(listed + n, 1, mask=owned, sem="relaxed")
-    room = tl.load(reserved + n, mask=owned, other=0) + 1
-    position = tl.load(list_starts + n, mask=owned, other=0) + place
-    tl.store(list_entries + position, anchor, mask=owned & (place < room))
+    wanted = owned & (key_order(key) >= tl.load(list_orders + n, mask=owned, other=0))
+    place = tl.atomic_add(listed + n, 1, mask=wanted, sem="relaxed")
+    room = tl.load(list_rooms + n, mask=wanted, other=0)
+    position = tl.load(list_starts + n, mask=wanted, other=0) + place
+    tl.store(list_entries + position, anchor, mask=wanted & (place < room))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=_INTEGERS)
 def own_kernel(
-    cls_match,
-    loc_match,
-    keys,
-    best,
-    counters,
-    list_starts,
-    list_entries,
-    images_to_redo,
-    anchors,
-    pred_boxes,
-    gt_boxes,
-    gt_offsets,
-    gt_crowd,
-    batch_size,
-    num_anchors,
-    num_gt,
-    num_tiles,
-    stride_pred_b: tl.int64,
-    stride_pred_a: tl.int64,
-    stride_pred_x: tl.int64,
-    coder,
-    iou_positive,
-    iou_ignored,
-    crowd_overlap,
-    DECODE: tl.constexpr,
+    cls_match: tl.int64,
+    loc_match: tl.int64,
+    scratch: tl.int64,
+    per_object: tl.int64,
+    anchors: tl.int64,
+    pred_boxes: tl.int64,
+    gt_boxes: tl.int64,
+    gt_offsets: tl.int64,
+    gt_crowd: tl.int64,
+    batch_size: tl.int32,
+    num_anchors: tl.int32,
+    num_gt: tl.int32,
+    boxes_type: tl.int32,
+    decode: tl.int32,
+    stride_boxes_b: tl.int64,
+    stride_boxes_a: tl.int64,
+    stride_boxes_x: tl.int64,
+    weight_x: tl.float32,
+    weight_y: tl.float32,
+    weight_w: tl.float32,
+    weight_h: tl.float32,
+    clip: tl.float32,
+    crowd_overlap: tl.float32,
     REGRESSED: tl.constexpr,
     AMPLIFIED: tl.constexpr,
-    CROWD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Final owners: counts, lists, and the labels of anchors that no object will choose.
+    """Final owners: lists, and the labels of anchors that no object will choose.
 
-    n_pos[g]   = |{a owned by g: q_anchor[a, g] >= iou_positive}|
-    n_total[g] = |{a owned by g: q_anchor[a, g] >= iou_ignored}|
     cls_match[a] = ignored where intersection(a, crowd) / area(a) >= crowd_overlap, else background
     """
     # Concurrent programs: a tile's keys and labels are read and written by its one program. Counters see atomic
     # additions only; what an addition returns is a place in a list that no other anchor gets. Which anchor gets which
     # place changes from run to run: the ranking does not depend on it.
+    num_tiles = tl.cdiv(num_anchors, BLOCK)
     image = (tl.program_id(0) // num_tiles).to(tl.int64)
     anchor = (tl.program_id(0) % num_tiles) * BLOCK + tl.arange(0, BLOCK)
     inside = anchor < num_anchors
-    start, end = _object_range(gt_offsets, image, num_gt)
+    start, end = _object_range(int64_array(gt_offsets), image, num_gt)
     row = batch_size * num_anchors.to(tl.int64)
+    num_keys = (1 + REGRESSED + AMPLIFIED) * row
     gt_row = num_gt.to(tl.int64)
-    tile_keys = keys + image * num_anchors + anchor
+    tile_keys = _keys(scratch) + image * num_anchors + anchor
+    best = _maxima(per_object)
+    listed = _counters(per_object, num_gt) + _LISTED * gt_row
+    list_starts = _list_starts(scratch, num_keys, num_gt)
+    list_rooms = _list_rooms(scratch, num_keys, num_gt)
+    list_orders = _list_orders(scratch, num_keys, num_gt)
+    list_entries = _list_entries(scratch, num_keys, num_gt, batch_size)
+    objects = float32_array(gt_boxes, 16)
 
-    by_anchor = tl.load(tile_keys, mask=inside, other=0)
-    n = start + key_index(by_anchor)
-    q_anchor = order_iou(key_order(by_anchor))
-    owned = by_anchor != 0
-    tl.atomic_add(counters + _COUNT_POS * gt_row + n, 1, mask=owned & (q_anchor >= iou_positive), sem="relaxed")
-    tl.atomic_add(counters + _COUNT_TOTAL * gt_row + n, 1, mask=owned & (q_anchor >= iou_ignored), sem="relaxed")
-
-    by_cls = by_anchor
+    by_cls = tl.load(tile_keys + (row if REGRESSED else 0), mask=inside, other=0)
     if REGRESSED:
-        by_cls = tl.load(tile_keys + row, mask=inside, other=0)
-        if tl.load(images_to_redo + image) != 0:
+        if tl.load(_images_to_redo(scratch, num_keys, num_gt) + image) != 0:
             # Objects that no anchor overlaps have natural owners here: take the anchors from them.
             owner_best = tl.load(best + start + key_index(by_cls), mask=by_cls != 0, other=1)
             stolen = owner_best == 0
             if tl.max(stolen.to(tl.int32), 0) != 0:
-                given_box = _load_object(anchors, anchor, inside)
-                pred_strides = (stride_pred_b, stride_pred_a, stride_pred_x)
-                pred_box = _load_pred_boxes(pred_boxes, image, anchor, inside, given_box, pred_strides, coder, DECODE)
+                given_box = _load_anchors(anchors, anchor, inside)
+                strides = (stride_boxes_b, stride_boxes_a, stride_boxes_x)
+                coder = (weight_x, weight_y, weight_w, weight_h, clip)
+                pred_box = _load_pred_boxes(
+                    pred_boxes, boxes_type, image, anchor, inside, given_box, strides, decode, coder
+                )
                 pred_area = box_area(pred_box)
                 order = tl.zeros([BLOCK], tl.int32)
                 owner = tl.zeros([BLOCK], tl.int32)
@@ -428,7 +603,7 @@ def own_kernel(
                     m = start + g
                     best_by_anchor = tl.load(best + m)
                     if best_by_anchor != 0:
-                        gt_box = _load_object(gt_boxes, m, m < end)
+                        gt_box = load_row(objects, m)
                         quality = iou_order(box_iou(pred_box, pred_area, gt_box, box_area(gt_box)))
                         best_by_pred = tl.load(best + gt_row + m)
                         best_by_pred = tl.where(best_by_pred != 0, best_by_pred, best_by_anchor)
@@ -438,34 +613,37 @@ def own_kernel(
                         owner = tl.where(better, g, owner)
                 by_cls = tl.where(stolen, claim_key(order, owner), by_cls)
                 tl.store(tile_keys + row, by_cls, mask=inside)
-    list_size = row + gt_row
-    _append(by_cls, list_entries, list_starts, counters, counters + _LISTED * gt_row, start, anchor)
+    _append(by_cls, list_entries, list_starts, list_rooms, list_orders, listed, start, anchor)
     if REGRESSED or AMPLIFIED:
-        by_loc = by_anchor
-        if AMPLIFIED:
-            by_loc = tl.load(tile_keys + (1 + REGRESSED) * row, mask=inside, other=0)
+        by_loc = by_cls
+        if REGRESSED:
+            by_loc = tl.load(tile_keys + (2 * row if AMPLIFIED else 0), mask=inside, other=0)
+        elif AMPLIFIED:
+            by_loc = tl.load(tile_keys + row, mask=inside, other=0)
+        list_entries += row + gt_row
         _append(
             by_loc,
-            list_entries + list_size,
+            list_entries,
             list_starts + gt_row,
-            counters + gt_row,
-            counters + (_LISTED + 1) * gt_row,
+            list_rooms + gt_row,
+            list_orders + gt_row,
+            listed + gt_row,
             start,
             anchor,
         )
 
     label = tl.full([BLOCK], _BACKGROUND, tl.int64)
-    tl.store(loc_match + image * num_anchors + anchor, label, mask=inside)
-    if CROWD:
-        anchor_box = finite_or_empty(_load_object(anchors, anchor, inside))
+    tl.store(int64_array(loc_match) + image * num_anchors + anchor, label, mask=inside)
+    if gt_crowd != 0:
+        anchor_box = finite_or_empty(_load_anchors(anchors, anchor, inside))
         anchor_area = box_area(anchor_box)
         for g in range(0, end - start):
             m = start + g
-            if tl.load(gt_crowd + m) != 0:
-                crowd_box = finite_or_empty(_load_object(gt_boxes, m, m < end))
+            if tl.load(uint8_array(gt_crowd) + m) != 0:
+                crowd_box = finite_or_empty(load_row(objects, m))
                 covered = positive_ratio(intersection_area(anchor_box, crowd_box), anchor_area)
                 label = tl.where(covered >= crowd_overlap, _IGNORED, label)
-    tl.store(cls_match + image * num_anchors + anchor, label, mask=inside)
+    tl.store(int64_array(cls_match) + image * num_anchors + anchor, label, mask=inside)
 
 
 @triton.jit
@@ -508,22 +686,19 @@ def _nth_largest(n, image_keys, entries, listed, length, local, BLOCK: tl.conste
     return threshold
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=_INTEGERS)
 def rank_kernel(
-    cls_match,
-    loc_match,
-    num_pos,
-    num_total,
-    keys,
-    best,
-    counters,
-    list_starts,
-    list_entries,
-    gt_offsets,
-    batch_size,
-    num_anchors,
-    num_gt,
-    longest_list,
+    cls_match: tl.int64,
+    loc_match: tl.int64,
+    num_pos: tl.int64,
+    num_total: tl.int64,
+    scratch: tl.int64,
+    per_object: tl.int64,
+    gt_offsets: tl.int64,
+    batch_size: tl.int32,
+    num_anchors: tl.int32,
+    num_gt: tl.int32,
+    longest_list: tl.int32,
     REGRESSED: tl.constexpr,
     AMPLIFIED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -538,13 +713,18 @@ def rank_kernel(
     n = tl.program_id(0) % num_gt
     ranking = tl.program_id(0) // num_gt
     row = batch_size * num_anchors.to(tl.int64)
+    num_keys = (1 + REGRESSED + AMPLIFIED) * row
     gt_row = num_gt.to(tl.int64)
+    offsets = int64_array(gt_offsets)
+    best = _maxima(per_object)
+    counters = _counters(per_object, num_gt)
+    list_n = ranking * gt_row + n
 
     # The first offset above n ends its image; none does for capacity beyond the last one.
     end_of = batch_size + 1
     for first in range(0, batch_size + 1, 128):
         index = first + tl.arange(0, 128)
-        offset = tl.load(gt_offsets + index, mask=index <= batch_size, other=0).to(tl.int64)
+        offset = tl.load(offsets + index, mask=index <= batch_size, other=0)
         end_of = tl.minimum(end_of, tl.min(tl.where(offset > n, index, MAX_INDEX), 0))
     image = end_of - 1
 
@@ -552,26 +732,27 @@ def rank_kernel(
     total = tl.zeros([], tl.int32)
     takes_part = (image >= 0) & (image < batch_size) & (tl.load(best + n) != 0)
     if takes_part:
-        positives = tl.maximum(tl.load(counters + _COUNT_POS * gt_row + n), 1)
-        total = tl.maximum(tl.load(counters + _COUNT_TOTAL * gt_row + n), positives)
+        positives = tl.maximum(tl.load(counters + _NUM_POS * gt_row + n), 1)
+        total = tl.maximum(tl.load(counters + _NUM_TOTAL * gt_row + n), positives)
     if ranking == 0:
-        tl.store(num_pos + n, positives)
-        tl.store(num_total + n, total)
+        tl.store(int32_array(num_pos) + n, positives)
+        tl.store(int32_array(num_total) + n, total)
 
     if takes_part:
-        start, _ = _object_range(gt_offsets, image.to(tl.int64), num_gt)
+        start, _ = _object_range(offsets, image.to(tl.int64), num_gt)
         local = n - start
         in_image = image.to(tl.int64) * num_anchors
         quality_row = tl.where(ranking == 0, 1 if REGRESSED else 0, 1 + REGRESSED if AMPLIFIED else 0)
-        image_keys = keys + quality_row * row + in_image
-        list_size = row + gt_row
-        list_start = tl.load(list_starts + ranking * gt_row + n)
-        length = tl.load(counters + (_LISTED + ranking) * gt_row + n)
-        room = tl.load(counters + (_RESERVED + ranking) * gt_row + n) + 1
-        complete = (length <= room) & (length <= longest_list)
-        listed = tl.where(complete, length, 0)
-        length = tl.where(complete, length, num_anchors)
-        entries = list_entries + ranking * list_size + list_start
+        image_keys = _keys(scratch) + quality_row * row + in_image
+        list_start = tl.load(_list_starts(scratch, num_keys, num_gt) + list_n)
+        room = tl.load(_list_rooms(scratch, num_keys, num_gt) + list_n)
+        holds_all = tl.load(_list_orders(scratch, num_keys, num_gt) + list_n) == _EVERYTHING
+        length = tl.load(counters + _LISTED * gt_row + list_n)
+        chosen = tl.where(ranking == 0, total, positives)
+        suffices = (length <= room) & (length <= longest_list) & (holds_all | (length >= chosen))
+        listed = tl.where(suffices, length, 0)
+        length = tl.where(suffices, length, num_anchors)
+        entries = _list_entries(scratch, num_keys, num_gt, batch_size) + ranking * (row + gt_row) + list_start
 
         least_positive = _nth_largest(positives, image_keys, entries, listed, length, local, BLOCK)
         least_chosen = least_positive
@@ -582,6 +763,6 @@ def rank_kernel(
             positive = owned & (key >= least_positive)
             label = tl.where(positive, local, _IGNORED).to(tl.int64)
             if ranking == 0:
-                tl.store(cls_match + in_image + anchor, label, mask=owned & (key >= least_chosen))
+                tl.store(int64_array(cls_match) + in_image + anchor, label, mask=owned & (key >= least_chosen))
             if (ranking == 1) | (not (REGRESSED or AMPLIFIED)):
-                tl.store(loc_match + in_image + anchor, label, mask=positive)
+                tl.store(int64_array(loc_match) + in_image + anchor, label, mask=positive)

@@ -74,40 +74,34 @@ def sources() -> list[Path]:
     )
 
 
-def build(threads: int = 256, staged_keys: int = 1024, sanitize: bool = False) -> Emulator:
+def build(threads: int = 256, list_room: int = 2048, sanitize: bool = False) -> Emulator:
     """Compiles the kernels for the CPU (once: the file name carries a hash of the sources and options).
 
     Args:
         threads: of a block. Small blocks run faster here, and cut the same work into more pieces.
-        staged_keys: how long a list may be to be ranked in shared memory; a tiny number sends all lists the other way.
+        list_room: how long an object's list may be; with a tiny one nearly all objects are ranked from all anchors.
         sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer; the process must then have libasan preloaded
             (`sanitizer_environment`).
     """
+    return Emulator(compile_kernels("mutual_match_on_cpu.cpp", threads, list_room, sanitize))
+
+
+def compile_kernels(source: str, threads: int = 256, list_room: int = 2048, sanitize: bool = False) -> Path:
+    """The library that `build` compiles from a source beside this file; the arguments are those of `build`."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise RuntimeError("cuda_on_cpu: needs g++")
-    flags = [
-        "-std=c++17",
-        "-O2",
-        "-g",
-        "-ffp-contract=off",
-        "-fPIC",
-        "-shared",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-    ]
-    flags += [f"-DMG_OPS_CUDA_THREADS={threads}", f"-DMG_OPS_CUDA_STAGED_KEYS={staged_keys}"]
+    flags = ["-std=c++17", "-O2", "-g", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-Wno-unknown-pragmas", f"-DMG_OPS_CUDA_THREADS={threads}", f"-DMG_OPS_CUDA_LIST_ROOM={list_room}"]
     flags += SANITIZERS if sanitize else []
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources()) + repr(flags).encode()).hexdigest()[:12]
-    library = BUILD_DIR / f"cuda_on_cpu_{threads}_{staged_keys}{'_sanitized' if sanitize else ''}_{digest}.so"
+    library = BUILD_DIR / f"{Path(source).stem}_{threads}_{list_room}{'_sanitized' if sanitize else ''}_{digest}.so"
     if not library.exists():
         BUILD_DIR.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")  # other test processes may be building it too
-        subprocess.run([compiler, *flags, str(HERE / "mutual_match_on_cpu.cpp"), "-o", str(unfinished)], check=True)
+        subprocess.run([compiler, *flags, str(HERE / source), "-o", str(unfinished)], check=True)
         unfinished.replace(library)
-    return Emulator(library)
+    return library
 
 
 def sanitizer_environment() -> dict[str, str]:
@@ -131,8 +125,15 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.threads = self.library.threads_of_a_block()
+        self.list_room = self.library.list_room()
         self.last_call = EmulatedCall()
         """Of the last call: its `scores_read` (loads of cls_scores), `scratch_bytes` and `launches`."""
+
+    def notes(self) -> dict[str, int]:
+        """How often the last call did something rare: see MG_OPS_NOTE in the kernels."""
+        self.library.notes_of_the_last_call.restype = ctypes.c_char_p
+        lines = self.library.notes_of_the_last_call().decode().splitlines()
+        return {what: int(count) for count, what in (line.split(" ", 1) for line in lines)}
 
     def mutual_match(self, *arguments: Any, seed: int = 0, **options: Any) -> mg_ops.MutualMatch:
         """`mg_ops.mutual_match` by these kernels, on CPU tensors; RuntimeError says what the emulator caught.

@@ -35,14 +35,14 @@ def count(emulator: cuda_on_cpu.Emulator, name: str, images: int) -> None:
     print(
         f"{name}: {images} images, {num_anchors:,} anchors, {len(batch.gt_boxes)} objects: {call.launches} launches; "
         f"deltas {16 * pairs:,} B, outputs {16 * pairs:,} B, scratch {call.scratch_bytes:,} B; "
-        f"{overlapping:,} overlapping pairs, {call.scores_read:,} score reads"
+        f"{overlapping:,} overlapping pairs, {call.scores_read:,} score reads; {emulator.notes() or 'nothing rare'}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/cuda_on_cpu", description=__doc__)
     parser.add_argument("--threads", type=int, default=64, help="threads of a block (a multiple of 32; default 64)")
-    parser.add_argument("--staged-keys", type=int, default=8, help="longest list ranked in shared memory (default 8)")
+    parser.add_argument("--list-room", type=int, default=8, help="longest list of an object (default 8)")
     parser.add_argument("--batches", type=int, default=50, help="how many random batches (default 50)")
     parser.add_argument("--first", type=int, default=0, help="seed of the first (default 0)")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
@@ -57,7 +57,7 @@ def main() -> None:
         environment = cuda_on_cpu.sanitizer_environment()
         raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
     torch.set_num_threads(1)
-    emulator = cuda_on_cpu.build(options.threads, options.staged_keys, options.sanitize)
+    emulator = cuda_on_cpu.build(options.threads, options.list_room, options.sanitize)
     if options.mistake:
         print(emulator.run_mistake(options.mistake))
         return

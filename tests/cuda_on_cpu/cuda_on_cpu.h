@@ -16,10 +16,12 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -83,7 +85,7 @@ struct LaunchOptions {
 
 class Launch {
  public:
-  Launch(unsigned grid, unsigned threads, std::function<void()> kernel, LaunchOptions options)
+  Launch(Index3 grid, unsigned threads, std::function<void()> kernel, LaunchOptions options)
       : grid_(grid), threads_(threads), kernel_(std::move(kernel)), options_(options), random_(options.seed) {}
 
   ~Launch() {
@@ -95,7 +97,7 @@ class Launch {
   // Runs all blocks; throws what went wrong.
   void run() {
     current_launch() = this;
-    std::vector<unsigned> order(grid_);
+    std::vector<unsigned> order(grid_.x * grid_.y);
     for (unsigned i = 0; i < order.size(); ++i) {
       order[i] = i;
     }
@@ -129,7 +131,7 @@ class Launch {
   }
 
   Fiber* fiber() const { return fiber_; }
-  unsigned grid() const { return grid_; }
+  Index3 grid() const { return grid_; }
   unsigned threads() const { return threads_; }
 
   // Lets others run, then goes on.
@@ -269,7 +271,7 @@ class Launch {
 
   void start_block(unsigned number) {
     auto block = std::make_unique<Block>();
-    block->index.x = number;
+    block->index = {number % grid_.x, number / grid_.x, 0};
     for (unsigned thread = 0; thread < threads_; ++thread) {
       auto fiber = std::make_unique<Fiber>();
       fiber->block = block.get();
@@ -351,7 +353,8 @@ class Launch {
 #endif
   }
 
-  unsigned grid_, threads_;
+  Index3 grid_;
+  unsigned threads_;
   std::function<void()> kernel_;
   LaunchOptions options_;
   std::mt19937_64 random_;
@@ -382,22 +385,20 @@ inline WatchedLoads& watched_loads() {
   return loads;
 }
 
+// How often each MG_OPS_NOTE was passed.
+inline std::map<std::string, int64_t>& notes() {
+  static std::map<std::string, int64_t> counts;
+  return counts;
+}
+
 inline Launch& launch() { return *Launch::current_launch(); }
 
 // Stand-ins for threadIdx and the like, read at every use.
 struct BuiltIn {
-  enum Which { kThread, kBlock, kBlockSize, kGridSize } which;
   struct Reader {
-    Which which;
-    operator unsigned() const {
-      switch (which) {
-        case kThread: return static_cast<unsigned>(launch().fiber()->thread);
-        case kBlock: return launch().fiber()->block->index.x;
-        case kBlockSize: return launch().threads();
-        default: return launch().grid();
-      }
-    }
-  } x;
+    unsigned (*read)();
+    operator unsigned() const { return read(); }
+  } x, y;
 };
 
 template <typename T>
@@ -436,12 +437,17 @@ uint32_t reduce(uint32_t lanes, uint32_t value, Combine combine) {
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define MG_OPS_NOTE(what) ++cuda_on_cpu::notes()[what]
 #define MG_OPS_SHARED(Type, name) \
   Type& name =                    \
       *static_cast<Type*>(cuda_on_cpu::launch().shared_memory(0, sizeof(Type), cuda_on_cpu::launch().fiber()->block))
 
-static const cuda_on_cpu::BuiltIn threadIdx{cuda_on_cpu::BuiltIn::kThread, {cuda_on_cpu::BuiltIn::kThread}};
-static const cuda_on_cpu::BuiltIn blockIdx{cuda_on_cpu::BuiltIn::kBlock, {cuda_on_cpu::BuiltIn::kBlock}};
+static const cuda_on_cpu::BuiltIn threadIdx{
+    {[] { return static_cast<unsigned>(cuda_on_cpu::launch().fiber()->thread); }}, {[] { return 0u; }}};
+static const cuda_on_cpu::BuiltIn blockIdx{{[] { return cuda_on_cpu::launch().fiber()->block->index.x; }},
+                                           {[] { return cuda_on_cpu::launch().fiber()->block->index.y; }}};
+static const cuda_on_cpu::BuiltIn gridDim{{[] { return cuda_on_cpu::launch().grid().x; }},
+                                          {[] { return cuda_on_cpu::launch().grid().y; }}};
 
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -499,6 +505,9 @@ static inline uint32_t __reduce_min_sync(uint32_t lanes, uint32_t value) {
 static inline uint32_t __reduce_or_sync(uint32_t lanes, uint32_t value) {
   return cuda_on_cpu::reduce(lanes, value, [](uint32_t a, uint32_t b) { return a | b; });
 }
+static inline uint32_t __reduce_add_sync(uint32_t lanes, uint32_t value) {
+  return cuda_on_cpu::reduce(lanes, value, [](uint32_t a, uint32_t b) { return a + b; });
+}
 
 template <typename T>
 T atomicAdd(T* address, T value) {
@@ -512,6 +521,14 @@ T atomicMax(T* address, T value) {
   cuda_on_cpu::launch().maybe_yield();
   const T before = *address;
   *address = before > value ? before : value;
+  return before;
+}
+
+template <typename T>
+T atomicOr(T* address, T value) {
+  cuda_on_cpu::launch().maybe_yield();
+  const T before = *address;
+  *address = before | value;
   return before;
 }
 

@@ -42,12 +42,13 @@ mg_ops::IntegerInput integer_input(const StridedArray& array) {
   return {array.data, array.strides[0], array.type != 0};
 }
 
-void launch(int64_t grid, uint64_t seed, std::function<void()> kernel) {
+void launch(int64_t grid_x, int64_t grid_y, int threads, uint64_t seed, std::function<void()> kernel) {
   cuda_on_cpu::LaunchOptions options;
   options.seed = seed;
   options.resident_blocks = 1 + static_cast<int>(seed % 4);
   options.yield_probability = seed % 3 == 0 ? 0.0 : 0.2;
-  cuda_on_cpu::Launch(static_cast<unsigned>(grid), mg_ops::cuda::kThreads, std::move(kernel), options).run();
+  const cuda_on_cpu::Index3 grid{static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), 1};
+  cuda_on_cpu::Launch(grid, static_cast<unsigned>(threads), std::move(kernel), options).run();
 }
 
 void match(EmulatedCall& call) {
@@ -94,9 +95,10 @@ void match(EmulatedCall& call) {
                              (call.num_classes - 1) * call.cls_scores.strides[2];
   cuda_on_cpu::watched_loads() = {
       scores, scores + static_cast<uintptr_t>((last_score + 1) * number_bytes[call.cls_scores.type]), 0};
+  cuda_on_cpu::notes().clear();
   call.launches = 0;
-  mg_ops::cuda::launch_mutual_match(problem, [&](int64_t grid, auto kernel) {
-    launch(grid, call.seed + static_cast<uint64_t>(call.launches++), [&] { kernel(problem); });
+  mg_ops::cuda::launch_mutual_match(problem, [&](int64_t grid_x, int64_t grid_y, int threads, auto kernel) {
+    launch(grid_x, grid_y, threads, call.seed + static_cast<uint64_t>(call.launches++), [&] { kernel(problem); });
   });
   call.scores_read = cuda_on_cpu::watched_loads().count;
   call.scratch_bytes = static_cast<int64_t>(bytes);
@@ -152,7 +154,7 @@ extern "C" int run_mistake(int mistake, uint64_t seed, uint32_t* output, char* m
   try {
     cuda_on_cpu::LaunchOptions options;
     options.seed = seed;
-    cuda_on_cpu::Launch(1, mg_ops::cuda::kThreads, [&] { mistaken_kernel(mistake, output); }, options).run();
+    cuda_on_cpu::Launch({1, 1, 1}, mg_ops::cuda::kThreads, [&] { mistaken_kernel(mistake, output); }, options).run();
     return 0;
   } catch (const std::exception& error) {
     std::snprintf(message, static_cast<size_t>(message_bytes), "%s", error.what());
@@ -160,4 +162,15 @@ extern "C" int run_mistake(int mistake, uint64_t seed, uint32_t* output, char* m
   }
 }
 
+// How often the kernels of the last call passed an MG_OPS_NOTE, a line each.
+extern "C" const char* notes_of_the_last_call() {
+  static std::string text;
+  text.clear();
+  for (const auto& [what, count] : cuda_on_cpu::notes()) {
+    text += std::to_string(count) + " " + what + "\n";
+  }
+  return text.c_str();
+}
+
 extern "C" int threads_of_a_block() { return mg_ops::cuda::kThreads; }
+extern "C" int list_room() { return static_cast<int>(mg_ops::cuda::kListRoom); }

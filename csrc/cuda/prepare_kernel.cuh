@@ -1,0 +1,99 @@
+// The first launch: what does not depend on predictions or objects. The anchors as all later launches read them, their
+// bounds, and where images begin.
+#pragma once
+
+#include "launched_problem.cuh"
+
+namespace mg_ops::cuda {
+
+MG_OPS_DEVICE int64_t clamp_offset(const LaunchedProblem& problem, int64_t image) {
+  const int64_t offset = load_integer(problem.gt_offsets, image);
+  return offset < 0 ? 0 : offset > problem.num_gt ? problem.num_gt : offset;
+}
+
+// Writes image_starts: the largest clamped offset so far. By one warp.
+MG_OPS_DEVICE void write_image_starts(const LaunchedProblem& problem) {
+  uint32_t largest_before = 0;
+  for (int64_t first = 0; first <= problem.batch_size; first += 32) {
+    const int64_t image = first + lane_index();
+    uint32_t start = image <= problem.batch_size ? static_cast<uint32_t>(clamp_offset(problem, image)) : 0;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const uint32_t below = __shfl_up_sync(kAllLanes, start, distance);
+      start = lane_index() >= distance && below > start ? below : start;
+    }
+    start = start > largest_before ? start : largest_before;
+    if (image <= problem.batch_size) {
+      problem.image_starts[image] = static_cast<int32_t>(start);
+    }
+    largest_before = __shfl_sync(kAllLanes, start, 31);
+  }
+}
+
+MG_OPS_DEVICE float center_distance(const Box& a, const Box& b) {
+  return fabsf((a.x1 + a.x2) - (b.x1 + b.x2)) + fabsf((a.y1 + a.y2) - (b.y1 + b.y2));
+}
+
+// Writes a tile's anchors and its bounds, cut in two at the largest step from one anchor to the next if that makes them
+// much smaller. By one warp.
+MG_OPS_DEVICE void prepare_tile(const LaunchedProblem& problem, uint32_t tile) {
+  const uint32_t lane = static_cast<uint32_t>(lane_index());
+  Box box[2] = {};
+#pragma unroll
+  for (uint32_t slot = 0; slot < 2; ++slot) {
+    const uint32_t anchor = tile * kTile + slot * 32 + lane;
+    if (anchor < static_cast<uint32_t>(problem.num_anchors)) {
+      box[slot] = finite_or_empty(load_row(problem.anchors, 0, anchor));
+      problem.anchor_boxes[anchor] = {box[slot].x1, box[slot].y1, box[slot].x2, box[slot].y2};
+    }
+  }
+
+  uint32_t step[2];  // to each anchor from the one before it
+#pragma unroll
+  for (uint32_t slot = 0; slot < 2; ++slot) {
+    Box before{__shfl_up_sync(kAllLanes, box[slot].x1, 1), __shfl_up_sync(kAllLanes, box[slot].y1, 1),
+               __shfl_up_sync(kAllLanes, box[slot].x2, 1), __shfl_up_sync(kAllLanes, box[slot].y2, 1)};
+    step[slot] = lane == 0 ? 0 : float_bits(center_distance(before, box[slot]));
+  }
+  const Box last{__shfl_sync(kAllLanes, box[0].x1, 31), __shfl_sync(kAllLanes, box[0].y1, 31),
+                 __shfl_sync(kAllLanes, box[0].x2, 31), __shfl_sync(kAllLanes, box[0].y2, 31)};
+  step[1] = lane == 0 ? float_bits(center_distance(last, box[1])) : step[1];
+  const uint32_t largest = __reduce_max_sync(kAllLanes, step[0] > step[1] ? step[0] : step[1]);
+  const uint32_t split = __reduce_min_sync(kAllLanes, step[0] == largest   ? lane
+                                                      : step[1] == largest ? 32 + lane
+                                                                           : kTile);
+
+  TileBounds first = no_bounds(), second = no_bounds();
+#pragma unroll
+  for (uint32_t slot = 0; slot < 2; ++slot) {
+    widen(first, box[slot], box_area(box[slot]), slot * 32 + lane < split);
+    widen(second, box[slot], box_area(box[slot]), slot * 32 + lane >= split);
+  }
+  first = warp_bounds(first);
+  second = warp_bounds(second);
+  TileBounds both = first;
+  both.box = {min_float(first.box.x1, second.box.x1), min_float(first.box.y1, second.box.y1),
+              max_float(first.box.x2, second.box.x2), max_float(first.box.y2, second.box.y2)};
+  both.least_area = min_float(first.least_area, second.least_area);
+  both.most_area = max_float(first.most_area, second.most_area);
+  first.split = split;
+  const bool cut = box_area(first.box) + box_area(second.box) < 0.75f * box_area(both.box);
+  if (lane == 0) {
+    problem.anchor_tiles[2 * tile] = cut ? first : both;
+    problem.anchor_tiles[2 * tile + 1] = second;
+  }
+}
+
+// A warp a tile, and one more.
+__global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ LaunchedProblem problem) {
+  const uint32_t warp = blockIdx.x * kWarps + static_cast<uint32_t>(warp_index());
+  if (warp == 0) {
+    write_image_starts(problem);
+    if (lane_index() < 2) {
+      problem.taken[lane_index()] = 0;
+    }
+  } else if (warp <= count_tiles(problem)) {
+    prepare_tile(problem, warp - 1);
+  }
+}
+
+}  // namespace mg_ops::cuda

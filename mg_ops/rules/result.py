@@ -1,0 +1,41 @@
+"""What a rule with one match for both tasks returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mg_ops.reference import BACKGROUND, IGNORED
+
+
+class Match(NamedTuple):
+    """The assignment of a batch, the same for classification and localization: B images, A anchors, N objects in all.
+
+    It is read as `mg_ops.MutualMatch` is.
+    """
+
+    cls_match: Tensor
+    """(B, A) int64: the index of the object within its image, `BACKGROUND` (-1) or `IGNORED` (-2)."""
+    num_pos: Tensor
+    """(N,) int32, or (B, M) for padded objects: how many anchors each object has; 0 for padding."""
+
+    @property
+    def loc_match(self) -> Tensor:
+        """(B, A) int64: the index of the object within its image, or -1; made at each access."""
+        return self.cls_match.clamp(min=BACKGROUND)
+
+    @property
+    def cls_positive(self) -> Tensor:
+        """(B, A) bool: the positives for classification."""
+        return self.cls_match >= 0
+
+    @property
+    def loc_positive(self) -> Tensor:
+        """(B, A) bool: the same, for localization."""
+        return self.cls_match >= 0
+
+    @property
+    def ignored(self) -> Tensor:
+        """(B, A) bool: the anchors that the classification loss leaves out."""
+        return self.cls_match == IGNORED

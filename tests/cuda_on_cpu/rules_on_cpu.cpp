@@ -1,0 +1,99 @@
+// The CUDA kernels of the rules beside mutual matching as plain C functions, run by cuda_on_cpu.h. Python calls them
+// through ctypes (tests/cuda_on_cpu/rules.py mirrors RuleCall).
+#include "cuda_on_cpu.h"
+// The built-ins come first.
+#include "../../csrc/cuda/max_iou_match_kernels.cuh"
+
+#include <cstdio>
+#include <stdexcept>
+
+namespace {
+
+struct RuleCall {
+  mg_ops::FloatInput anchors, pred_boxes, cls_scores, gt_boxes;
+  mg_ops::IntegerInput gt_labels, gt_offsets;
+  const uint8_t* gt_crowd;
+  int64_t crowd_stride;
+  int64_t batch_size, num_anchors, num_classes, num_gt;
+  int32_t decode, scores_are_probabilities;
+  mg_ops::BoxCoder coder;
+  float options[16];  // in the operator's order
+  int64_t* cls_match;
+  int32_t* num_pos;
+  uint64_t seed;
+  int64_t scratch_bytes, launches;  // results
+};
+
+void read_inputs(mg_ops::MatchProblem& problem, const RuleCall& call) {
+  problem.anchors = call.anchors;
+  problem.pred_boxes = call.pred_boxes;
+  problem.cls_scores = call.cls_scores;
+  problem.gt_boxes = call.gt_boxes;
+  problem.gt_labels = call.gt_labels;
+  problem.gt_offsets = call.gt_offsets;
+  problem.gt_crowd = call.gt_crowd;
+  problem.crowd_stride = call.crowd_stride;
+  problem.batch_size = call.batch_size;
+  problem.num_anchors = call.num_anchors;
+  problem.num_classes = call.num_classes;
+  problem.num_gt = call.num_gt;
+  problem.decode = call.decode != 0;
+  problem.scores_are_probabilities = call.scores_are_probabilities != 0;
+  problem.coder = call.coder;
+  problem.cls_match = call.cls_match;
+  problem.num_pos = call.num_pos;
+}
+
+template <typename Launched, typename LaunchKernels>
+void launch_rule(RuleCall& call, Launched& problem, LaunchKernels launch_kernels) {
+  const size_t bytes = place_scratch(problem, nullptr);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 32, bytes == 0 ? 32 : bytes) != 0) {
+    throw std::bad_alloc();
+  }
+  const std::unique_ptr<void, void (*)(void*)> owner(memory, std::free);
+  std::memset(memory, 0xa5, bytes);  // what new_empty returns is anything
+  place_scratch(problem, static_cast<char*>(memory));
+  call.scratch_bytes = static_cast<int64_t>(bytes);
+  call.launches = 0;
+  launch_kernels(problem, [&](int64_t grid, auto kernel) {
+    cuda_on_cpu::LaunchOptions options;
+    options.seed = call.seed + static_cast<uint64_t>(call.launches++);
+    options.resident_blocks = 1 + static_cast<int>(options.seed % 4);
+    options.yield_probability = options.seed % 3 == 0 ? 0.0 : 0.2;
+    cuda_on_cpu::Launch(
+        {static_cast<unsigned>(grid), 1, 1}, mg_ops::cuda::kThreads, [&] { kernel(problem); }, options)
+        .run();
+  });
+}
+
+// 0, or 1 with what went wrong in `message`.
+template <typename Run>
+int report(Run run, char* message, int message_bytes) {
+  try {
+    run();
+    return 0;
+  } catch (const std::exception& error) {
+    std::snprintf(message, static_cast<size_t>(message_bytes), "%s", error.what());
+    return 1;
+  }
+}
+
+}  // namespace
+
+extern "C" int max_iou_match_on_cpu(RuleCall* call, char* message, int message_bytes) {
+  using namespace mg_ops::cuda::rules;
+  LaunchedMaxIou problem{};
+  read_inputs(problem, *call);
+  problem.iou_positive = call->options[0];
+  problem.iou_ignored = call->options[1];
+  problem.low_quality = static_cast<mg_ops::LowQuality>(call->options[2]);
+  problem.iou_low_quality = call->options[3];
+  problem.crowd_overlap = call->options[4];
+  const auto launch_kernels = [](const LaunchedMaxIou& launched, auto launch) {
+    launch_max_iou_match(launched, launch);
+  };
+  return report([&] { launch_rule(*call, problem, launch_kernels); }, message, message_bytes);
+}
+
+extern "C" int threads_of_a_block() { return mg_ops::cuda::kThreads; }

@@ -1,0 +1,61 @@
+"""The rules beside mutual matching, and random arguments for each. No test framework in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from random_batches import random_batch
+from torch import Tensor
+
+import mg_ops
+
+OPTIONS_OF_MUTUAL_MATCH = ("strategy", "sigma", "iou_positive", "iou_ignored", "crowd_overlap")
+
+
+def random_max_iou_options(random: np.random.Generator) -> dict[str, Any]:
+    iou_positive = float(random.choice([0.5, 0.5, 0.3, 0.7, 1.0, 1e-6, 0.05]))
+    return {
+        "iou_positive": iou_positive,
+        "iou_ignored": iou_positive * float(random.choice([0.8, 0.8, 0.5, 1.0, 0.1])),
+        "low_quality": str(random.choice(["none", "keep_owner", "take_all", "take_first"])),
+        "iou_low_quality": float(random.choice([0.0, 0.0, 0.3, 1.0, 1e-6])),
+        "crowd_overlap": float(random.choice([0.5, 0.5, 0.1, 1.0, 1e-6])),
+    }
+
+
+class Rule(NamedTuple):
+    """A rule as tests see it."""
+
+    function: Callable[..., mg_ops.Match]
+    matcher: Callable[..., Any]
+    random_options: Callable[[np.random.Generator], dict[str, Any]]
+
+
+RULES = {"max_iou_match": Rule(mg_ops.max_iou_match, mg_ops.MaxIouMatcher, random_max_iou_options)}
+
+
+def without_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `mg_ops.mutual_match` less its options: what every rule takes."""
+    return {name: value for name, value in arguments.items() if name not in OPTIONS_OF_MUTUAL_MATCH}
+
+
+def random_rule_arguments(rule: str, seed: int, *, large: bool = False) -> dict[str, Any]:
+    """Arguments of one call of the rule, all from the seed."""
+    random = np.random.default_rng([seed, *rule.encode()])
+    return without_options(random_batch(seed, large=large).arguments) | RULES[rule].random_options(random)
+
+
+def assert_same_match(match: mg_ops.Match, expected: mg_ops.Match, what: object = "") -> None:
+    """Raises AssertionError, naming the first difference, unless both have the same dtypes, shapes and numbers."""
+    for name, value, wanted in zip(type(expected)._fields, match, expected, strict=True):
+        assert isinstance(value, Tensor) and isinstance(wanted, Tensor)
+        assert (value.dtype, value.shape) == (wanted.dtype, wanted.shape), f"{name}: {value}, expected {wanted}; {what}"
+        differ = (value.cpu() != wanted.cpu()).nonzero()
+        if len(differ) > 0:
+            first = tuple(differ[0].tolist())
+            raise AssertionError(
+                f"{name}{list(first)} is {value[first].item()}, expected {wanted[first].item()}; "
+                f"{len(differ)} of {value.numel()} differ; {what}"
+            )

@@ -1,0 +1,167 @@
+"""What can be counted of the Triton backend without a GPU: registers, instructions, lists, and what a launch costs.
+
+    PYTHONPATH=.:tests python tests/triton_counts.py registers
+    PYTHONPATH=.:tests python tests/triton_counts.py launch
+    PYTHONPATH=.:tests python tests/triton_counts.py lists
+
+Triton compiles for a GPU that is not here; `launch` runs a whole call, with a driver that launches nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+from triton.compiler import ASTSource  # type: ignore[import-untyped]
+
+import mg_ops
+from mg_ops.triton import mutual_match
+from mg_ops.triton.mutual_match_kernels import listed_orders
+
+KERNELS = ("claim", "settle", "own", "rank")
+CHIPS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def compile_kernel(kernel: str, chip: str, strategy: tuple[bool, bool] = (True, True)) -> Any:
+    """A kernel as `mg_ops.triton.mutual_match` launches it: the one compilation for a strategy."""
+    function = getattr(mutual_match, f"{kernel}_kernel")
+    constants = dict(zip(("REGRESSED", "AMPLIFIED"), strategy, strict=True))
+    constants["BLOCK"] = getattr(mutual_match, f"{kernel.upper()}_BLOCK")
+    types = {parameter.name: parameter.annotation_type or "constexpr" for parameter in function.params}
+    assert {name for name, type_ in types.items() if type_ == "constexpr"} == set(constants)
+    options = {"num_warps": getattr(mutual_match, f"{kernel.upper()}_WARPS"), "enable_fp_fusion": False}
+    if kernel == "claim" and chip.startswith("sm_"):
+        options |= mutual_match.CLAIM_OPTIONS
+    return triton.compile(ASTSource(function, types, constexprs=constants), target=CHIPS[chip], options=options)
+
+
+def resources(compiled: Any) -> SimpleNamespace:
+    """Of a kernel for an NVIDIA GPU: registers, bytes of those that do not fit (spilled), machine instructions."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage, listing = (
+            subprocess.run([tools / tool, option, cubin.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "--print-code"))
+        )
+    numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!.*\bNOP\b)", listing, re.MULTILINE)
+    # Registers that do not fit are in the stack frame.
+    return SimpleNamespace(
+        registers=numbers["REG"], spilled=numbers["STACK"] + numbers["LOCAL"], instructions=len(instructions)
+    )
+
+
+def warps_on_a_multiprocessor(registers: int, warps_a_program: int) -> int:
+    """How many fit by their registers (65,536, given out to warps by 256) and by the 32 programs at a time."""
+    fit = 65536 // (-(-registers // 8) * 256)
+    return min(fit // warps_a_program, 32) * warps_a_program
+
+
+def print_registers() -> None:
+    """A row a chip and kernel, for strategy "mutual"."""
+    for chip in ("sm_80", "sm_90"):
+        for kernel in KERNELS:
+            found = resources(compile_kernel(kernel, chip))
+            warps = warps_on_a_multiprocessor(found.registers, getattr(mutual_match, f"{kernel.upper()}_WARPS"))
+            print(
+                f"{chip} {kernel}: {found.registers} registers, {found.spilled} bytes spilled, {warps} warps on a "
+                f"multiprocessor, {found.instructions} machine instructions"
+            )
+
+
+class NoDriver:
+    """In place of Triton's driver: compiles for a GPU that is not here, and launches nothing."""
+
+    def __init__(self) -> None:
+        self.utils = SimpleNamespace(
+            load_binary=lambda *arguments: (1, 1, 0, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+        )
+
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: CHIPS["sm_90"])
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
+
+
+def print_launch_cost() -> None:
+    """CPU time of a call of the operator's function, in microseconds, and of its four launches in it."""
+    triton.runtime.driver.set_active(NoDriver())
+    boxes = torch.rand(64, 4)
+    offsets, labels = torch.tensor([0, 2, 5]), torch.zeros(5, dtype=torch.int64)
+    predictions = boxes.expand(2, 64, 4), torch.zeros(2, 64, 8)
+    options = False, True, True, 2.0, 0.5, 0.4, 0.5
+    arguments = boxes, *predictions, boxes[:5], labels, offsets, None, [10.0, 10.0, 5.0, 5.0, 4.135], *options
+
+    def measure() -> str:
+        mutual_match.mutual_match(*arguments)
+        times = []
+        for _ in range(25):
+            start = time.process_time_ns()
+            for _ in range(200):
+                mutual_match.mutual_match(*arguments)
+            times.append((time.process_time_ns() - start) / 200e3)
+        return f"{min(times):.1f} least, {statistics.median(times):.1f} median of 25 times 200 calls"
+
+    print(f"a call: {measure()}")
+    no_launch = type("NoLaunch", (), {"__getitem__": lambda self, grid: lambda *arguments, **options: None})()
+    for kernel in KERNELS:
+        setattr(mutual_match, f"{kernel}_kernel", no_launch)
+    print(f"without launches: {measure()}")
+
+
+def print_list_lengths(images: int = 2) -> None:
+    """Of the benchmark's batches: what objects own before best pairs are made, and how much of it is listed."""
+    from benchmarks.cases import CASES, CODER, make_batches
+
+    listed_iou, _ = listed_orders(0.4)
+    least = torch.tensor(listed_iou, dtype=torch.int32).view(torch.float32)
+    for name in ("coco320", "coco800", "dense"):
+        batch = make_batches(CASES[name].with_images(images), None, 1, 0, "cpu")[0]
+        counts: dict[str, list[torch.Tensor]] = {}
+        for image, (gt_boxes, gt_labels) in enumerate(zip(batch.boxes_list, batch.labels_list, strict=True)):
+            crowd = torch.zeros_like(gt_labels) if batch.crowd_list is None else batch.crowd_list[image]
+            gt_boxes, gt_labels = gt_boxes[crowd == 0], gt_labels[crowd == 0]
+            if len(gt_boxes) == 0:
+                continue
+            q_anchor = mg_ops.box_iou(batch.anchors, gt_boxes)
+            by_regressed = mg_ops.box_iou(CODER.decode(anchors=batch.anchors, deltas=batch.deltas[image]), gt_boxes)
+            by_amplified = q_anchor ** (1 - batch.logits[image][:, gt_labels].sigmoid() / 2)
+            by_amplified[q_anchor == 0] = 0
+            for what, quality, chosen in (("cls", by_regressed, 0.4), ("loc", by_amplified, 0.5)):
+                value, owner = quality.max(1)
+                anchor_value, anchor_owner = q_anchor.max(1)
+                for label, owners in (
+                    ("owned", owner[value > 0]),
+                    ("listed", owner[value >= least]),
+                    ("chosen", anchor_owner[anchor_value >= chosen]),
+                ):
+                    counts.setdefault(f"{what} {label}", []).append(torch.bincount(owners, minlength=len(gt_boxes)))
+        found = {label: torch.cat(parts).double() for label, parts in counts.items()}
+        for what in ("cls", "loc"):
+            owned, listed, chosen = (found[f"{what} {label}"] for label in ("owned", "listed", "chosen"))
+            print(
+                f"{name} {what}: {len(owned)} objects; owned {owned.mean():.0f}, most {owned.max():.0f}; listed "
+                f"{listed.mean():.0f}, most {listed.max():.0f}; lists of all {int((listed <= chosen).sum())}"
+            )
+
+
+if __name__ == "__main__":
+    {"registers": print_registers, "launch": print_launch_cost, "lists": print_list_lengths}[sys.argv[1]]()
