@@ -121,9 +121,9 @@ def draw_detections(image: Image.Image, detections: Detections, class_names: lis
     image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     if len(detections.labels) == 0:
         return image
+    boxes, labels = make_annotators(max(round(min(image.size) / 32), 12))
     from supervision import Detections as Drawn
 
-    boxes, labels = make_annotators(max(round(min(image.size) / 32), 10))
     # Best last, on top of the others.
     drawn = Drawn(factor * detections.boxes.flip(0).numpy(), class_id=detections.labels.flip(0).numpy())
     captions = [
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         if (args.out / "images" / place).resolve() in originals:
             raise ValueError(f"--out: the picture {args.out / 'images' / place} would overwrite an image that is given")
     prepare_folder(args.out, ["detections.json", "detections.jsonl"])
-    make_annotators(10)  # without the library that draws, nothing is begun
+    make_annotators(12)  # without the library that draws, nothing is begun
     model, content = load_detector(args.checkpoint, args.device)
     class_names = content["class_names"]
 
