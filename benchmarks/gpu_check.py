@@ -198,7 +198,7 @@ class Check:
             if self.ended_by or self.deadline - started < 1.0:
                 raise MissingTool(f"not run: {self.ended_by or 'the time of this call is over'}")
             command = step.command(self)
-            words = shlex.join(command.words)
+            words = shlex.join(command.words).replace("\n", " ")  # one line, which `log_of` leaves out
             print(f"{step.name}: {words}", flush=True)
             with (self.logs / f"{step.name}.log").open("w") as file:
                 file.write(f"$ {words}\n")

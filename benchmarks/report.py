@@ -202,7 +202,7 @@ def plot_sweep(cases: dict[str, dict[str, Any]], machine: dict[str, Any], path: 
             axes.minorticks_off()
             axes.yaxis.set_major_formatter(lambda value, _, unit=unit: format_quantity(value, unit))
             axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-        figure.legend(*both[0].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False, borderaxespad=2)
+        figure.legend(*both[0].get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False, borderaxespad=2)
         where = f"{machine['device']}, torch {machine['torch']}, mg_ops {machine['commit']}, {machine['date'][:10]}"
         words = f"one image, {sizes['A']:,} anchors, {sizes['C']} classes; {where}"
         figure.text(0.5, 0.015, words, ha="center", color="#666666", fontsize=9)
