@@ -58,9 +58,8 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
   //   match        (B, A) int64            the object of a positive within its image; any other number: no positive
   //   gt_boxes, gt_offsets                 as of mutual_match; wrong offsets raise on the CPU, are clamped on a GPU
   //   weights      (B, A) floating         of the positives, 1 without them
-  //   loss         0 smooth L1 (beta), 1 balanced L1 (alpha, gamma, beta), 2 the same as released with the paper, all
-  //   on
-  //                deltas where there is a box coder; 3 GIoU, 4 CIoU, on boxes
+  //   loss         0 smooth L1 (beta), 1 balanced L1 (alpha, gamma, beta), 2 the same as released with the paper,
+  //                all on deltas where there is a box coder; 3 GIoU, 4 CIoU, on boxes
   //
   // Returns a float32 number, equal from run to run. Its derivative with respect to the predictions is
   // box_loss_backward, in their dtype and contiguous; mg_ops/losses.py registers it. Nothing else gets one.

@@ -2,9 +2,8 @@
 //
 //   prepare_kernel  bounds of every 64 anchors, and where images begin.
 //   object_kernel   a block an object: all that needs no predicted box. Its best anchors, and the list of its pairs.
-//   claim_kernel    a warp 64 anchors of an image: the only pass over predicted boxes. Writes the background
-//   everywhere,
-//                   and appends each anchor to its owner's list if it could be chosen.
+//   claim_kernel    a warp 64 anchors of an image: the only pass over predicted boxes. Writes the background, and
+//                   appends each anchor to its owner's list if it could be chosen.
 //   rank_kernel     a block an object and task: forced pairs, counts, the ranking of its lists, and the labels.
 //
 // Nothing waits for another block. What is equal from run to run: every result is a maximum of integer keys, a count,
