@@ -8,8 +8,10 @@
 #define LAUNCH(kernel, blocks, stream, ...) \
   kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #else
-#define LAUNCH(kernel, blocks, stream, ...) \
-  cuda_on_cpu::Launch(blocks, kThreads, [&] { kernel(__VA_ARGS__); }, cuda_on_cpu::LaunchOptions{}).run()
+#define LAUNCH(kernel, blocks, stream, ...)                                                                        \
+  cuda_on_cpu::Launch(                                                                                             \
+      {static_cast<unsigned>(blocks), 1, 1}, kThreads, [&] { kernel(__VA_ARGS__); }, cuda_on_cpu::LaunchOptions{}) \
+      .run()
 #endif
 
 namespace {
