@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import io
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,6 +42,33 @@ def is_first_to_fail() -> bool:
         return bool(torch.distributed.distributed_c10d._get_default_store().add("detector/failed", 1) == 1)
     except (RuntimeError, ValueError, AttributeError):
         return True
+
+
+@contextlib.contextmanager
+def process_group(backend: str, **options: Any) -> Iterator[None]:
+    """torch.distributed's default group, by `init_process_group`, and at the end of the block none of its threads.
+
+    A thread of Gloo that lets go of a tensor while Python ends aborts the process (pytorch/pytorch#190489). These
+    threads end with the last reference to the group, which DistributedDataParallel holds too. After an error they are
+    left alone: what they wait for may never come.
+    """
+    # Its functions take the group there is as a default, and keep it: DDP imports it later, when there is one.
+    import torch.distributed.nn
+
+    torch.distributed.init_process_group(backend, **options)
+    try:
+        yield
+    except SystemExit as stop:
+        traceback.clear_frames(stop.__traceback__)
+        leave_process_group()
+        raise
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Frees what a finished training left, then the group."""
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def exit_by_signal(signal_number: int, frame: FrameType | None) -> NoReturn:

@@ -71,6 +71,7 @@ from detector.program import (
     default_device,
     device_name,
     input_side,
+    process_group,
     real_number,
     run_program,
     whole_number,
@@ -276,7 +277,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
             )
         torch.cuda.set_device(device)
     if distributed:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        held.enter_context(process_group("nccl" if device.type == "cuda" else "gloo"))
     is_first = rank == 0
 
     def say(text: str) -> None:
@@ -628,8 +629,6 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
     if met.found:
         say(f"met while training:\n{met.report()}")
     say(f"written to {args.out}")
-    if distributed:
-        torch.distributed.destroy_process_group()
     return metrics
 
 

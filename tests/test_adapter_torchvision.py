@@ -21,6 +21,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
+from detector.program import process_group
 from mg_ops.adapters.torchvision import remove_mutual_guidance, use_mutual_guidance
 
 Targets = list[dict[str, torch.Tensor]]
@@ -248,9 +249,14 @@ def test_compiled_model_is_the_eager_one(make_model: Callable[[], nn.Module]) ->
 
 
 def train_one_rank(rank: int, name: str, rendezvous: str) -> None:
-    """One of two processes: an image each; the averaged gradients are those of the two images alone."""
+    """One of two processes."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    with process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2):
+        compare_averaged_gradients(rank, name)
+
+
+def compare_averaged_gradients(rank: int, name: str) -> None:
+    """An image for each process; the averaged gradients are those of the two images alone."""
     images, targets = small_batch()
     alone = [
         losses_and_gradients(
@@ -263,7 +269,6 @@ def train_one_rank(rank: int, name: str, rendezvous: str) -> None:
     sum(losses.values()).backward()
     for key, parameter in model.module.named_parameters():
         torch.testing.assert_close(parameter.grad, (alone[0][key] + alone[1][key]) / 2, rtol=1e-4, atol=1e-6)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

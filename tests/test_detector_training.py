@@ -27,6 +27,7 @@ from detector.detectors import make_detector
 from detector.evaluate import evaluate
 from detector.images import decode_image
 from detector.loss import BOX_LOSSES, detection_loss
+from detector.program import process_group
 from detector.run_log import read_log
 from detector.train import learning_rate
 
@@ -300,7 +301,6 @@ def gradients_of(rank: int, num_processes: int, folder: str) -> None:
     model: nn.Module = Frozen()
     anchors = model.detector.anchors
     if num_processes > 1:
-        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=num_processes)
         model = DistributedDataParallel(model)
     share = 4 // num_processes
     mine = slice(rank * share, (rank + 1) * share)
@@ -314,18 +314,45 @@ def gradients_of(rank: int, num_processes: int, folder: str) -> None:
     if rank == 0:
         gradients = {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
         torch.save(gradients, Path(folder) / f"gradients{num_processes}.pt")
-    if num_processes > 1:
-        torch.distributed.destroy_process_group()
+
+
+def gradients_in_a_group(rank: int, num_processes: int, folder: str) -> None:
+    """`gradients_of` as one process of several."""
+    with process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_processes):
+        gradients_of(rank, num_processes, folder)
 
 
 def test_two_processes_make_the_gradients_of_one_with_the_whole_batch(tmp_path: Path) -> None:
     gradients_of(0, 1, str(tmp_path))
-    torch.multiprocessing.spawn(gradients_of, (2, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(gradients_in_a_group, (2, str(tmp_path)), nprocs=2)
     one, two = (torch.load(tmp_path / f"gradients{number}.pt") for number in (1, 2))
     assert one.keys() == two.keys()
     for name in one:
         size = one[name].abs().max().item()
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5 * size + 1e-12)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["at its end", "by SIGTERM"])
+def test_no_thread_of_the_process_group_outlives_the_training(stopped: bool, voc: Path, tmp_path: Path) -> None:
+    """Such a thread aborts the process if it lets go of a tensor while Python ends: rarely, and on a busy machine."""
+    program = f"""
+import os, signal, sys, detector.train
+if {stopped}:
+    detector.train.LossWatch.watch = lambda *arguments: os.kill(os.getpid(), signal.SIGTERM)
+try:
+    detector.train.main(sys.argv[1:])
+except SystemExit as stop:
+    print("status", stop.code)
+tasks = "/proc/self/task/"
+print("threads", [name for task in os.listdir(tasks) if "gloo" in (name := open(tasks + task + "/comm").read())])
+"""
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    (tmp_path / "program.py").write_text(program)
+    command = [*launcher, tmp_path / "program.py", *flags(voc, tmp_path / "run", epochs=1)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**ONE_THREAD, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert "threads []" in done.stdout and ("status 143" in done.stdout) == stopped, done.stdout + done.stderr
 
 
 def test_torchrun_trains_on_the_images_one_process_would(voc: Path, tmp_path: Path) -> None:
