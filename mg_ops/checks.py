@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mg_ops.reference import Inputs
+
 MAX_FLOAT = torch.finfo(torch.float32).max
 MAX_COUNT = 2**31 - 1
 """Of anchors, objects and classes: kernels number them in 32 bits."""
@@ -330,28 +332,9 @@ def check_offsets(gt_offsets: Tensor, num_gt: int) -> None:
         raise ValueError(f"gt_offsets: must not exceed the {num_gt} packed objects, got {offsets[-1]}")
 
 
-def check_operator_arguments(*arguments: Any) -> None:
+def check_operator_inputs(inputs: Inputs) -> None:
     """The checks of csrc/check.h, for the operators that are written in Python; not of the offsets' values."""
-    check_operator_inputs(*arguments[:NUM_INPUTS])
-    check_thresholds(*arguments[NUM_INPUTS + 2 :])
-
-
-NUM_INPUTS = 9
-"""How many arguments of an operator are its inputs, the same for all; its options follow."""
-
-
-def check_operator_inputs(
-    anchors: object,
-    pred_boxes: object,
-    cls_scores: object,
-    gt_boxes: object,
-    gt_labels: object,
-    gt_offsets: object,
-    gt_crowd: object,
-    box_coder: Sequence[float] | None,
-    scores_are_probabilities: bool,
-) -> None:
-    """What `check_operator_arguments` checks of the inputs that every rule's operator takes."""
+    anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd, box_coder, _ = inputs
     for name, value in (("pred_boxes", pred_boxes), ("cls_scores", cls_scores)):
         check_tensor(name, value, "floating point", ("B", "A", "C"), None)
     batch_size, device = check_predictions(anchors, pred_boxes, cls_scores)

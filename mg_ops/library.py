@@ -10,22 +10,15 @@ import importlib.util
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mg_ops import reference
-from mg_ops.checks import check_offsets, check_operator_arguments
-from mg_ops.rules.operators import INPUTS, RULES, Rule
+from mg_ops.rules.operators import RULES, Rule
 
-_SIGNATURE = (
-    f"({INPUTS}, bool classification_by_regressed, bool localization_by_amplified, "
-    "float sigma, float iou_positive, float iou_ignored, float crowd_overlap) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-"""The one signature of every backend's operator; csrc/schema.cpp says the same and holds the contract."""
 _CLASS_LOSS_ARGUMENTS = (
     "Tensor cls_logits, Tensor class_targets, Tensor? soft_targets, float positive_weight, float positive_gamma, "
     "float negative_weight, float negative_gamma, bool weigh_by_target"
@@ -34,8 +27,7 @@ _BOX_LOSS_ARGUMENTS = (
     "Tensor predictions, Tensor anchors, Tensor match, Tensor gt_boxes, Tensor gt_offsets, Tensor? weights, "
     "float[]? box_coder, int loss, float alpha, float gamma, float beta"
 )
-_COMPILED_OPERATORS = {
-    "mutual_match": _SIGNATURE,
+_COMPILED_OPERATORS = {name: rule.signature for name, rule in RULES.items()} | {
     "class_loss": f"({_CLASS_LOSS_ARGUMENTS}) -> Tensor",
     "class_loss_backward": f"(Tensor grad_output, {_CLASS_LOSS_ARGUMENTS}) -> Tensor",
     "box_loss": f"({_BOX_LOSS_ARGUMENTS}) -> Tensor",
@@ -67,49 +59,20 @@ def _load_library() -> str:
         )
     try:
         torch.ops.load_library(LIBRARY_FILE)
-        signatures = _COMPILED_OPERATORS | {name: rule.signature for name, rule in RULES.items()}
-        found = {name: str(getattr(torch.ops.mg_ops, name).default._schema) for name in signatures}
+        found = {name: str(getattr(torch.ops.mg_ops, name).default._schema) for name in _COMPILED_OPERATORS}
     except (OSError, RuntimeError, AttributeError) as error:
         reason = error.__cause__ or error  # torch puts the loader's words into the cause
         return f"{LIBRARY_FILE.name} does not load under torch {torch.__version__} ({reason}): install mg_ops again"
-    if found != {name: f"mg_ops::{name}{signature}" for name, signature in signatures.items()}:
+    if found != {name: f"mg_ops::{name}{signature}" for name, signature in _COMPILED_OPERATORS.items()}:
         return f"{LIBRARY_FILE.name} was built from other sources than these Python files: install mg_ops again"
     return ""
 
 
-# What follows takes what _SIGNATURE lists, in its order.
-def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of the result, for torch.compile and torch.export; also where some tensors are on "meta"."""
-    check_operator_arguments(*arguments)
-    anchors, _, cls_scores, gt_boxes = arguments[:4]
-    match_shape = cls_scores.shape[:2]
-    num_gt = gt_boxes.shape[0]
-    return (
-        anchors.new_empty(match_shape, dtype=torch.int64),
-        anchors.new_empty(match_shape, dtype=torch.int64),
-        anchors.new_empty(num_gt, dtype=torch.int32),
-        anchors.new_empty(num_gt, dtype=torch.int32),
-    )
-
-
-def _check(*arguments: Any) -> None:
-    """What csrc/check.h does for the operators in C++."""
-    check_operator_arguments(*arguments)
-    gt_boxes, gt_offsets = arguments[3], arguments[5]
-    if gt_offsets.device.type == "cpu":
-        check_offsets(gt_offsets, len(gt_boxes))
-
-
-def _eager(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(*arguments)
-    return reference.mutual_match(*arguments)
-
-
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _triton(*arguments: Any) -> tuple[Tensor, ...]:
     # Not above: importing Triton takes longer than importing mg_ops.
     from mg_ops.triton.mutual_match import mutual_match
 
-    _check(*arguments)
+    RULES["mutual_match"].check(*arguments)
     device = arguments[0].device
     if device.type == "cuda" and len(TRITON_DEVICES) > 1:
         # The kernels get addresses, which the interpreter would read on the CPU.
@@ -120,36 +83,22 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mutual_match(*arguments)
 
 
-torch.library.define("mg_ops::mutual_match_eager", _SIGNATURE)
-torch.library.impl("mg_ops::mutual_match_eager", ("cpu", "cuda"))(_eager)
-torch.library.register_fake("mg_ops::mutual_match_eager")(_fake)
-
 triton_error = "" if importlib.util.find_spec("triton") else "Triton is not installed: run `pip install triton`"
 """Why the Triton backend cannot be used, or an empty string."""
 TRITON_DEVICES = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 """Where it runs: Triton's interpreter, slow and for tests, takes CPU tensors too."""
-torch.library.define("mg_ops::mutual_match_triton", _SIGNATURE)
-torch.library.impl("mg_ops::mutual_match_triton", TRITON_DEVICES)(_triton)
-torch.library.register_fake("mg_ops::mutual_match_triton")(_fake)
 
 
-def _define_rule(name: str, rule: Rule) -> None:
-    """The eager operator of a rule, which checks what csrc/check.h does for those in C++."""
-
-    def eager(*arguments: Any) -> tuple[Tensor, ...]:
-        rule.check(*arguments)
-        gt_boxes, gt_offsets = arguments[3], arguments[5]
-        if gt_offsets.device.type == "cpu":
-            check_offsets(gt_offsets, len(gt_boxes))
-        return rule.eager(*arguments)
-
-    torch.library.define(f"mg_ops::{name}_eager", rule.signature)
-    torch.library.impl(f"mg_ops::{name}_eager", ("cpu", "cuda"))(eager)
-    torch.library.register_fake(f"mg_ops::{name}_eager")(rule.fake)
+def _define(operator: str, rule: Rule, run: Callable[..., tuple[Tensor, ...]], devices: tuple[str, ...]) -> None:
+    """A rule's operator that is written in Python."""
+    torch.library.define(f"mg_ops::{operator}", rule.signature)
+    torch.library.impl(f"mg_ops::{operator}", devices)(run)
+    torch.library.register_fake(f"mg_ops::{operator}")(rule.fake)
 
 
 for _name, _rule in RULES.items():
-    _define_rule(_name, _rule)
+    _define(f"{_name}_eager", _rule, _rule.eager, ("cpu", "cuda"))
+_define("mutual_match_triton", RULES["mutual_match"], _triton, TRITON_DEVICES)
 
 load_error = _load_library()
 if load_error:
@@ -160,7 +109,6 @@ if load_error:
         stacklevel=2,
     )
 else:
-    torch.library.register_fake("mg_ops::mutual_match")(_fake)
     for _name, _rule in RULES.items():
         torch.library.register_fake(f"mg_ops::{_name}")(_rule.fake)
 has_cuda = not load_error and torch._C._dispatch_has_kernel_for_dispatch_key("mg_ops::mutual_match", "CUDA")

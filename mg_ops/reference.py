@@ -1,4 +1,4 @@
-"""The definition of mutual matching in plain eager PyTorch.
+"""The definition of mutual matching in plain eager PyTorch, and what the definitions of the other rules share with it.
 
 Read it beside the paper (Zhang et al., "Localize to Classify and Classify to Localize: Mutual Guidance in Object
 Detection", ACCV 2020, sections 3.1 and 3.2). It runs on any device, and it is the oracle that every other backend must
@@ -11,9 +11,9 @@ Sizes: B images, A anchors, C classes, G objects of one image, N objects in all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,7 +142,122 @@ def decode(anchors: Tensor, deltas: Tensor, weights: Sequence[float], clip: floa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Matching
+# A batch
+
+
+class Inputs(NamedTuple):
+    """What every rule's operator takes first, a batch of packed objects; csrc/schema.cpp holds the contract."""
+
+    anchors: Tensor  # (A, 4)
+    pred_boxes: Tensor  # (B, A, 4): boxes, or with a box coder deltas
+    cls_scores: Tensor  # (B, A, C)
+    gt_boxes: Tensor  # (N, 4)
+    gt_labels: Tensor  # (N,)
+    gt_offsets: Tensor  # (B + 1,)
+    gt_crowd: Tensor | None  # (N,)
+    box_coder: Sequence[float] | None  # weights of x, y, w and h, and the clip
+    scores_are_probabilities: bool
+
+
+def split_arguments(arguments: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
+    """The arguments of an operator: its inputs, and the options of its rule."""
+    return Inputs(*arguments[: len(Inputs._fields)]), arguments[len(Inputs._fields) :]
+
+
+class Image(NamedTuple):
+    """One image: A anchors, C classes, G objects."""
+
+    anchors: Tensor  # (A, 4) float32
+    pred_boxes: Tensor  # (A, 4) float32, decoded
+    cls_scores: Tensor  # (A, C) as given
+    scores_are_probabilities: bool
+    gt_boxes: Tensor  # (G, 4) float32
+    gt_labels: Tensor  # (G,)
+    objects: Tensor  # (G,) bool: which objects take part
+    crowds: Tensor  # (K, 4) float32: the crowd regions
+
+
+def float32_numbers(*numbers: float) -> list[float]:
+    """The numbers, rounded to float32."""
+    rounded: list[float] = torch.tensor(numbers, dtype=torch.float32, device="cpu").tolist()
+    return rounded
+
+
+def match_images(
+    match_image: Callable[[Image], Sequence[Tensor]],
+    inputs: Inputs,
+    per_anchor: Sequence[torch.dtype],
+    num_counts: int,
+) -> tuple[Tensor, ...]:
+    """Matches the images one by one.
+
+    Args:
+        match_image: the rule; its results are (A,) of the dtypes of `per_anchor`, then `num_counts` counts (G,).
+        inputs: the batch.
+        per_anchor: dtypes of the results (B, A).
+        num_counts: how many results (N,) int32 follow.
+    """
+    batch_size, num_anchors = inputs.cls_scores.shape[:2]
+    num_gt, device = len(inputs.gt_boxes), inputs.anchors.device
+    # Wide inputs are rounded once, here, so that every backend computes from the same float32 numbers.
+    anchors, gt_boxes = inputs.anchors.float(), inputs.gt_boxes.float()
+    coder = float32_numbers(*(inputs.box_coder or ()))
+    gt_crowd = inputs.gt_crowd
+    if gt_crowd is None:
+        gt_crowd = torch.zeros(num_gt, dtype=torch.bool, device=device)
+    of_anchors = [torch.empty((batch_size, num_anchors), dtype=dtype, device=device) for dtype in per_anchor]
+    counts = [torch.zeros(num_gt, dtype=torch.int32, device=device) for _ in range(num_counts)]
+    # Within 0 and N and never decreasing, so that images never share an object.
+    offsets = list(accumulate((min(max(offset, 0), num_gt) for offset in inputs.gt_offsets.tolist()), max))
+    with torch.autocast(device.type, enabled=False):
+        for image in range(batch_size):
+            own = slice(offsets[image], offsets[image + 1])
+            boxes, is_crowd = gt_boxes[own], gt_crowd[own]
+            decoded = inputs.pred_boxes[image].float()
+            if inputs.box_coder is not None:
+                decoded = decode(anchors, decoded, coder[:4], coder[4])
+            results = match_image(
+                Image(
+                    anchors,
+                    decoded,
+                    inputs.cls_scores[image],
+                    inputs.scores_are_probabilities,
+                    boxes,
+                    inputs.gt_labels[own],
+                    is_object(boxes) & ~is_crowd,
+                    boxes[is_crowd],
+                )
+            )
+            for whole, part in zip(of_anchors, results[: len(of_anchors)], strict=True):
+                whole[image] = part
+            for whole, part in zip(counts, results[len(of_anchors) :], strict=True):
+                whole[own] = part
+    return *of_anchors, *counts
+
+
+def ignore_crowds(match: Tensor, image: Image, crowd_overlap: float) -> Tensor:
+    """(A,) the match, with the background that a crowd region covers ignored."""
+    if len(image.crowds) == 0:
+        return match
+    crowds, anchors = finite_or_empty(image.crowds), finite_or_empty(image.anchors)
+    coverage = positive_ratio(intersection_area(anchors, crowds), area(anchors).unsqueeze(1))
+    covered = (coverage >= crowd_overlap).any(1)
+    return torch.where(covered & (match == BACKGROUND), IGNORED, match)
+
+
+def class_probabilities(image: Image) -> Tensor:
+    """(A, G) the score p of every anchor for the class of every object; 0 for NaN, and for an unknown class."""
+    num_classes = image.cls_scores.shape[1]
+    known_label = (image.gt_labels >= 0) & (image.gt_labels < num_classes)
+    if num_classes == 0:
+        return image.anchors.new_zeros(len(image.anchors), len(image.gt_boxes))
+    score = image.cls_scores[:, torch.where(known_label, image.gt_labels, 0)].float()
+    p = score.clamp(0, 1) if image.scores_are_probabilities else sigmoid(score)
+    return torch.where(known_label & ~p.isnan(), p, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutual matching
 
 
 class Claim(NamedTuple):
@@ -194,13 +309,7 @@ def rank_among_owned(owned: Claim) -> Tensor:
 
 
 def match_image(
-    anchors: Tensor,
-    pred_boxes: Tensor,
-    cls_scores: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_crowd: Tensor,
-    scores_are_probabilities: bool,
+    image: Image,
     classification_by_regressed: bool,
     localization_by_amplified: bool,
     sigma: float,
@@ -208,18 +317,18 @@ def match_image(
     iou_ignored: float,
     crowd_overlap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One image: (A, 4), (A, 4), (A, C), (G, 4), (G,), (G,) -> cls_match, loc_match (A,), num_pos, num_total (G,)."""
-    num_anchors, num_classes = cls_scores.shape
+    """One image: cls_match, loc_match (A,), num_pos, num_total (G,)."""
+    anchors, gt_boxes = image.anchors, image.gt_boxes
     num_objects = len(gt_boxes)
-    cls_match = torch.full((num_anchors,), BACKGROUND, device=anchors.device)
-    loc_match = torch.full((num_anchors,), BACKGROUND, device=anchors.device)
-    if num_anchors == 0 or num_objects == 0:
+    cls_match = torch.full((len(anchors),), BACKGROUND, device=anchors.device)
+    loc_match = torch.full((len(anchors),), BACKGROUND, device=anchors.device)
+    if len(anchors) == 0 or num_objects == 0:
         counts = torch.zeros(num_objects, dtype=torch.int32, device=anchors.device)
         return cls_match, loc_match, counts, counts.clone()
 
     # Quality of every pair, and the objects that take part: those an anchor overlaps.
     q_anchor = box_iou(anchors, gt_boxes)
-    objects = is_object(gt_boxes) & ~gt_crowd & (q_anchor > 0).any(0)
+    objects = image.objects & (q_anchor > 0).any(0)
     by_anchor = claim(q_anchor, objects, zero=0.0, one=1.0, best_if_zero=None)
 
     # Counts: Np and Np + Ni of the paper, section 3.1.
@@ -231,7 +340,7 @@ def match_image(
     # Localize to Classify: rank by the IoU of the regressed boxes (section 3.1).
     by_cls = by_anchor
     if classification_by_regressed:
-        q_regressed = box_iou(pred_boxes, gt_boxes)
+        q_regressed = box_iou(image.pred_boxes, gt_boxes)
         by_cls = claim(q_regressed, objects, zero=0.0, one=1.0, best_if_zero=by_anchor.best)
     rank, owner = rank_among_owned(by_cls), by_cls.owner.clamp(min=0)
     cls_match = torch.where((by_cls.owner >= 0) & (rank < num_total[owner]), IGNORED, cls_match)
@@ -240,12 +349,7 @@ def match_image(
     # Classify to Localize: rank by the amplified IoU (section 3.2, Eq. 1), compared by its exponent.
     by_loc = by_anchor
     if localization_by_amplified:
-        known_label = (gt_labels >= 0) & (gt_labels < num_classes)
-        p = torch.zeros_like(q_anchor)
-        if num_classes > 0:
-            score = cls_scores[:, torch.where(known_label, gt_labels, 0)].float()
-            p = score.clamp(0, 1) if scores_are_probabilities else sigmoid(score)
-            p = torch.where(known_label & ~p.isnan(), p, 0.0)
+        p = class_probabilities(image)
         # A division by a Python number becomes a multiplication by its reciprocal on CUDA: divide by a tensor.
         amplification = (sigma - p) / torch.full_like(p, sigma)
         overlapping = q_anchor > 0
@@ -254,71 +358,16 @@ def match_image(
     rank, owner = rank_among_owned(by_loc), by_loc.owner.clamp(min=0)
     loc_match = torch.where((by_loc.owner >= 0) & (rank < num_pos[owner]), by_loc.owner, loc_match)
 
-    # Crowd regions: background that a crowd covers is ignored.
-    if bool(gt_crowd.any()):
-        crowds = finite_or_empty(gt_boxes[gt_crowd])
-        boxes = finite_or_empty(anchors)
-        coverage = positive_ratio(intersection_area(boxes, crowds), area(boxes).unsqueeze(1))
-        covered = (coverage >= crowd_overlap).any(1)
-        cls_match = torch.where(covered & (cls_match == BACKGROUND), IGNORED, cls_match)
-
+    cls_match = ignore_crowds(cls_match, image, crowd_overlap)
     return cls_match, loc_match, num_pos.to(torch.int32), num_total.to(torch.int32)
 
 
-def mutual_match(
-    anchors: Tensor,
-    pred_boxes: Tensor,
-    cls_scores: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    gt_crowd: Tensor | None,
-    box_coder: Sequence[float] | None,
-    scores_are_probabilities: bool,
-    classification_by_regressed: bool,
-    localization_by_amplified: bool,
-    sigma: float,
-    iou_positive: float,
-    iou_ignored: float,
-    crowd_overlap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch of packed objects, image by image; takes what the operators take (csrc/schema.cpp)."""
-    batch_size, num_anchors = cls_scores.shape[:2]
-    num_gt = len(gt_boxes)
-    device = anchors.device
-    # Wide inputs are rounded once, here, so that every backend computes from the same float32 numbers.
-    anchors, gt_boxes = anchors.float(), gt_boxes.float()
-    sigma, iou_positive, iou_ignored, crowd_overlap, *coder = torch.tensor(
-        [sigma, iou_positive, iou_ignored, crowd_overlap, *(box_coder or ())], dtype=torch.float32, device="cpu"
-    ).tolist()
-    if gt_crowd is None:
-        gt_crowd = torch.zeros(num_gt, dtype=torch.bool, device=device)
+def mutual_match(*arguments: Any) -> tuple[Tensor, ...]:
+    """cls_match, loc_match (B, A) int64, num_pos, num_total (N,) int32 of what the operator takes."""
+    inputs, (by_regressed, by_amplified, *numbers) = split_arguments(arguments)
+    numbers = float32_numbers(*numbers)
 
-    cls_match = torch.empty((batch_size, num_anchors), dtype=torch.int64, device=device)
-    loc_match = torch.empty((batch_size, num_anchors), dtype=torch.int64, device=device)
-    num_pos = torch.zeros(num_gt, dtype=torch.int32, device=device)
-    num_total = torch.zeros(num_gt, dtype=torch.int32, device=device)
-    # Within 0 and N and never decreasing, so that images never share an object.
-    offsets = list(accumulate((min(max(offset, 0), num_gt) for offset in gt_offsets.tolist()), max))
-    with torch.autocast(device.type, enabled=False):
-        for image in range(batch_size):
-            start, end = offsets[image], offsets[image + 1]
-            boxes = pred_boxes[image].float()
-            if box_coder is not None:
-                boxes = decode(anchors, boxes, coder[:4], coder[4])
-            cls_match[image], loc_match[image], num_pos[start:end], num_total[start:end] = match_image(
-                anchors,
-                boxes,
-                cls_scores[image],
-                gt_boxes[start:end],
-                gt_labels[start:end],
-                gt_crowd[start:end],
-                scores_are_probabilities,
-                classification_by_regressed,
-                localization_by_amplified,
-                sigma,
-                iou_positive,
-                iou_ignored,
-                crowd_overlap,
-            )
-    return cls_match, loc_match, num_pos, num_total
+    def match(image: Image) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return match_image(image, by_regressed, by_amplified, *numbers)
+
+    return match_images(match, inputs, (torch.int64, torch.int64), num_counts=2)

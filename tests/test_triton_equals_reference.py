@@ -69,20 +69,22 @@ OPTIONS: dict[str, Any] = {
 """Of the operators, for strategy "mutual"."""
 
 
-def for_operator(arguments: dict[str, Any]) -> dict[str, Any]:
+def for_operator(arguments: dict[str, Any]) -> tuple[Any, ...]:
     """Packed arguments of `mg_ops.mutual_match` as an operator takes them, past its checks."""
     arguments = OPTIONS | arguments
-    return arguments | {"cls_scores": arguments.pop("cls_logits")}
+    arguments["cls_scores"] = arguments.pop("cls_logits")
+    names = (*reference.Inputs._fields, *list(OPTIONS)[-6:])
+    return tuple(arguments[name] for name in names)
 
 
 def run_operator(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
     """Straight to the launches; strategy "mutual"."""
-    return mutual_match.mutual_match(**for_operator(to_device(arguments, DEVICE)), **options)
+    return mutual_match.mutual_match(*for_operator(to_device(arguments, DEVICE)), **options)
 
 
 def run_reference(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """The definition."""
-    return reference.mutual_match(**for_operator(arguments))
+    return reference.mutual_match(*for_operator(arguments))
 
 
 def packed_batch(objects: list[int], num_anchors: int = 40, num_classes: int = 3, seed: int = 0) -> dict[str, Any]:
@@ -432,4 +434,4 @@ def test_the_operator_is_what_torch_expects() -> None:
     arguments = to_device(packed_batch([2, 1]), DEVICE)
     operator = torch.ops.mg_ops.mutual_match_triton.default
     assert DEVICE in library.TRITON_DEVICES
-    torch.library.opcheck(operator, (), for_operator(arguments))
+    torch.library.opcheck(operator, for_operator(arguments))

@@ -1,4 +1,4 @@
-"""The operators of the rules: signatures, checks, fakes and eager definitions, for mg_ops/library.py to register."""
+"""The operators: their signatures, checks, fakes and definitions, for mg_ops/library.py to register."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mg_ops.checks import NUM_INPUTS, check_operator_inputs
+from mg_ops import reference
+from mg_ops.checks import check_offsets, check_operator_inputs, check_thresholds
+from mg_ops.reference import split_arguments
 from mg_ops.rules.eager import max_iou_match
 from mg_ops.rules.options import check_max_iou_options
 
@@ -17,39 +19,70 @@ INPUTS = (
     "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
     "float[]? box_coder, bool scores_are_probabilities"
 )
-"""What every operator takes first; csrc/schema.cpp says the same and holds the contract."""
+"""What every rule's operator takes first; csrc/schema.cpp says the same and holds the contract."""
 
 
 class Rule(NamedTuple):
-    """An operator as torch is told of it."""
+    """The operator of a rule as torch is told of it; what it takes is checked as csrc/check.h does."""
 
-    signature: str
+    options: str
+    """The arguments after the inputs, of the same signature for every backend."""
     check_options: Callable[..., object]
-    """Raises on a wrong option, as csrc/check.h does."""
-    eager: Callable[..., tuple[Tensor, ...]]
-    outputs_per_anchor: tuple[torch.dtype, ...]
-    """Of the outputs (B, A); one more is (N,) int32."""
+    """Raises on a wrong option."""
+    definition: Callable[..., tuple[Tensor, ...]]
+    """The eager backend."""
+    per_anchor: tuple[torch.dtype, ...]
+    """Of the results (B, A)."""
+    num_counts: int
+    """How many results (N,) int32 follow."""
+
+    @property
+    def signature(self) -> str:
+        """Of the operator."""
+        results = ", ".join(["Tensor"] * (len(self.per_anchor) + self.num_counts))
+        return f"({INPUTS}, {self.options}) -> ({results})"
 
     def check(self, *arguments: Any) -> None:
-        """Raises unless the arguments are as the signature's contract says, but for the offsets' values."""
-        check_operator_inputs(*arguments[:NUM_INPUTS])
-        self.check_options(*arguments[NUM_INPUTS:])
+        """Raises unless the arguments are as the signature's contract says."""
+        self._check_but_offsets(*arguments)
+        inputs, _ = split_arguments(arguments)
+        if inputs.gt_offsets.device.type == "cpu":
+            check_offsets(inputs.gt_offsets, len(inputs.gt_boxes))
+
+    def _check_but_offsets(self, *arguments: Any) -> None:
+        inputs, options = split_arguments(arguments)
+        check_operator_inputs(inputs)
+        self.check_options(*options)
 
     def fake(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """Shapes and dtypes of the result, for torch.compile and torch.export."""
+        """Shapes and dtypes of the results, for torch.compile and torch.export; also where some tensors are "meta"."""
+        self._check_but_offsets(*arguments)
+        inputs, _ = split_arguments(arguments)
+        empty, shape, num_gt = inputs.anchors.new_empty, inputs.cls_scores.shape[:2], inputs.gt_boxes.shape[0]
+        per_anchor = [empty(shape, dtype=dtype) for dtype in self.per_anchor]
+        return *per_anchor, *(empty(num_gt, dtype=torch.int32) for _ in range(self.num_counts))
+
+    def eager(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """The definition, of arguments that have been checked."""
         self.check(*arguments)
-        anchors, _, cls_scores, gt_boxes = arguments[:4]
-        per_anchor = (anchors.new_empty(cls_scores.shape[:2], dtype=dtype) for dtype in self.outputs_per_anchor)
-        return (*per_anchor, anchors.new_empty(gt_boxes.shape[0], dtype=torch.int32))
+        return self.definition(*arguments)
 
 
 RULES = {
+    "mutual_match": Rule(
+        "bool classification_by_regressed, bool localization_by_amplified, "
+        "float sigma, float iou_positive, float iou_ignored, float crowd_overlap",
+        lambda by_regressed, by_amplified, *numbers: check_thresholds(*numbers),
+        reference.mutual_match,
+        (torch.int64, torch.int64),
+        num_counts=2,
+    ),
     "max_iou_match": Rule(
-        f"({INPUTS}, float iou_positive, float iou_ignored, int low_quality, float iou_low_quality, "
-        "float crowd_overlap) -> (Tensor, Tensor)",
+        "float iou_positive, float iou_ignored, int low_quality, float iou_low_quality, float crowd_overlap",
         check_max_iou_options,
         max_iou_match.max_iou_match,
         (torch.int64,),
-    )
+        num_counts=1,
+    ),
 }
 """Operator -> what it is."""

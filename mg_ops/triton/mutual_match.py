@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mg_ops.reference import BACKGROUND
+from mg_ops.reference import BACKGROUND, split_arguments
 from mg_ops.triton.inputs import FLOATING_TYPES, boxes_type, packed_integers, packed_rows
 from mg_ops.triton.mutual_match_kernels import (
     NUM_COUNTERS,
@@ -32,27 +31,11 @@ RANK_BLOCK, RANK_WARPS = 1024, 4
 SETTLE_BLOCK, SETTLE_WARPS = 256, 4
 
 
-def mutual_match(
-    anchors: Tensor,
-    pred_boxes: Tensor,
-    cls_scores: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    gt_crowd: Tensor | None,
-    box_coder: Sequence[float] | None,
-    scores_are_probabilities: bool,
-    classification_by_regressed: bool,
-    localization_by_amplified: bool,
-    sigma: float,
-    iou_positive: float,
-    iou_ignored: float,
-    crowd_overlap: float,
-    longest_list: int = 0x7FFFFFFF,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch of packed objects on the current stream of their device; takes what the operators take (csrc/schema.cpp).
+def mutual_match(*arguments: Any, longest_list: int = 0x7FFFFFFF) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A batch of packed objects on the current stream of their device.
 
     Args:
+        arguments: of the operator.
         longest_list: objects with a longer list than this rank by scanning all anchors; the result is the same.
 
     Returns:
@@ -61,6 +44,9 @@ def mutual_match(
     Raises:
         ValueError: anchors or objects that 31 bits cannot number.
     """
+    inputs, options = split_arguments(arguments)
+    anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd, box_coder, are_probabilities = inputs
+    classification_by_regressed, localization_by_amplified, sigma, iou_positive, iou_ignored, crowd_overlap = options
     batch_size, num_anchors, num_classes = cls_scores.shape
     num_gt = gt_boxes.shape[0]
     device = anchors.device
@@ -114,7 +100,7 @@ def mutual_match(
                 kind_of_boxes,
                 FLOATING_TYPES[cls_scores.dtype],
                 decode,
-                int(scores_are_probabilities),
+                int(are_probabilities),
                 *boxes_strides,
                 *cls_scores.stride(),
                 *coder,

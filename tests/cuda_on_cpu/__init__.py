@@ -27,7 +27,9 @@ from operators import backend_is, operator_arguments
 from torch import Tensor
 
 import mg_ops
-from mg_ops import library, matching
+from mg_ops import matching
+from mg_ops.reference import split_arguments
+from mg_ops.rules.operators import RULES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -143,26 +145,16 @@ class Emulator:
         """
 
         def operator(*arguments: Any) -> mg_ops.MutualMatch:
-            library._check(*arguments)
+            RULES["mutual_match"].check(*arguments)
             return self.operator(*arguments, seed=seed)
 
         with backend_is(operator):
             return matching.mutual_match(*arguments, **options)
 
-    def operator(
-        self,
-        anchors: Tensor,
-        pred_boxes: Tensor,
-        cls_scores: Tensor,
-        gt_boxes: Tensor,
-        gt_labels: Tensor,
-        gt_offsets: Tensor,
-        gt_crowd: Tensor | None,
-        box_coder: list[float] | None,
-        *options: float,
-        seed: int = 0,
-    ) -> mg_ops.MutualMatch:
+    def operator(self, *arguments: Any, seed: int = 0) -> mg_ops.MutualMatch:
         """As the operators, but that nothing is checked: a GPU clamps offsets."""
+        inputs, options = split_arguments(arguments)
+        anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd, box_coder, _ = inputs
         batch_size, num_anchors, num_classes = cls_scores.shape
         num_gt = len(gt_boxes)
         # Whatever memory held before must not show.
@@ -186,6 +178,7 @@ class Emulator:
             num_gt,
             box_coder is not None,
             *(box_coder or [1.0] * 5),
+            inputs.scores_are_probabilities,
             *options,
             *(tensor.data_ptr() for tensor in result),
             seed,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mg_ops
 from cuda_on_cpu import compile_kernels, integers, rows
-from mg_ops.checks import NUM_INPUTS
+from mg_ops.reference import split_arguments
 from mg_ops.rules.operators import RULES
 
 
@@ -94,9 +94,8 @@ class RuleEmulator:
 
     def operator(self, rule: str, *arguments: Any, seed: int = 0) -> tuple[Tensor, ...]:
         """As the operators, but that nothing is checked: a GPU clamps offsets."""
-        anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd, box_coder, are_probabilities = (
-            arguments[:NUM_INPUTS]
-        )
+        inputs, options = split_arguments(arguments)
+        anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd, box_coder, _ = inputs
         batch_size, num_anchors, num_classes = cls_scores.shape
         # Whatever memory held before must not show.
         cls_match = torch.full((batch_size, num_anchors), 0x5A5A5A5A5A5A5A5A)
@@ -107,9 +106,9 @@ class RuleEmulator:
             None if gt_crowd is None else gt_crowd.data_ptr(),
             0 if gt_crowd is None else gt_crowd.stride(0),
             *(batch_size, num_anchors, num_classes, len(gt_boxes)),
-            *(box_coder is not None, are_probabilities),
+            *(box_coder is not None, inputs.scores_are_probabilities),
             (ctypes.c_float * 5)(*(box_coder or [1.0] * 5)),
-            (ctypes.c_float * 16)(*arguments[NUM_INPUTS:]),
+            (ctypes.c_float * 16)(*options),
             *(cls_match.data_ptr(), num_pos.data_ptr()),
             seed,
         )
