@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mg_ops.checks import check_count, check_list, check_num_classes, check_tensor, describe
-from mg_ops.matching import GroundTruth, MutualMatch, check_counts
+from mg_ops.matcher import GroundTruth
+from mg_ops.matching import MutualMatch, check_counts
 from mg_ops.objects import holds_dictionaries, pack_objects
 from mg_ops.reference import area, autocast_type, is_object
 from mg_ops.rules.result import Match

@@ -16,7 +16,7 @@ from mg_ops.backend_choice import choose_backend
 from mg_ops.boxes import BoxCoder, check_box_coder
 from mg_ops.checks import MAX_FLOAT, check_bool, check_number, check_tensor, describe, join_levels
 from mg_ops.loss_definitions import BOX_LOSSES, box_loss, class_loss
-from mg_ops.matching import GroundTruth, Levels
+from mg_ops.matcher import GroundTruth, Levels
 from mg_ops.objects import holds_dictionaries, pack_objects
 
 

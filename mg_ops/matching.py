@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mg_ops.backend_choice import check_backend, operator_of
+from mg_ops.backend_choice import operator_of
 from mg_ops.boxes import BoxCoder, check_box_coder
 from mg_ops.checks import (
     check_bool,
@@ -19,10 +19,15 @@ from mg_ops.checks import (
     check_thresholds,
     join_levels,
 )
-from mg_ops.objects import Objects, check_box_format, pack_objects
+from mg_ops.matcher import Call, GroundTruth, Levels, Matcher, PerObject
+from mg_ops.objects import Objects, pack_objects
 from mg_ops.reference import IGNORED
+from mg_ops.rules.operators import RULES
 from mg_ops.rules.result import Match
 from mg_ops.validation import check_values
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Strategy: TypeAlias = Literal["iou", "localize_to_classify", "classify_to_localize", "mutual"]
 STRATEGIES: dict[str, tuple[bool, bool]] = {
@@ -33,11 +38,8 @@ STRATEGIES: dict[str, tuple[bool, bool]] = {
 }
 """Strategy -> (classification by q_regressed, localization by q_amplified); the rows of the paper's Table 1."""
 
-Levels: TypeAlias = "Tensor | Sequence[Tensor]"
-"""A prediction, or the anchors, of all feature levels: one tensor, or one per level, which are concatenated."""
-GroundTruth: TypeAlias = "Tensor | Sequence[Tensor] | Sequence[dict[str, Tensor]]"
-GivenObjects: TypeAlias = tuple[Any, Any, Any, Any, Any, str]
-"""gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask and gt_box_format, as given."""
+GivenObjects: TypeAlias = tuple[Any, Any, Any]
+"""gt_boxes, gt_labels and gt_offsets, as given."""
 
 
 class MutualMatch(NamedTuple):
@@ -70,7 +72,7 @@ class MutualMatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MutualMatcher:
+class MutualMatcher(Matcher[MutualMatch]):
     """How to match: the options of `mutual_match`, to be set once and called with each batch.
 
     Args:
@@ -102,45 +104,12 @@ class MutualMatcher:
     check: bool = False
     backend: str | None = None
 
-    def __post_init__(self) -> None:
+    def _check_options(self) -> None:
         check_strategy(self.strategy)
         check_thresholds(self.sigma, self.iou_positive, self.iou_ignored, self.crowd_overlap)
-        check_box_coder(self.box_coder)
-        check_box_format(self.gt_box_format)
-        check_bool("check", self.check)
-        check_backend(self.backend)
 
-    def __call__(
-        self,
-        anchors: Levels,
-        gt_boxes: GroundTruth,
-        gt_labels: Tensor | Sequence[Tensor] | None = None,
-        gt_offsets: Tensor | None = None,
-        *,
-        cls_logits: Levels | None = None,
-        cls_probabilities: Levels | None = None,
-        pred_boxes: Levels | None = None,
-        box_deltas: Levels | None = None,
-        gt_crowd: Tensor | Sequence[Tensor] | None = None,
-        gt_mask: Tensor | None = None,
-    ) -> MutualMatch:
-        """`mutual_match` with these options. The box coder decodes `box_deltas`, and leaves `pred_boxes` alone."""
-        options = {option.name: getattr(self, option.name) for option in fields(self)}
-        if box_deltas is None:
-            options["box_coder"] = None
-        return mutual_match(
-            anchors,
-            gt_boxes,
-            gt_labels,
-            gt_offsets,
-            cls_logits=cls_logits,
-            cls_probabilities=cls_probabilities,
-            pred_boxes=pred_boxes,
-            box_deltas=box_deltas,
-            gt_crowd=gt_crowd,
-            gt_mask=gt_mask,
-            **options,
-        )
+    def _match(self, *arguments: Any, **options: Any) -> MutualMatch:
+        return mutual_match(*arguments, **options)
 
 
 def check_counts(match: MutualMatch | Match, num_gt: int, device: torch.device) -> None:
@@ -162,7 +131,7 @@ def check_strategy(strategy: object) -> None:
 def mutual_match(
     anchors: Levels,
     gt_boxes: GroundTruth,
-    gt_labels: Tensor | Sequence[Tensor] | None = None,
+    gt_labels: PerObject = None,
     gt_offsets: Tensor | None = None,
     *,
     cls_logits: Levels | None = None,
@@ -170,7 +139,7 @@ def mutual_match(
     pred_boxes: Levels | None = None,
     box_deltas: Levels | None = None,
     box_coder: BoxCoder | None = None,
-    gt_crowd: Tensor | Sequence[Tensor] | None = None,
+    gt_crowd: PerObject = None,
     gt_mask: Tensor | None = None,
     gt_box_format: str = "xyxy",
     strategy: Strategy = "mutual",
@@ -245,7 +214,6 @@ def mutual_match(
         tensor([[ 0, -1, -1]])
     """
     check_strategy(strategy)
-    check_box_coder(box_coder)
     if not (type(sigma) is type(iou_positive) is type(iou_ignored) is type(crowd_overlap) is float):
         # A bool or a tensor is no number here, whatever torch would make of it.
         numbers = check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap)
@@ -253,34 +221,29 @@ def mutual_match(
     by_regressed, by_amplified = STRATEGIES[strategy]
     result = call_operator(
         "mutual_match",
-        Predictions(cls_logits, cls_probabilities, pred_boxes, box_deltas, box_coder),
         anchors,
-        (gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format),
+        (gt_boxes, gt_labels, gt_offsets),
         (by_regressed, by_amplified, sigma, iou_positive, iou_ignored, crowd_overlap),
         lambda: check_thresholds(sigma, iou_positive, iou_ignored, crowd_overlap),
         reader=f"strategy {strategy!r}",
         reads_boxes=by_regressed,
         reads_scores=by_amplified,
-        num_per_anchor=2,
+        cls_logits=cls_logits,
+        cls_probabilities=cls_probabilities,
+        pred_boxes=pred_boxes,
+        box_deltas=box_deltas,
+        box_coder=box_coder,
+        gt_crowd=gt_crowd,
+        gt_mask=gt_mask,
+        gt_box_format=gt_box_format,
         check=check,
         backend=backend,
     )
     return MutualMatch(*result)
 
 
-class Predictions(NamedTuple):
-    """The predictions of a call as given, two forms of each; arguments of `mutual_match`."""
-
-    cls_logits: Levels | None
-    cls_probabilities: Levels | None
-    pred_boxes: Levels | None
-    box_deltas: Levels | None
-    box_coder: BoxCoder | None
-
-
 def call_operator(
     name: str,
-    predictions: Predictions,
     anchors: Levels,
     given_objects: GivenObjects,
     options: tuple[Any, ...],
@@ -289,15 +252,12 @@ def call_operator(
     reader: str,
     reads_boxes: bool,
     reads_scores: bool,
-    num_per_anchor: int,
-    check: bool,
-    backend: str | None,
+    **call: Unpack[Call],
 ) -> tuple[Tensor, ...]:
     """What every rule's function does with its arguments: packs, checks, picks the backend and runs it.
 
     Args:
-        name: of the operator.
-        predictions: as given.
+        name: of the operator, and of the function.
         anchors: as given.
         given_objects: as given.
         options: what follows the inputs in the operator's signature.
@@ -305,16 +265,19 @@ def call_operator(
         reader: who reads the predictions, for an error message.
         reads_boxes: whether predicted boxes must be given.
         reads_scores: likewise.
-        num_per_anchor: how many of the operator's results have an entry for each anchor; the rest have one for each
-            object.
-        check: as of `mutual_match`, like backend.
+        call: the function's other arguments.
 
     Returns:
         The operator's results, those of padded objects (B, M).
     """
-    cls_logits, cls_probabilities, pred_boxes, box_deltas, box_coder = predictions
-    boxes_name, boxes = _one_of("pred_boxes", pred_boxes, "box_deltas", box_deltas)
-    scores_name, scores = _one_of("cls_logits", cls_logits, "cls_probabilities", cls_probabilities)
+    unknown = call.keys() - _CALL
+    if unknown:
+        raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
+    box_coder, check = call.get("box_coder"), call.get("check", False)
+    of_objects = (*given_objects, call.get("gt_crowd"), call.get("gt_mask"), call.get("gt_box_format", "xyxy"))
+    boxes_name, boxes = _one_of(call, "pred_boxes", "box_deltas")
+    scores_name, scores = _one_of(call, "cls_logits", "cls_probabilities")
+    check_box_coder(box_coder)
     if (box_coder is None) != (boxes_name != "box_deltas"):
         raise ValueError(
             "box_coder: expected one with box_deltas, to decode them, such as mg_ops.BoxCoder()"
@@ -335,13 +298,13 @@ def call_operator(
         num_images = next((len(given) for given in (boxes, scores) if given is not None), None)
         if check_bool("check", check) and num_images is not None:
             check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
-        objects = _pack(*given_objects, batch_size=num_images, device=device)
+        objects = _pack(*of_objects, batch_size=num_images, device=device)
         if num_images is None:
             num_images = objects.gt_offsets.shape[0] - 1
         if check:
             check_values(all_anchors, boxes, scores, objects, box_coder, scores_name)
         # What is not read the operator is given in the shape it expects, without memory of its own.
-        result = operator_of(backend, device, name)(
+        result = operator_of(call.get("backend"), device, name)(
             all_anchors,
             all_anchors.expand(num_images, *all_anchors.shape) if boxes is None else boxes,
             all_anchors.new_zeros(()).expand(num_images, all_anchors.shape[0], 1) if scores is None else scores,
@@ -351,6 +314,7 @@ def call_operator(
             *options,
         )
         if objects.padded_shape is not None:
+            num_per_anchor = len(RULES[name].per_anchor)
             per_object = (values.view(objects.padded_shape) for values in result[num_per_anchor:])
             result = (*result[:num_per_anchor], *per_object)
         return tuple(result)
@@ -360,15 +324,19 @@ def call_operator(
             check_levels_are_of_one_image(anchors, scores_name, scores)
             check_levels_are_of_one_image(anchors, boxes_name, boxes)
             batch_size, device = check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
-            pack_objects(*given_objects, batch_size=batch_size, device=device)
+            pack_objects(*of_objects, batch_size=batch_size, device=device)
             check_options()
         except (TypeError, ValueError) as fault:
             raise fault from None
         raise
 
 
-def _one_of(name: str, value: Any, other_name: str, other_value: Any) -> tuple[str, Any]:
+_CALL = Call.__annotations__.keys()
+
+
+def _one_of(call: Call, name: str, other_name: str) -> tuple[str, Any]:
     """The prediction given, and its name; two forms of one prediction are an error."""
+    value, other_value = call.get(name), call.get(other_name)
     if value is not None and other_value is not None:
         raise ValueError(f"{other_name}: expected {name} or {other_name}, got both; pass the one the network gives")
     return (name, value) if other_value is None else (other_name, other_value)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mg_ops.boxes import BoxCoder, check_box_coder
 from mg_ops.checks import check_num_classes, check_tensor, describe, join_levels
-from mg_ops.matching import GroundTruth, Levels, MutualMatch, check_counts
+from mg_ops.matcher import GroundTruth, Levels
+from mg_ops.matching import MutualMatch, check_counts
 from mg_ops.objects import Objects, pack_objects
 from mg_ops.reference import BACKGROUND, IGNORED, autocast_type
 from mg_ops.rules.result import Match

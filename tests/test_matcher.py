@@ -17,6 +17,7 @@ from operators import operator_arguments
 from random_batches import random_batch, to_device
 
 import mg_ops
+from mg_ops.matcher import Batch, Call, Matcher
 
 OPTIONS = {field.name for field in dataclasses.fields(mg_ops.MutualMatcher)}
 OTHERS: dict[str, Any] = {
@@ -36,13 +37,12 @@ OTHERS: dict[str, Any] = {
 def test_every_argument_of_the_function_is_an_option_or_an_argument_of_the_call() -> None:
     """With the function's defaults: neither can get one that the other lacks."""
     function = inspect.signature(mg_ops.mutual_match).parameters
-    call = inspect.signature(mg_ops.MutualMatcher.__call__).parameters
-    assert call.keys() - {"self"} == function.keys() - OPTIONS and OPTIONS <= function.keys()
+    objects = [name for name, value in inspect.signature(Matcher.__call__).parameters.items() if value.kind.value == 1]
+    assert {*objects, *Batch.__annotations__} - {"self"} == function.keys() - OPTIONS and OPTIONS <= function.keys()
+    assert {*Call.__annotations__} <= function.keys()
     assert OTHERS.keys() == OPTIONS
     for name in OPTIONS:
         assert getattr(mg_ops.MutualMatcher(), name) == function[name].default
-    for name in call.keys() - {"self"}:
-        assert (call[name].kind, call[name].default) == (function[name].kind, function[name].default)
 
 
 def test_it_gives_what_the_function_gives(target: Target) -> None:

@@ -28,6 +28,7 @@ from rule_batches import RULES, assert_same_match, random_rule_arguments, withou
 from small_batches import small_batches
 
 import mg_ops
+from mg_ops.matcher import Batch, Call
 from mg_ops.rules import operators
 
 WITHOUT_TRITON = True
@@ -184,19 +185,24 @@ def test_scratch_of_the_cuda_kernels(rule: str, small_blocks: emulated.RuleEmula
 # One calling convention
 
 
-def test_the_matcher_is_called_as_mutual_matcher_is(rule: str) -> None:
-    call = inspect.signature(RULES[rule].matcher.__call__).parameters
-    wanted = inspect.signature(mg_ops.MutualMatcher.__call__).parameters
-    assert [str(parameter) for parameter in call.values()] == [str(parameter) for parameter in wanted.values()]
-
-
-def test_every_argument_of_the_function_is_an_option_or_an_argument_of_the_call(rule: str) -> None:
+def test_every_option_of_the_matcher_is_one_of_the_function(rule: str) -> None:
+    """With its default."""
     function = inspect.signature(RULES[rule].function).parameters
-    call = inspect.signature(RULES[rule].matcher.__call__).parameters
-    options = {field.name: field.default for field in dataclasses.fields(RULES[rule].matcher)}
-    assert call.keys() - {"self"} == function.keys() - options.keys() and options.keys() <= function.keys()
-    for name, default in options.items():
-        assert function[name].default == default
+    own = {name for name, value in function.items() if value.kind is value.KEYWORD_ONLY}
+    fields = {field.name: field.default for field in dataclasses.fields(RULES[rule].matcher)}
+    assert fields.keys() == own | (Call.__annotations__.keys() - Batch.__annotations__.keys())
+    assert {name: fields[name] for name in own} == {name: function[name].default for name in own}
+
+
+def test_an_argument_that_is_none_is_refused_by_name(rule: str) -> None:
+    options = {field.name for field in dataclasses.fields(RULES[rule].matcher)}
+    arguments = {name: value for name, value in usual_arguments(rule).items() if name not in options}
+    arguments |= {"pred_boxes": None, "box_deltas": None}
+    for call in (RULES[rule].function, RULES[rule].matcher()):
+        with pytest.raises(TypeError, match=rf"^{rule}\(\) got an unexpected keyword argument 'sores'$"):
+            call(**arguments | {"sores": 1})
+    with pytest.raises(TypeError, match=rf"^check: expected it where .*{RULES[rule].matcher.__name__}\(check=\.\.\.\)"):
+        RULES[rule].matcher()(**arguments | {"check": True})
 
 
 def test_the_matcher_gives_what_the_function_gives(rule: str, target: Target) -> None:

@@ -1,5 +1,5 @@
 // What the CPU kernels of the classification losses take and offer; no torch here. Compiled once for each instruction
-// set, like mutual_match_kernel.h.
+// set, like rule_kernels.h.
 #pragma once
 
 #include "../class_loss.h"

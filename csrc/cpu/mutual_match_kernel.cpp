@@ -16,9 +16,8 @@
 #define MG_OPS_CPU_TARGET baseline
 #endif
 
-#include "mutual_match_kernel.h"
-
 #include "claim.h"
+#include "rule_kernels.h"
 #include "select.h"
 
 namespace mg_ops {
@@ -245,7 +244,7 @@ static void bound_claim_by_amplified(ImageWork& work) {
 }
 
 // The labels of classification, crowd regions among them, and the bounds of the next claim.
-static void finish_claim_by_regressed(ImageWork& work) {
+static bool finish_claim_by_regressed(ImageWork& work) {
   const DefaultFloatEnvironment environment;
   if (work.num_slots > 0 && work.problem->params.classification_by_regressed) {
     select_by_regressed(work);
@@ -255,6 +254,7 @@ static void finish_claim_by_regressed(ImageWork& work) {
     ignore_crowds(work);
   }
   bound_claim_by_amplified(work);
+  return true;
 }
 
 static void claim_by_amplified(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
@@ -323,9 +323,9 @@ static bool anchor_pairs_suffice(const ImageWork& work, int power) {
 }
 
 // The labels of localization.
-static void finish_claim_by_amplified(ImageWork& work) {
+static bool finish_claim_by_amplified(ImageWork& work) {
   if (work.num_slots == 0 || !work.problem->params.localization_by_amplified) {
-    return;
+    return true;
   }
   const DefaultFloatEnvironment environment;
   const int power = compete_power(work.problem->params.sigma);
@@ -346,25 +346,22 @@ static void finish_claim_by_amplified(ImageWork& work) {
     select_owned(work, work.quality, work.owner, work.num_pos, work.likely_order);
   }
   write_localization(work);
+  return true;
 }
 
 }  // namespace
 
-#define MG_OPS_STRING(name) #name
-#define MG_OPS_NAME(name) MG_OPS_STRING(name)
-
-MatchKernels match_kernels() {
-  return {MG_OPS_NAME(MG_OPS_CPU_TARGET),
-          load_anchor_tiles,
+RuleKernels mutual_match_kernels() {
+  return {load_anchor_tiles,
           create_work,
           destroy_work,
           begin_image,
-          claim_by_anchors,
-          finish_claim_by_anchors,
-          claim_by_regressed,
-          finish_claim_by_regressed,
-          claim_by_amplified,
-          finish_claim_by_amplified};
+          {{claim_by_anchors, nullptr},
+           {nullptr, finish_claim_by_anchors},
+           {claim_by_regressed, nullptr},
+           {nullptr, finish_claim_by_regressed},
+           {claim_by_amplified, nullptr},
+           {nullptr, finish_claim_by_amplified}}};
 }
 
 }  // namespace MG_OPS_CPU_TARGET

@@ -1,10 +1,29 @@
-// What the CPU kernels of a rule offer to run_rule.h; no torch here. Like those of mutual matching they are compiled
-// once for each instruction set.
+// What the CPU kernels of a rule take, and what they offer to run_rule.h; no torch here.
+//
+// The source of a rule's kernels is compiled once for each instruction set (MG_OPS_CPU_TARGET names it); which of them
+// runs is decided when it does.
 #pragma once
 
-#include "mutual_match_kernel.h"
+#include "load_integer.h"
 
 namespace mg_ops {
+
+// Boxes are handled in tiles of 64: structure of arrays, so that loops over a tile become vector instructions, with the
+// box around them all and the range of their areas, so that a tile too far from an object, or of boxes too small or too
+// large for it, costs one comparison.
+constexpr int64_t kTileSize = 64;
+
+struct TileBounds {
+  Box bounds;
+  float min_area, max_area;
+};
+
+struct alignas(64) BoxTile : TileBounds {
+  float max_width, max_height, magnitude;  // of anchors only: the largest sides, and a bound of all coordinates
+  alignas(64) float x1[kTileSize], y1[kTileSize], x2[kTileSize], y2[kTileSize], area[kTileSize];
+};
+
+struct ImageWork;  // scratch of one image at a time
 
 // A step of an image, for a range of its tiles; the parts of a range may run in parallel.
 using TileStep = void (*)(ImageWork&, int64_t tile_begin, int64_t tile_end);

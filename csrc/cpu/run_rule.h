@@ -17,6 +17,16 @@
 namespace mg_ops {
 namespace {
 
+// The rows of an image's results, about to be written. A rule with one match for both tasks has no loc_match.
+inline void populate_rows(const MatchProblem& problem, int64_t image) {
+  const size_t bytes = static_cast<size_t>(problem.num_anchors) * sizeof(int64_t);
+  for (int64_t* match : {problem.cls_match, problem.loc_match}) {
+    if (match != nullptr) {
+      populate_pages(match + image * problem.num_anchors, bytes);
+    }
+  }
+}
+
 using RuleWork = std::unique_ptr<ImageWork, void (*)(ImageWork*)>;
 
 // Enough images for all threads: each thread takes one image after another. False: out of memory.
@@ -40,8 +50,7 @@ inline bool run_images(const RuleKernels& kernels, const MatchProblem& problem, 
         break;
       }
       const int64_t image = order[static_cast<size_t>(place)];
-      populate_pages(problem.cls_match + image * problem.num_anchors,
-                     static_cast<size_t>(problem.num_anchors) * sizeof(int64_t));
+      populate_rows(problem, image);
       enough = kernels.begin_image(*work, image);
       for (const RuleStep* step = kernels.steps; enough && (step->for_tiles != nullptr || step->for_image != nullptr);
            ++step) {
@@ -65,6 +74,7 @@ inline bool run_split_images(const RuleKernels& kernels, const MatchProblem& pro
   std::vector<RuleWork> works;
   for (int64_t image = 0; image < problem.batch_size; ++image) {
     works.emplace_back(kernels.create_work(problem, anchor_tiles), kernels.destroy_work);
+    populate_rows(problem, image);
     if (works.back() == nullptr || !kernels.begin_image(*works.back(), image)) {
       return false;
     }
@@ -100,13 +110,19 @@ inline bool run_split_images(const RuleKernels& kernels, const MatchProblem& pro
 // Writes the results of a problem whose memory is allocated; `operator_name` is for the message of an error.
 inline void run_rule(const RuleKernels& kernels, const MatchProblem& problem, const char* operator_name) {
   check_offsets(problem.gt_offsets, problem.batch_size, problem.num_gt);
-  if (problem.num_gt > 0) {
-    std::memset(problem.num_pos, 0, static_cast<size_t>(problem.num_gt) * sizeof(int32_t));
+  for (int32_t* counts : {problem.num_pos, problem.num_total}) {
+    if (counts != nullptr && problem.num_gt > 0) {
+      std::memset(counts, 0, static_cast<size_t>(problem.num_gt) * sizeof(int32_t));
+    }
   }
   if (problem.batch_size == 0 || problem.num_anchors == 0) {
     return;
   }
-  advise_huge_pages(problem.cls_match, static_cast<size_t>(problem.batch_size * problem.num_anchors) * sizeof(int64_t));
+  for (int64_t* match : {problem.cls_match, problem.loc_match}) {
+    if (match != nullptr) {
+      advise_huge_pages(match, static_cast<size_t>(problem.batch_size * problem.num_anchors) * sizeof(int64_t));
+    }
+  }
   // Anchors are brought into tiles once a call where several images share them; fewer images do it on the fly, and the
   // memory beyond the outputs stays within the stated bound.
   constexpr int64_t kShareAnchorTilesFrom = 4;

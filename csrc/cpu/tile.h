@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "float_types.h"
-#include "mutual_match_kernel.h"
+#include "rule_kernels.h"
 
 namespace mg_ops {
 namespace MG_OPS_CPU_TARGET {

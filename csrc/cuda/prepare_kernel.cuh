@@ -2,32 +2,10 @@
 // bounds, and where images begin.
 #pragma once
 
+#include "image_starts.cuh"
 #include "launched_problem.cuh"
 
 namespace mg_ops::cuda {
-
-MG_OPS_DEVICE int64_t clamp_offset(const LaunchedProblem& problem, int64_t image) {
-  const int64_t offset = load_integer(problem.gt_offsets, image);
-  return offset < 0 ? 0 : offset > problem.num_gt ? problem.num_gt : offset;
-}
-
-// Writes image_starts: the largest clamped offset so far. By one warp.
-MG_OPS_DEVICE void write_image_starts(const LaunchedProblem& problem) {
-  uint32_t largest_before = 0;
-  for (int64_t first = 0; first <= problem.batch_size; first += 32) {
-    const int64_t image = first + lane_index();
-    uint32_t start = image <= problem.batch_size ? static_cast<uint32_t>(clamp_offset(problem, image)) : 0;
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const uint32_t below = __shfl_up_sync(kAllLanes, start, distance);
-      start = lane_index() >= distance && below > start ? below : start;
-    }
-    start = start > largest_before ? start : largest_before;
-    if (image <= problem.batch_size) {
-      problem.image_starts[image] = static_cast<int32_t>(start);
-    }
-    largest_before = __shfl_sync(kAllLanes, start, 31);
-  }
-}
 
 MG_OPS_DEVICE float center_distance(const Box& a, const Box& b) {
   return fabsf((a.x1 + a.x2) - (b.x1 + b.x2)) + fabsf((a.y1 + a.y2) - (b.y1 + b.y2));
@@ -87,7 +65,7 @@ MG_OPS_DEVICE void prepare_tile(const LaunchedProblem& problem, uint32_t tile) {
 __global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ LaunchedProblem problem) {
   const uint32_t warp = blockIdx.x * kWarps + static_cast<uint32_t>(warp_index());
   if (warp == 0) {
-    write_image_starts(problem);
+    write_image_starts(problem, problem.image_starts);
     if (lane_index() < 2) {
       problem.taken[lane_index()] = 0;
     }

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "block_select.cuh"
+#include "image_starts.cuh"
 
 // Static shared memory of a kernel.
 #ifndef MG_OPS_SHARED
@@ -57,31 +58,11 @@ struct ImageObjects {
 
 // --- prepare ---------------------------------------------------------------------------------------------------------
 
-// Writes image_starts: the largest clamped offset so far. By one warp.
-MG_OPS_DEVICE void write_image_starts(const MatchProblem& problem, const ObjectScratch& scratch) {
-  uint32_t largest_before = 0;
-  for (int64_t first = 0; first <= problem.batch_size; first += 32) {
-    const int64_t image = first + lane_index();
-    int64_t offset = image <= problem.batch_size ? load_integer(problem.gt_offsets, image) : 0;
-    offset = offset < 0 ? 0 : offset > problem.num_gt ? problem.num_gt : offset;
-    uint32_t start = static_cast<uint32_t>(offset);
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const uint32_t below = __shfl_up_sync(kAllLanes, start, distance);
-      start = lane_index() >= distance && below > start ? below : start;
-    }
-    start = start > largest_before ? start : largest_before;
-    if (image <= problem.batch_size) {
-      scratch.image_starts[image] = static_cast<int32_t>(start);
-    }
-    largest_before = __shfl_sync(kAllLanes, start, 31);
-  }
-}
-
 // A thread an object: reads it, and zeros what later kernels count. Objects past every offset are read too; no image
 // has them.
 MG_OPS_DEVICE void prepare_objects(const MatchProblem& problem, const ObjectScratch& scratch) {
   if (blockIdx.x == 0 && warp_index() == 0) {
-    write_image_starts(problem, scratch);
+    write_image_starts(problem, scratch.image_starts);
   }
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= problem.num_gt) {

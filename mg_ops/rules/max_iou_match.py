@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from mg_ops.boxes import BoxCoder
-from mg_ops.matching import GroundTruth, Levels, Predictions, call_operator
-from mg_ops.rules.matcher import RuleMatcher
+from mg_ops.matcher import Call, GroundTruth, Levels, Matcher, PerObject
+from mg_ops.matching import call_operator
 from mg_ops.rules.options import check_low_quality, check_max_iou_options
 from mg_ops.rules.result import Match
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LowQuality: TypeAlias = Literal["none", "keep_owner", "take_all", "take_first"]
 
 
 @dataclass(frozen=True)
-class MaxIouMatcher(RuleMatcher):
+class MaxIouMatcher(Matcher[Match]):
     """How to match: the options of `max_iou_match`, to be set once and called with each batch as `MutualMatcher` is.
 
     Args:
@@ -61,24 +63,15 @@ class MaxIouMatcher(RuleMatcher):
 def max_iou_match(
     anchors: Levels,
     gt_boxes: GroundTruth,
-    gt_labels: Tensor | Sequence[Tensor] | None = None,
+    gt_labels: PerObject = None,
     gt_offsets: Tensor | None = None,
     *,
-    cls_logits: Levels | None = None,
-    cls_probabilities: Levels | None = None,
-    pred_boxes: Levels | None = None,
-    box_deltas: Levels | None = None,
-    box_coder: BoxCoder | None = None,
-    gt_crowd: Tensor | Sequence[Tensor] | None = None,
-    gt_mask: Tensor | None = None,
-    gt_box_format: str = "xyxy",
     iou_positive: float = 0.5,
     iou_ignored: float = 0.4,
     low_quality: LowQuality = "keep_owner",
     iou_low_quality: float = 0.0,
     crowd_overlap: float = 0.5,
-    check: bool = False,
-    backend: str | None = None,
+    **call: Unpack[Call],
 ) -> Match:
     """Assigns each anchor to the object that it overlaps most: the rule of Faster R-CNN, RetinaNet and SSD.
 
@@ -91,14 +84,6 @@ def max_iou_match(
         gt_boxes: the boxes of the objects.
         gt_labels: their classes; of padded objects they tell the padding, and else nothing depends on them.
         gt_offsets: of packed objects.
-        cls_logits: predictions are taken, so that one call serves every rule, and not read.
-        cls_probabilities: likewise.
-        pred_boxes: likewise.
-        box_deltas: likewise.
-        box_coder: likewise.
-        gt_crowd: regions to ignore rather than objects to find.
-        gt_mask: which of padded objects are objects.
-        gt_box_format: of gt_boxes.
         iou_positive: an anchor whose largest IoU is at least this is a positive of that object, in (0, 1].
         iou_ignored: one that has at least this and is no positive is ignored, in (0, iou_positive].
         low_quality: of the anchors that have the largest IoU that an object has with any anchor, "none" becomes a
@@ -107,8 +92,8 @@ def max_iou_match(
         iou_low_quality: for that IoUs must be at least this and above 0, in [0, 1].
         crowd_overlap: background whose overlap with a crowd region is at least this share of the anchor's area becomes
             ignored, in (0, 1].
-        check: raise on values that are otherwise passed over.
-        backend: None for the best one of the tensors' device, or "cuda", "cpp" or "eager".
+        call: what else `mutual_match` takes: gt_crowd, gt_mask, gt_box_format, check, backend ("cuda", "cpp" or
+            "eager"); and predictions with their box_coder, so that one call serves every rule, which are not read.
 
     Returns:
         `Match(cls_match, num_pos)`. The same integers on every backend.
@@ -125,16 +110,13 @@ def max_iou_match(
     options = check_max_iou_options(iou_positive, iou_ignored, place, iou_low_quality, crowd_overlap)
     result = call_operator(
         "max_iou_match",
-        Predictions(cls_logits, cls_probabilities, pred_boxes, box_deltas, box_coder),
         anchors,
-        (gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format),
+        (gt_boxes, gt_labels, gt_offsets),
         options,
         lambda: None,
         reader="max_iou_match",
         reads_boxes=False,
         reads_scores=False,
-        num_per_anchor=1,
-        check=check,
-        backend=backend,
+        **call,
     )
     return Match(*result)

@@ -59,58 +59,22 @@ def _packed(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def float32_array(address, ALIGNMENT: tl.constexpr = 1):
-    """Pointer to float32 at an address."""
-    return tl.multiple_of(address.to(tl.int64).to(tl.pointer_type(tl.float32)), ALIGNMENT)
-
-
-@triton.jit
-def float16_array(address, ALIGNMENT: tl.constexpr = 1):
-    """Pointer to float16 at an address."""
-    return tl.multiple_of(address.to(tl.int64).to(tl.pointer_type(tl.float16)), ALIGNMENT)
-
-
-@triton.jit
-def bfloat16_array(address, ALIGNMENT: tl.constexpr = 1):
-    """Pointer to bfloat16 at an address."""
-    return tl.multiple_of(address.to(tl.int64).to(tl.pointer_type(tl.bfloat16)), ALIGNMENT)
-
-
-@triton.jit
-def float64_array(address):
-    """Pointer to float64 at an address."""
-    return address.to(tl.int64).to(tl.pointer_type(tl.float64))
-
-
-@triton.jit
-def int64_array(address):
-    """Pointer to int64 at an address."""
-    return address.to(tl.int64).to(tl.pointer_type(tl.int64))
-
-
-@triton.jit
-def int32_array(address):
-    """Pointer to int32 at an address."""
-    return address.to(tl.int64).to(tl.pointer_type(tl.int32))
-
-
-@triton.jit
-def uint8_array(address):
-    """Pointer to uint8 at an address."""
-    return address.to(tl.int64).to(tl.pointer_type(tl.uint8))
+def array(address, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr = 1):
+    """Pointer to numbers of a type at an address."""
+    return tl.multiple_of(address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGNMENT)
 
 
 @triton.jit
 def load_numbers(address, offsets, mask, floating_type):
     """Numbers of a floating type at offsets from an address, as float32; zeros where the mask is off."""
     if floating_type == _FLOAT32:
-        numbers = tl.load(float32_array(address) + offsets, mask=mask, other=0)
+        numbers = tl.load(array(address, tl.float32) + offsets, mask=mask, other=0)
     elif floating_type == _FLOAT16:
-        numbers = tl.load(float16_array(address) + offsets, mask=mask, other=0).to(tl.float32)
+        numbers = tl.load(array(address, tl.float16) + offsets, mask=mask, other=0).to(tl.float32)
     elif floating_type == _BFLOAT16:
-        numbers = tl.load(bfloat16_array(address) + offsets, mask=mask, other=0).to(tl.float32)
+        numbers = tl.load(array(address, tl.bfloat16) + offsets, mask=mask, other=0).to(tl.float32)
     else:
-        numbers = tl.load(float64_array(address) + offsets, mask=mask, other=0).to(tl.float32)
+        numbers = tl.load(array(address, tl.float64) + offsets, mask=mask, other=0).to(tl.float32)
     return numbers
 
 
@@ -122,17 +86,17 @@ def load_boxes(address, image, row, strides, mask, boxes_type):
     offsets = image * stride_image + row * stride_row
     aligned = 4 * (image * (stride_image >> 2) + row * (stride_row >> 2))  # the same, seen to be a multiple of 4
     if boxes_type == _FLOAT32 + _ROWS:
-        x1, y1, x2, y2 = load_rows(float32_array(address, 16) + aligned, mask)
+        x1, y1, x2, y2 = load_rows(array(address, tl.float32, 16) + aligned, mask)
     elif boxes_type == _FLOAT16 + _ROWS:
-        x1, y1, x2, y2 = load_rows(float16_array(address, 8) + aligned, mask)
+        x1, y1, x2, y2 = load_rows(array(address, tl.float16, 8) + aligned, mask)
     elif boxes_type == _BFLOAT16 + _ROWS:
-        x1, y1, x2, y2 = load_rows(bfloat16_array(address, 8) + aligned, mask)
+        x1, y1, x2, y2 = load_rows(array(address, tl.bfloat16, 8) + aligned, mask)
     elif boxes_type == _FLOAT32:
-        x1, y1, x2, y2 = load_columns(float32_array(address) + offsets, stride_column, mask)
+        x1, y1, x2, y2 = load_columns(array(address, tl.float32) + offsets, stride_column, mask)
     elif boxes_type == _FLOAT16:
-        x1, y1, x2, y2 = load_columns(float16_array(address) + offsets, stride_column, mask)
+        x1, y1, x2, y2 = load_columns(array(address, tl.float16) + offsets, stride_column, mask)
     elif boxes_type == _BFLOAT16:
-        x1, y1, x2, y2 = load_columns(bfloat16_array(address) + offsets, stride_column, mask)
+        x1, y1, x2, y2 = load_columns(array(address, tl.bfloat16) + offsets, stride_column, mask)
     else:
-        x1, y1, x2, y2 = load_columns(float64_array(address) + offsets, stride_column, mask)
+        x1, y1, x2, y2 = load_columns(array(address, tl.float64) + offsets, stride_column, mask)
     return Box(x1, y1, x2, y2)

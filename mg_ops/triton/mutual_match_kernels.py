@@ -78,7 +78,7 @@ from mg_ops.triton.box import (
     positive_ratio,
 )
 from mg_ops.triton.det_math import log2
-from mg_ops.triton.inputs import float32_array, int32_array, int64_array, load_boxes, load_numbers, uint8_array
+from mg_ops.triton.inputs import array, load_boxes, load_numbers
 
 _BACKGROUND = tl.constexpr(BACKGROUND)
 _IGNORED = tl.constexpr(IGNORED)
@@ -130,7 +130,7 @@ def _load_pred_boxes(pred_boxes, boxes_type, image, anchor, mask, anchor_box, st
 
 @triton.jit
 def _load_anchors(anchors, anchor, mask):
-    return load_rows(float32_array(anchors, 16) + 4 * anchor.to(tl.int64), mask)
+    return load_rows(array(anchors, tl.float32, 16) + 4 * anchor.to(tl.int64), mask)
 
 
 _INTEGERS = (
@@ -151,49 +151,49 @@ would, so strides are not in one."""
 @triton.jit
 def _maxima(per_object):
     # (qualities, N) int64: claim_key(quality, anchor) of each object's best anchor; 0: every quality is 0.
-    return int64_array(per_object)
+    return array(per_object, tl.int64)
 
 
 @triton.jit
 def _counters(per_object, num_gt):
     # (NUM_COUNTERS, N) int32.
-    return int32_array(per_object + 24 * num_gt.to(tl.int64))
+    return array(per_object + 24 * num_gt.to(tl.int64), tl.int32)
 
 
 @triton.jit
 def _keys(scratch):
     # (qualities, B, A) int64: claim_key(quality, owner) of each anchor; 0: none.
-    return int64_array(scratch)
+    return array(scratch, tl.int64)
 
 
 @triton.jit
 def _list_starts(scratch, num_keys, num_gt):
     # (rankings, N) int64: the object's first entry.
-    return int64_array(scratch + 8 * num_keys)
+    return array(scratch + 8 * num_keys, tl.int64)
 
 
 @triton.jit
 def _list_rooms(scratch, num_keys, num_gt):
     # (rankings, N) int32: how many entries fit.
-    return int32_array(scratch + 8 * num_keys + 16 * num_gt.to(tl.int64))
+    return array(scratch + 8 * num_keys + 16 * num_gt.to(tl.int64), tl.int32)
 
 
 @triton.jit
 def _list_orders(scratch, num_keys, num_gt):
     # (rankings, N) int32: the least order of an anchor in the list.
-    return int32_array(scratch + 8 * num_keys + 24 * num_gt.to(tl.int64))
+    return array(scratch + 8 * num_keys + 24 * num_gt.to(tl.int64), tl.int32)
 
 
 @triton.jit
 def _images_to_redo(scratch, num_keys, num_gt):
     # (B,) int32: whether an object that no anchor overlaps owns anchors.
-    return int32_array(scratch + 8 * num_keys + 32 * num_gt.to(tl.int64))
+    return array(scratch + 8 * num_keys + 32 * num_gt.to(tl.int64), tl.int32)
 
 
 @triton.jit
 def _list_entries(scratch, num_keys, num_gt, batch_size):
     # (rankings, B * A + N) int32: anchors. An image's lists have A + G entries.
-    return int32_array(scratch + 8 * num_keys + 32 * num_gt.to(tl.int64) + 4 * batch_size.to(tl.int64))
+    return array(scratch + 8 * num_keys + 32 * num_gt.to(tl.int64) + 4 * batch_size.to(tl.int64), tl.int32)
 
 
 def listed_orders(iou_ignored: float) -> tuple[int, int]:
@@ -270,10 +270,10 @@ def claim_kernel(
     image = (tl.program_id(0) // num_tiles).to(tl.int64)
     anchor = (tl.program_id(0) % num_tiles) * BLOCK + tl.arange(0, BLOCK)
     inside = anchor < num_anchors
-    start, end = _object_range(int64_array(gt_offsets), image, num_gt)
+    start, end = _object_range(array(gt_offsets, tl.int64), image, num_gt)
     best = _maxima(per_object)
     counters = _counters(per_object, num_gt)
-    objects = float32_array(gt_boxes, 16)
+    objects = array(gt_boxes, tl.float32, 16)
     gt_row = num_gt.to(tl.int64)
 
     given_box = _load_anchors(anchors, anchor, inside)
@@ -307,7 +307,7 @@ def claim_kernel(
         candidate_box = load_columns(objects + 4 * candidate.to(tl.int64), 1, mask)
         valid = mask & is_object(candidate_box)
         if gt_crowd != 0:
-            valid &= tl.load(uint8_array(gt_crowd) + candidate, mask=mask, other=0) == 0
+            valid &= tl.load(array(gt_crowd, tl.uint8) + candidate, mask=mask, other=0) == 0
         candidate_box = finite_or_empty(candidate_box)
         power = tl.full([_CHUNK], 1, tl.int64) << bit.to(tl.int64)
         by_anchor = tl.sum(tl.where(valid & overlaps(anchor_bounds, candidate_box), power, 0), 0)
@@ -336,7 +336,7 @@ def claim_kernel(
                     anchor_owner = tl.where(better, g, anchor_owner)
                     if AMPLIFIED:
                         best_of_object = best + (1 + REGRESSED) * gt_row + n
-                        label = tl.load(int64_array(gt_labels) + n)
+                        label = tl.load(array(gt_labels, tl.int64) + n)
                         overlapping = order > 0
                         log2_q = log2(tl.where(overlapping, order_iou(order), 1.0))
                         bound = exponent_order(least_amplification * log2_q)
@@ -433,7 +433,7 @@ def settle_kernel(
     # their keys, the lower object wins in either order. Whoever raises an anchor's key learns from whom it takes the
     # anchor: each step of a chain moves it from one object's count to the next one's, so the last one's has it.
     image = tl.program_id(0).to(tl.int64)
-    start, end = _object_range(int64_array(gt_offsets), image, num_gt)
+    start, end = _object_range(array(gt_offsets, tl.int64), image, num_gt)
     row = batch_size * num_anchors.to(tl.int64)
     num_keys = (1 + REGRESSED + AMPLIFIED) * row
     gt_row = num_gt.to(tl.int64)
@@ -570,7 +570,7 @@ def own_kernel(
     image = (tl.program_id(0) // num_tiles).to(tl.int64)
     anchor = (tl.program_id(0) % num_tiles) * BLOCK + tl.arange(0, BLOCK)
     inside = anchor < num_anchors
-    start, end = _object_range(int64_array(gt_offsets), image, num_gt)
+    start, end = _object_range(array(gt_offsets, tl.int64), image, num_gt)
     row = batch_size * num_anchors.to(tl.int64)
     num_keys = (1 + REGRESSED + AMPLIFIED) * row
     gt_row = num_gt.to(tl.int64)
@@ -581,7 +581,7 @@ def own_kernel(
     list_rooms = _list_rooms(scratch, num_keys, num_gt)
     list_orders = _list_orders(scratch, num_keys, num_gt)
     list_entries = _list_entries(scratch, num_keys, num_gt, batch_size)
-    objects = float32_array(gt_boxes, 16)
+    objects = array(gt_boxes, tl.float32, 16)
 
     by_cls = tl.load(tile_keys + (row if REGRESSED else 0), mask=inside, other=0)
     if REGRESSED:
@@ -633,17 +633,17 @@ def own_kernel(
         )
 
     label = tl.full([BLOCK], _BACKGROUND, tl.int64)
-    tl.store(int64_array(loc_match) + image * num_anchors + anchor, label, mask=inside)
+    tl.store(array(loc_match, tl.int64) + image * num_anchors + anchor, label, mask=inside)
     if gt_crowd != 0:
         anchor_box = finite_or_empty(_load_anchors(anchors, anchor, inside))
         anchor_area = box_area(anchor_box)
         for g in range(0, end - start):
             m = start + g
-            if tl.load(uint8_array(gt_crowd) + m) != 0:
+            if tl.load(array(gt_crowd, tl.uint8) + m) != 0:
                 crowd_box = finite_or_empty(load_row(objects, m))
                 covered = positive_ratio(intersection_area(anchor_box, crowd_box), anchor_area)
                 label = tl.where(covered >= crowd_overlap, _IGNORED, label)
-    tl.store(int64_array(cls_match) + image * num_anchors + anchor, label, mask=inside)
+    tl.store(array(cls_match, tl.int64) + image * num_anchors + anchor, label, mask=inside)
 
 
 @triton.jit
@@ -715,7 +715,7 @@ def rank_kernel(
     row = batch_size * num_anchors.to(tl.int64)
     num_keys = (1 + REGRESSED + AMPLIFIED) * row
     gt_row = num_gt.to(tl.int64)
-    offsets = int64_array(gt_offsets)
+    offsets = array(gt_offsets, tl.int64)
     best = _maxima(per_object)
     counters = _counters(per_object, num_gt)
     list_n = ranking * gt_row + n
@@ -735,8 +735,8 @@ def rank_kernel(
         positives = tl.maximum(tl.load(counters + _NUM_POS * gt_row + n), 1)
         total = tl.maximum(tl.load(counters + _NUM_TOTAL * gt_row + n), positives)
     if ranking == 0:
-        tl.store(int32_array(num_pos) + n, positives)
-        tl.store(int32_array(num_total) + n, total)
+        tl.store(array(num_pos, tl.int32) + n, positives)
+        tl.store(array(num_total, tl.int32) + n, total)
 
     if takes_part:
         start, _ = _object_range(offsets, image.to(tl.int64), num_gt)
@@ -763,6 +763,6 @@ def rank_kernel(
             positive = owned & (key >= least_positive)
             label = tl.where(positive, local, _IGNORED).to(tl.int64)
             if ranking == 0:
-                tl.store(int64_array(cls_match) + in_image + anchor, label, mask=owned & (key >= least_chosen))
+                tl.store(array(cls_match, tl.int64) + in_image + anchor, label, mask=owned & (key >= least_chosen))
             if (ranking == 1) | (not (REGRESSED or AMPLIFIED)):
-                tl.store(int64_array(loc_match) + in_image + anchor, label, mask=positive)
+                tl.store(array(loc_match, tl.int64) + in_image + anchor, label, mask=positive)
