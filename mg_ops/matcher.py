@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypedDict, TypeVar
 
 from torch import Tensor
@@ -80,7 +79,7 @@ class Matcher(Generic[Result]):
 
         The box coder decodes `box_deltas`, and leaves `pred_boxes` alone.
         """
-        options = {option.name: getattr(self, option.name) for option in fields(self)}  # type: ignore[arg-type]
+        options = dict(vars(self))
         given_twice = batch.keys() & options.keys()
         if given_twice:
             name, matcher = min(given_twice), type(self).__name__

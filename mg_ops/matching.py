@@ -270,9 +270,8 @@ def call_operator(
     Returns:
         The operator's results, those of padded objects (B, M).
     """
-    unknown = call.keys() - _CALL
-    if unknown:
-        raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
+    if not call.keys() <= _CALL:
+        raise TypeError(f"{name}() got an unexpected keyword argument {min(call.keys() - _CALL)!r}")
     box_coder, check = call.get("box_coder"), call.get("check", False)
     of_objects = (*given_objects, call.get("gt_crowd"), call.get("gt_mask"), call.get("gt_box_format", "xyxy"))
     boxes_name, boxes = _one_of(call, "pred_boxes", "box_deltas")
@@ -295,7 +294,8 @@ def call_operator(
     boxes, scores = join_levels(boxes_name, boxes), join_levels(scores_name, scores)
     try:
         device = all_anchors.device
-        num_images = next((len(given) for given in (boxes, scores) if given is not None), None)
+        given = scores if boxes is None else boxes
+        num_images = None if given is None else given.shape[0]
         if check_bool("check", check) and num_images is not None:
             check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
         objects = _pack(*of_objects, batch_size=num_images, device=device)
@@ -331,7 +331,7 @@ def call_operator(
         raise
 
 
-_CALL = Call.__annotations__.keys()
+_CALL = frozenset(Call.__annotations__)
 
 
 def _one_of(call: Call, name: str, other_name: str) -> tuple[str, Any]:
