@@ -127,10 +127,10 @@ def test_a_killed_worker_ends_the_training_with_one_line(
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_workers_end_when_their_trainer_is_killed(long_training: tuple[subprocess.Popen[str], list[int]]) -> None:
     process, workers = long_training
+    assert len(workers) == 2
     process.kill()
-    process.communicate()  # returns once the workers have closed the pipes as well
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        time.sleep(0.1)
+    status, _, _ = end_of(process)  # only when the workers, which hold the pipes too, have ended
+    assert status == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -807,14 +807,10 @@ def test_an_image_given_by_two_paths_is_one_image(
     assert [record["file"] for record in records] == ["a.png"]
 
 
-def test_ctrl_c_while_a_program_is_still_importing_ends_it_without_a_traceback() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "detector.evaluate"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "torch." in line:
-            break
-    process.send_signal(signal.SIGINT)
-    rest = process.stderr.read()
-    assert process.wait() == 130
-    assert "Traceback" not in rest and "error: pass" not in rest
+def test_ctrl_c_while_a_program_is_still_importing_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    """While torch imports NumPy: a signal from here could come too early or too late."""
+    (tmp_path / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "detector.evaluate"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -336,15 +336,22 @@ def test_two_processes_make_the_gradients_of_one_with_the_whole_batch(tmp_path: 
 def test_no_thread_of_the_process_group_outlives_the_training(stopped: bool, voc: Path, tmp_path: Path) -> None:
     """Such a thread aborts the process if it lets go of a tensor while Python ends: rarely, and on a busy machine."""
     program = f"""
-import os, signal, sys, detector.train
+import contextlib, os, pathlib, signal, sys, time, detector.train
 if {stopped}:
     detector.train.LossWatch.watch = lambda *arguments: os.kill(os.getpid(), signal.SIGTERM)
 try:
     detector.train.main(sys.argv[1:])
 except SystemExit as stop:
     print("status", stop.code)
-tasks = "/proc/self/task/"
-print("threads", [name for task in os.listdir(tasks) if "gloo" in (name := open(tasks + task + "/comm").read())])
+for attempt in range(100):  # a thread that has just ended is listed for a moment
+    names = []
+    for file in pathlib.Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):
+            names.append(file.read_text())
+    if not any("gloo" in name for name in names):
+        break
+    time.sleep(0.1)
+print("threads", [name for name in names if "gloo" in name])
 """
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     (tmp_path / "program.py").write_text(program)
