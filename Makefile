@@ -78,8 +78,9 @@ gpu-check:  ## check and measure on this machine's GPU, with PYTHON and no .venv
 test: test-wheel test-asan test-python  ## everything a change must pass
 	@echo "make test: all passed"
 
+# All of it in two processes, which share it out as they go; what PYTEST_ARGS chooses, in one.
 test-python: build wheel test-headers  ## the test suite; options in PYTEST_ARGS
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(or $(PYTEST_ARGS),-n 2 --dist worksteal)
 
 test-headers: build/tests/.built  ## the plain C++ headers as a Python module, for the tests
 build/tests/.built: tests/bindings.cpp $(wildcard csrc/*.h) CMakeLists.txt $(VENV)/.installed

@@ -82,13 +82,6 @@ def children(pid: int) -> list[int]:
 # ---- Ends
 
 
-def test_an_error_in_a_worker_ends_a_training_with_one_line(broken_voc: Path, tmp_path: Path) -> None:
-    status, text, errors = end_of(start("detector.train", *train_flags(broken_voc, tmp_path, workers=None)))
-    assert status == 2, text
-    assert len(errors) == 1 and "not one of 4 images can be used" in errors[0], text
-    assert "Traceback" not in text
-
-
 def test_an_error_in_a_worker_ends_every_process_of_torchrun_and_is_said_once(broken_voc: Path, tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
     process = start("detector.train", *train_flags(broken_voc, tmp_path, batch=4, workers=1), launcher=torchrun)
@@ -127,10 +120,10 @@ def test_a_killed_worker_ends_the_training_with_one_line(
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_workers_end_when_their_trainer_is_killed(long_training: tuple[subprocess.Popen[str], list[int]]) -> None:
     process, workers = long_training
+    assert len(workers) == 2
     process.kill()
-    process.communicate()  # returns once the workers have closed the pipes as well
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        time.sleep(0.1)
+    status, _, _ = end_of(process)  # only when the workers, which hold the pipes too, have ended
+    assert status == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -169,6 +162,7 @@ def test_a_worker_that_hangs_does_not_keep_the_process_from_ending() -> None:
     status, text, errors = end_of(start(STUCK_WORKER, launcher=("-c",)))
     assert status == 2, text
     assert len(errors) == 1 and errors[0].endswith("no such image"), text
+    assert "Traceback" not in text
 
 
 class LocalError(Exception):
@@ -807,14 +801,10 @@ def test_an_image_given_by_two_paths_is_one_image(
     assert [record["file"] for record in records] == ["a.png"]
 
 
-def test_ctrl_c_while_a_program_is_still_importing_ends_it_without_a_traceback() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "detector.evaluate"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "torch." in line:
-            break
-    process.send_signal(signal.SIGINT)
-    rest = process.stderr.read()
-    assert process.wait() == 130
-    assert "Traceback" not in rest and "error: pass" not in rest
+def test_ctrl_c_while_a_program_is_still_importing_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    """While torch imports NumPy: a signal from here could come too early or too late."""
+    (tmp_path / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "detector.evaluate"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +81,7 @@ def test_a_few_images_are_learned_by_heart(voc: Path) -> None:
     gt_offsets = torch.tensor([0, *map(len, gt_labels)]).cumsum(0)
     objects = torch.cat(gt_boxes), torch.cat(gt_labels), gt_offsets
     model = make_detector("fssd", "resnet18", size, 2)
-    num_steps = 60
+    num_steps = 40
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for step in range(num_steps):
         cls_logits, box_deltas = model(images)
@@ -119,7 +122,7 @@ program.run_program(train.main)
 
 
 def test_a_run_that_was_terminated_and_resumed_equals_one_that_was_not(voc: Path, tmp_path: Path) -> None:
-    changes: dict[str, object] = {"epochs": 12, "workers": 1, "ema": 0.9}
+    changes: dict[str, object] = {"epochs": 3, "workers": 1, "ema": 0.9}
     detector.train.main(flags(voc, tmp_path / "whole", **changes))
 
     command = [sys.executable, "-W", "ignore", "-c", STOPPED, *flags(voc, tmp_path / "stopped", **changes)]
@@ -141,7 +144,7 @@ def test_a_run_that_was_terminated_and_resumed_equals_one_that_was_not(voc: Path
 def test_a_run_whose_data_went_away_is_saved_and_continues_as_if_it_had_not(
     voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detector.train.main(flags(voc, tmp_path / "whole", epochs=4))
+    detector.train.main(flags(voc, tmp_path / "whole", epochs=3))
 
     def gone_in_epoch_2(self: TrainingImages, key: tuple[int, int]) -> Any:
         if key[1] == 2:
@@ -151,11 +154,11 @@ def test_a_run_whose_data_went_away_is_saved_and_continues_as_if_it_had_not(
     read = TrainingImages.__getitem__
     monkeypatch.setattr(TrainingImages, "__getitem__", gone_in_epoch_2)
     with pytest.raises(OSError, match="disk of the images is gone"):
-        detector.train.main(flags(voc, tmp_path / "stopped", epochs=4))
+        detector.train.main(flags(voc, tmp_path / "stopped", epochs=3))
     # Batches of 3 of 7 images an epoch: the fifth is the first with an image of epoch 2.
     assert read_checkpoint(tmp_path / "stopped")["step"] == 4
     monkeypatch.setattr(TrainingImages, "__getitem__", read)
-    detector.train.main(flags(voc, tmp_path / "stopped", epochs=4, resume=True))
+    detector.train.main(flags(voc, tmp_path / "stopped", epochs=3, resume=True))
     assert_same_training(tmp_path / "whole", tmp_path / "stopped")
 
 
@@ -176,7 +179,7 @@ def test_fused_and_eager_matching_give_the_same_loss_curve(voc: Path, tmp_path: 
     if not status.usable:
         pytest.skip(status.detail)
     for backend in ("eager", "cpp"):
-        detector.train.main(flags(voc, tmp_path / backend, backend=backend, epochs=3))
+        detector.train.main(flags(voc, tmp_path / backend, backend=backend, epochs=1))
     assert_same_training(tmp_path / "eager", tmp_path / "cpp")
 
 
@@ -194,9 +197,9 @@ def test_the_strategy_changes_nothing_but_the_strategy(
 
     monkeypatch.setattr(detector.train, "detection_loss", record)
     for current in ("iou", "mutual"):
-        detector.train.main(flags(voc, tmp_path / current, strategy=current, epochs=4))
+        detector.train.main(flags(voc, tmp_path / current, strategy=current, epochs=1))
     static, guided = seen["iou"], seen["mutual"]
-    assert len(static) == len(guided) == 10
+    assert len(static) == len(guided) == 3
     for one, other in zip(static, guided, strict=True):
         for objects, same_objects in zip(one[2:5], other[2:5], strict=True):
             assert torch.equal(objects, same_objects)  # the same images, augmented the same way, in the same order
@@ -291,7 +294,7 @@ class Frozen(nn.Module):
         return self.detector(images)
 
 
-def gradients_of(rank: int, num_processes: int, folder: str) -> None:
+def gradients_of(rank: int, num_processes: int, folder: Path) -> None:
     """What process `rank` of `num_processes` does with its images of a batch of four; the first saves the gradients."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (4, 3, 64, 64), generator=generator, dtype=torch.uint8)
@@ -313,59 +316,70 @@ def gradients_of(rank: int, num_processes: int, folder: str) -> None:
     (loss.cls_loss + loss.box_loss).backward()
     if rank == 0:
         gradients = {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
-        torch.save(gradients, Path(folder) / f"gradients{num_processes}.pt")
+        torch.save(gradients, folder / f"gradients{num_processes}.pt")
 
 
-def gradients_in_a_group(rank: int, num_processes: int, folder: str) -> None:
-    """`gradients_of` as one process of several."""
-    with process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_processes):
-        gradients_of(rank, num_processes, folder)
+def main_of_a_process_of_torchrun(folder: Path, stopped: bool, words: list[str]) -> None:
+    """Saves gradients, trains, and writes how that ended and which threads of the group are left."""
+    rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if stopped:
+        detector.train.LossWatch.watch = lambda *arguments: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore
+    else:
+        store = f"file://{folder}/store"
+        with process_group("gloo", init_method=store, rank=rank, world_size=num_processes):
+            gradients_of(rank, num_processes, folder)
+    status: object = 0
+    try:
+        detector.train.main(words)
+    except SystemExit as stop:
+        status = stop.code
+    for _ in range(100):  # a thread that has just ended is listed for a moment
+        names = []
+        for file in Path("/proc/self/task").glob("*/comm"):
+            with contextlib.suppress(OSError):
+                names.append(file.read_text())
+        threads = [name for name in names if "gloo" in name]
+        if not threads:
+            break
+        time.sleep(0.1)
+    (folder / f"end{rank}.json").write_text(json.dumps([status, threads]))
 
 
-def test_two_processes_make_the_gradients_of_one_with_the_whole_batch(tmp_path: Path) -> None:
-    gradients_of(0, 1, str(tmp_path))
-    torch.multiprocessing.spawn(gradients_in_a_group, (2, str(tmp_path)), nprocs=2)
+def run_under_torchrun(num_processes: int, folder: Path, stopped: bool, words: list[str]) -> None:
+    """Starts this file in so many processes."""
+    launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command = [sys.executable, *launcher, __file__, str(folder), str(int(stopped)), *words]
+    environment = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_two_processes_train_as_one_would_and_leave_no_thread(voc: Path, tmp_path: Path) -> None:
+    """Static matching counts positives from the objects alone: equal counts at every step are equal images."""
+    # 14 images in batches of 6, 4 and 4: batch norm over the single cell of the last level needs two images a process.
+    changes = {"strategy": "iou", "epochs": 2, "batch": 6}
+    gradients_of(0, 1, tmp_path)
+    metrics = detector.train.main(flags(voc, tmp_path / "one", **changes))
+    run_under_torchrun(2, tmp_path, False, flags(voc, tmp_path / "two", **changes))
+
     one, two = (torch.load(tmp_path / f"gradients{number}.pt") for number in (1, 2))
     assert one.keys() == two.keys()
     for name in one:
         size = one[name].abs().max().item()
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5 * size + 1e-12)
-
-
-@pytest.mark.parametrize("stopped", [False, True], ids=["at its end", "by SIGTERM"])
-def test_no_thread_of_the_process_group_outlives_the_training(stopped: bool, voc: Path, tmp_path: Path) -> None:
-    """Such a thread aborts the process if it lets go of a tensor while Python ends: rarely, and on a busy machine."""
-    program = f"""
-import os, signal, sys, detector.train
-if {stopped}:
-    detector.train.LossWatch.watch = lambda *arguments: os.kill(os.getpid(), signal.SIGTERM)
-try:
-    detector.train.main(sys.argv[1:])
-except SystemExit as stop:
-    print("status", stop.code)
-tasks = "/proc/self/task/"
-print("threads", [name for task in os.listdir(tasks) if "gloo" in (name := open(tasks + task + "/comm").read())])
-"""
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    (tmp_path / "program.py").write_text(program)
-    command = [*launcher, tmp_path / "program.py", *flags(voc, tmp_path / "run", epochs=1)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**ONE_THREAD, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert "threads []" in done.stdout and ("status 143" in done.stdout) == stopped, done.stdout + done.stderr
-
-
-def test_torchrun_trains_on_the_images_one_process_would(voc: Path, tmp_path: Path) -> None:
-    """Static matching counts positives from the objects alone: equal counts at every step are equal images."""
-    # 14 images in batches of 6, 4 and 4: batch norm over the single cell of the last level needs two images a process.
-    changes = {"strategy": "iou", "epochs": 2, "batch": 6}
-    metrics = detector.train.main(flags(voc, tmp_path / "one", **changes))
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "detector.train", *flags(voc, tmp_path / "two", **changes)]
-    done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
     curves = [loss_curve(tmp_path / run, "cls_positives", "lr") for run in ("one", "two")]
     assert len(curves[0]) == 3 and curves[0] == curves[1]
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["images"] == metrics["images"] == 2
     assert math.isfinite(results["AP"])
+    assert [json.loads((tmp_path / f"end{rank}.json").read_text()) for rank in (0, 1)] == [[0, []]] * 2
+
+
+def test_no_thread_of_the_process_group_outlives_a_training_that_is_terminated(voc: Path, tmp_path: Path) -> None:
+    """Such a thread aborts the process if it lets go of a tensor while Python ends: rarely, and on a busy machine."""
+    run_under_torchrun(1, tmp_path, True, flags(voc, tmp_path / "run", epochs=1))
+    assert json.loads((tmp_path / "end0.json").read_text()) == [143, []]
+
+
+if __name__ == "__main__":
+    main_of_a_process_of_torchrun(Path(sys.argv[1]), sys.argv[2] == "1", sys.argv[3:])
