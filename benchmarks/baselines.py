@@ -1,11 +1,9 @@
 """What people run today for the same job, written with torch's own operators, to measure `mg_ops` against.
 
-(a) `match_per_image`: mutual matching image by image and object by object, written plainly.
-(b) `match_batched`: mutual matching of the whole batch in padded (B, G, A) tensors, without a data-dependent shape.
-(c) (b) under torch.compile: see methods.py.
+(a) `match_loop`: mutual matching image by image and object by object, written plainly.
+(b) `match_padded`: mutual matching of the whole batch in padded (B, G, A) tensors, without a data-dependent shape.
+(c) `match_compiled`: (b) under torch.compile.
 (d) `match_by_torchvision`: torchvision's box_iou and Matcher, the classic IoU assignment (classification only).
-(e) `make_task_aligned_assigner`: ultralytics' assigner, a different algorithm of the same family, where it is
-    installed.
 
 (a) and (b) follow the definition independently of mg_ops: native exp, sigmoid and pow, sort and topk. Their
     answers differ from mg_ops only where two qualities are equal or nearly so. Sizes: B images, A anchors, C classes,
@@ -14,7 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,10 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
+from benchmarks.cases import CODER, Batch
+
 BACKGROUND, IGNORED = -1, -2
-SIGMA, IOU_POSITIVE, IOU_IGNORED, CROWD_OVERLAP = 2.0, 0.5, 0.4, 0.5
+SIGMA, IOU_POSITIVE, IOU_IGNORED = 2.0, 0.5, 0.4
 
 
 class Match(NamedTuple):
@@ -33,18 +34,13 @@ class Match(NamedTuple):
     loc_match: Tensor | None
 
 
-def decode(anchors: Tensor, deltas: Tensor, weights: Sequence[float], clip: float) -> Tensor:
+def decode(anchors: Tensor, deltas: Tensor) -> Tensor:
     """Boxes (..., A, 4) from anchors (A, 4) and deltas (..., A, 4)."""
     size = anchors[:, 2:] - anchors[:, :2]
     center = anchors[:, :2] + 0.5 * size
-    center = center + deltas[..., :2] / weights[0] * size
-    half = 0.5 * torch.exp((deltas[..., 2:] / weights[2]).clamp(max=clip)) * size
+    center = center + deltas[..., :2] / CODER.weights[0] * size
+    half = 0.5 * torch.exp((deltas[..., 2:] / CODER.weights[2]).clamp(max=CODER.clip)) * size
     return torch.cat([center - half, center + half], dim=-1)
-
-
-def is_object(boxes: Tensor) -> Tensor:
-    """Which boxes (..., 4) are finite and have an area."""
-    return boxes.isfinite().all(-1) & (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -59,59 +55,28 @@ def intersection(columns_1: Tensor, columns_2: Tensor) -> Tensor:
     return w.clamp(min=0) * h.clamp(min=0)
 
 
-def ignore_crowds(
-    match: Tensor, anchor_columns: Tensor, anchor_area: Tensor, gt_boxes: Tensor, gt_crowd: Tensor
-) -> Tensor:
-    """A match (A,) of one image whose background under a crowd region is ignored."""
-    crowds = gt_boxes[gt_crowd & is_object(gt_boxes)]
-    if len(crowds) == 0:
-        return match
-    coverage = intersection(anchor_columns.unsqueeze(1), crowds.T.unsqueeze(2)) / anchor_area
-    covered = (coverage >= CROWD_OVERLAP).any(dim=0)
-    return torch.where(covered & (match == BACKGROUND), IGNORED, match)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # (a) image by image, object by object
 
 
-def match_per_image(
-    anchors: Tensor,
-    deltas: Tensor,
-    logits: Tensor,
-    gt_boxes: Sequence[Tensor],
-    gt_labels: Sequence[Tensor],
-    gt_crowd: Sequence[Tensor] | None,
-    weights: Sequence[float],
-    clip: float,
-) -> Match:
-    """Mutual matching with a loop over images and, within one, over its objects, on torchvision's `box_iou`.
-
-    Args:
-        anchors: (A, 4). deltas: (B, A, 4). logits: (B, A, C).
-        gt_boxes, gt_labels, gt_crowd: lists of B tensors (G, 4), (G,), (G,) bool.
-        weights, clip: of the box coder.
-    """
-    pred_boxes = (decode(anchors, of_image, weights, clip) for of_image in deltas)
-    crowds = gt_crowd or [None] * len(deltas)
-    images = zip(pred_boxes, logits, gt_boxes, gt_labels, crowds, strict=True)
-    cls_matches, loc_matches = zip(*(_match_image(anchors, *image) for image in images), strict=True)
+def match_loop(batch: Batch) -> Match:
+    """Mutual matching with a loop over images and, within one, over its objects, on torchvision's `box_iou`."""
+    images = zip(batch.deltas, batch.logits, batch.boxes_list, batch.labels_list, strict=True)
+    cls_matches, loc_matches = zip(*(_match_image(batch.anchors, *image) for image in images), strict=True)
     return Match(torch.stack(cls_matches), torch.stack(loc_matches))
 
 
 def _match_image(
-    anchors: Tensor, pred_boxes: Tensor, logits: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_crowd: Tensor | None
+    anchors: Tensor, deltas: Tensor, logits: Tensor, gt_boxes: Tensor, gt_labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     num_anchors, device = len(anchors), anchors.device
+    pred_boxes = decode(anchors, deltas)
     cls_match = torch.full((num_anchors,), BACKGROUND, device=device)
     loc_match = torch.full((num_anchors,), BACKGROUND, device=device)
     # Of each of the three qualities: the best of each anchor, and the object it is for.
     best_quality = torch.zeros(3, num_anchors, device=device)
     owner = torch.full((3, num_anchors), -1, device=device)
-    objects = is_object(gt_boxes)
-    if gt_crowd is not None:
-        objects &= ~gt_crowd
-    for index in objects.nonzero().squeeze(1).tolist():
+    for index in range(len(gt_boxes)):
         box = gt_boxes[index : index + 1]
         q_anchor = box_iou(box, anchors).squeeze(0)
         if q_anchor.max() == 0:
@@ -127,7 +92,7 @@ def _match_image(
         best_quality = torch.where(better, quality, best_quality)
         owner = torch.where(better, index, owner)
 
-    for index in objects.nonzero().squeeze(1).tolist():
+    for index in range(len(gt_boxes)):
         by_anchor = owner[0] == index
         positive = max(int((by_anchor & (best_quality[0] >= IOU_POSITIVE)).sum()), 1)
         total = max(int((by_anchor & (best_quality[0] >= IOU_IGNORED)).sum()), positive)
@@ -138,42 +103,38 @@ def _match_image(
         competing = (owner[2] == index).nonzero().squeeze(1)
         ranked = best_quality[2, competing].topk(min(positive, len(competing))).indices
         loc_match[competing[ranked]] = index
-
-    if gt_crowd is not None:
-        cls_match = ignore_crowds(cls_match, anchors.T, area(anchors), gt_boxes, gt_crowd)
     return cls_match, loc_match
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# (b) the batch in padded tensors
+# (b) the batch in padded tensors, (c) compiled
 
 
-def match_batched(
-    anchors: Tensor,
-    deltas: Tensor,
-    logits: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_crowd: Tensor | None,
-    weights: Sequence[float],
-    clip: float,
-) -> Match:
-    """Mutual matching of a batch at once.
+def match_padded(batch: Batch) -> Match:
+    """Mutual matching of a batch at once."""
+    return _match_padded(batch.anchors, batch.deltas, batch.logits, batch.padded_boxes, batch.padded_labels)
 
-    Args:
-        anchors: (A, 4). deltas: (B, A, 4). logits: (B, A, C).
-        gt_boxes, gt_labels, gt_crowd: (B, G, 4), (B, G), (B, G) bool; a place without an object holds a box of zeros.
-        weights, clip: of the box coder.
-    """
+
+def match_compiled(batch: Batch) -> Match:
+    """The same under torch.compile: compiled once for all cases."""
+    compiled = compile_match_padded(batch.anchors.device.type)
+    return compiled(batch.anchors, batch.deltas, batch.logits, batch.padded_boxes, batch.padded_labels)
+
+
+@functools.cache
+def compile_match_padded(device: str) -> Callable[..., Match]:
+    """What compiles at its first call."""
+    return torch.compile(_match_padded, fullgraph=True, dynamic=device == "cpu")
+
+
+def _match_padded(anchors: Tensor, deltas: Tensor, logits: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Match:
     batch_size, num_anchors = deltas.shape[:2]
     num_objects = gt_boxes.shape[1]
-    objects = is_object(gt_boxes)
-    if gt_crowd is not None:
-        objects = objects & ~gt_crowd
+    box_area = area(gt_boxes).unsqueeze(2)
+    objects = area(gt_boxes) > 0
     anchor_columns = anchors.T.reshape(4, 1, 1, num_anchors)
     box_columns = gt_boxes.permute(2, 0, 1).unsqueeze(3)  # (4, B, G, 1)
-    box_area = area(gt_boxes).unsqueeze(2)
-    pred_boxes = decode(anchors, deltas, weights, clip)
+    pred_boxes = decode(anchors, deltas)
 
     inter = intersection(anchor_columns, box_columns)
     q_anchor = torch.where(objects.unsqueeze(2), inter / (area(anchors) + box_area - inter), 0.0)
@@ -217,64 +178,16 @@ def match_batched(
     cls_match = torch.where((cls_owner >= 0) & (cls_rank < num_pos.gather(1, owner)), cls_owner, cls_match)
     loc_rank, owner = rank(loc_owner, loc_quality), loc_owner.clamp(min=0)
     loc_match = torch.where((loc_owner >= 0) & (loc_rank < num_pos.gather(1, owner)), loc_owner, BACKGROUND)
-
-    if gt_crowd is not None:
-        crowds = torch.where((gt_crowd & is_object(gt_boxes)).unsqueeze(2), gt_boxes, 0.0)
-        coverage = intersection(anchor_columns, crowds.permute(2, 0, 1).unsqueeze(3)) / area(anchors)
-        covered = (coverage >= CROWD_OVERLAP).any(dim=1)
-        cls_match = torch.where(covered & (cls_match == BACKGROUND), IGNORED, cls_match)
     return Match(cls_match, loc_match)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# (d) the classic assignment, (e) another algorithm of the family
+# (d) the classic assignment
 
 
-def match_by_torchvision(anchors: Tensor, gt_boxes: Sequence[Tensor], gt_crowd: Sequence[Tensor] | None) -> Match:
-    """torchvision's assignment, as its RetinaNet runs it.
-
-    Boxes without an area are taken out first. Crowd regions too; the background they cover is ignored, as in mg_ops.
-
-    Args:
-        anchors: (A, 4). gt_boxes, gt_crowd: lists of B tensors (G, 4), (G,) bool.
-    """
+def match_by_torchvision(batch: Batch) -> Match:
+    """torchvision's assignment, as its RetinaNet runs it."""
     matcher = Matcher(IOU_POSITIVE, IOU_IGNORED, allow_low_quality_matches=True)
-    matches = []
-    for image, boxes in enumerate(gt_boxes):
-        objects = is_object(boxes)
-        if gt_crowd is not None:
-            objects &= ~gt_crowd[image]
-        index = objects.nonzero().squeeze(1)
-        if len(index) == 0:
-            match = torch.full((len(anchors),), BACKGROUND, device=anchors.device)
-        else:
-            match = matcher(box_iou(boxes[index], anchors))
-            match = torch.where(match >= 0, index[match.clamp(min=0)], match)
-        if gt_crowd is not None:
-            match = ignore_crowds(match, anchors.T, area(anchors), boxes, gt_crowd[image])
-        matches.append(match)
+    background = torch.full((len(batch.anchors),), BACKGROUND, device=batch.anchors.device)
+    matches = [matcher(box_iou(boxes, batch.anchors)) if len(boxes) else background for boxes in batch.boxes_list]
     return Match(torch.stack(matches), None)
-
-
-def make_task_aligned_assigner(
-    anchors: Tensor, num_classes: int, weights: Sequence[float], clip: float
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], object]:
-    """ultralytics' TaskAlignedAssigner with its training settings, as a call on (deltas, logits, gt_boxes, gt_labels).
-
-    Its job is a relative of ours: it scores each (object, anchor) pair by classification and regressed IoU, takes the
-    10 best for each object, and also gathers the targets. Objects are padded as for `match_batched`.
-
-    Raises:
-        ImportError: ultralytics is not installed.
-    """
-    from ultralytics.utils.tal import TaskAlignedAssigner
-
-    assigner = TaskAlignedAssigner(topk=10, num_classes=num_classes, alpha=0.5, beta=6.0)
-    centers = 0.5 * (anchors[:, :2] + anchors[:, 2:])
-
-    def assign(deltas: Tensor, logits: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> object:
-        mask = is_object(gt_boxes).unsqueeze(2).float()
-        pred_boxes = decode(anchors, deltas, weights, clip)
-        return assigner(logits.sigmoid(), pred_boxes, centers, gt_labels.unsqueeze(2), gt_boxes, mask)
-
-    return assign

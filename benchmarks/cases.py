@@ -11,6 +11,7 @@ Predictions are made, not run through a network, so that every size is reproduci
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +110,6 @@ class Batch:
     logits: Tensor  # (B, A, C)
     boxes_list: list[Tensor]  # B times (G, 4)
     labels_list: list[Tensor]  # B times (G,)
-    crowd_list: list[Tensor] | None  # B times (G,)
     padded_to: int
 
     def __post_init__(self) -> None:
@@ -118,7 +118,6 @@ class Batch:
         self.gt_offsets = torch.tensor([0, *accumulate(self.counts)]).to(self.anchors.device)
         self.gt_boxes, self.padded_boxes = self._pack_and_pad(self.boxes_list)
         self.gt_labels, self.padded_labels = self._pack_and_pad(self.labels_list)
-        self.gt_crowd, self.padded_crowd = self._pack_and_pad(self.crowd_list) if self.crowd_list else (None, None)
 
     def _pack_and_pad(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
         padded = values[0].new_zeros(len(values), self.padded_to, *values[0].shape[1:])
@@ -126,26 +125,28 @@ class Batch:
             row[: len(of_image)] = of_image
         return torch.cat(values), padded
 
-    def arguments(self, device: str | None = None, lists: bool = False) -> dict[str, Any]:
-        """What `mg_ops.mutual_match` takes, objects packed or as lists; copied to a device if one is named."""
+    def arguments(self, lists: bool = False) -> dict[str, Any]:
+        """What `mg_ops.mutual_match` takes, objects packed or as lists."""
         arguments = {"anchors": self.anchors, "cls_logits": self.logits, "box_deltas": self.deltas, "box_coder": CODER}
         if lists:
-            objects = {"gt_boxes": self.boxes_list, "gt_labels": self.labels_list, "gt_crowd": self.crowd_list}
-            return {**arguments, **objects}
-        arguments |= {"gt_boxes": self.gt_boxes, "gt_labels": self.gt_labels, "gt_crowd": self.gt_crowd}
-        arguments["gt_offsets"] = self.gt_offsets
-        if device is None:
-            return arguments
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+            return {**arguments, "gt_boxes": self.boxes_list, "gt_labels": self.labels_list}
+        packed = {"gt_boxes": self.gt_boxes, "gt_labels": self.gt_labels, "gt_offsets": self.gt_offsets}
+        return {**arguments, **packed}
+
+    def with_predictions(self, anchors: Tensor, deltas: Tensor, logits: Tensor) -> Batch:
+        """The same objects, not packed and padded again."""
+        batch = copy.copy(self)
+        batch.anchors, batch.deltas, batch.logits = anchors, deltas, logits
+        return batch
 
     def head(self, num_images: int, most_objects: int) -> Batch:
         """The first images, with the first objects of each."""
-        lists = [
-            values and [of_image[:most_objects] for of_image in values[:num_images]]
-            for values in (self.boxes_list, self.labels_list, self.crowd_list)
-        ]
-        padded_to = max(1, *map(len, lists[0]))
-        return Batch(self.anchors, self.deltas[:num_images], self.logits[:num_images], *lists, padded_to)
+        boxes, labels = (
+            [of_image[:most_objects] for of_image in values[:num_images]]
+            for values in (self.boxes_list, self.labels_list)
+        )
+        padded_to = max(1, *map(len, boxes))
+        return Batch(self.anchors, self.deltas[:num_images], self.logits[:num_images], boxes, labels, padded_to)
 
 
 def fit_to_case(image: ImageObjects, case: Case) -> Tensor:
@@ -212,12 +213,10 @@ def make_batches(
     anchors = case.make_anchors().to(device)
     drawn = [draw_images(case, source, case.batch_size, rng) for _ in range(num_batches)]
     most = max(len(image.labels) for images in drawn for image in images)
-    has_crowd = any(image.crowd.any() for images in drawn for image in images)
     batches = []
     for images in drawn:
         boxes = [fit_to_case(image, case).to(device) for image in images]
         labels = [torch.from_numpy(image.labels).to(device) for image in images]
-        crowds = [torch.from_numpy(image.crowd).to(device) for image in images]
         deltas = torch.empty(len(images), len(anchors), 4, device=device).normal_(0, 0.1, generator=generator)
         logits = torch.empty(len(images), len(anchors), case.num_classes, device=device).normal_(
             -math.log(99), 0.5, generator=generator
@@ -232,5 +231,5 @@ def make_batches(
             near = (quality >= 0.4).nonzero().squeeze(1)
             raised = torch.empty(len(near), device=device).uniform_(0.0, 1.0, generator=generator)
             logits[index, near, image_labels[owner[near]]] += 2 + 8 * (quality[near] - 0.4) / 0.6 * raised
-        batches.append(Batch(anchors, deltas, logits, boxes, labels, crowds if has_crowd else None, most))
+        batches.append(Batch(anchors, deltas, logits, boxes, labels, most))
     return batches

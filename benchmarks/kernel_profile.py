@@ -1,4 +1,4 @@
-"""Why each CUDA kernel takes its time: issue slots, stall reasons and bytes, by Nsight Compute, predictions beside.
+"""Why each CUDA kernel takes its time: issue slots, stall reasons and bytes, by Nsight Compute.
 
     python benchmarks/kernel_profile.py --ncu /usr/local/cuda/bin/ncu --output kernel_profile.json
 
@@ -9,9 +9,7 @@ as they are. All that ncu says goes to ncu-<case>.csv; the output holds what dec
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import json
 import re
 import subprocess
 import sys
@@ -26,9 +24,10 @@ sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
 from benchmarks.cases import CASES, Case, make_batches  # noqa: E402
-from benchmarks.machine import describe_machine  # noqa: E402
+from benchmarks.machine import describe_machine, write  # noqa: E402
 
 CASE_NAMES = ("coco320", "coco800", "dense")
+CASE_SECONDS = 120.0
 SECTIONS = (
     "SpeedOfLight",
     "LaunchStats",
@@ -40,7 +39,7 @@ SECTIONS = (
     "MemoryWorkloadAnalysis",
 )
 METRICS = {
-    "microseconds": "gpu__time_duration.sum",
+    "nanoseconds": "gpu__time_duration.sum",
     "warp_instructions": "smsp__inst_executed.sum",
     "issue_slots_busy_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "instructions_per_cycle": "sm__inst_executed.avg.per_cycle_active",
@@ -58,86 +57,38 @@ METRICS = {
 """Names in the summary -> ncu's."""
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 """Warps that wait for a reason whenever an instruction is issued."""
-UNITS = {
-    **{"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3, "s": 1e6, "second": 1e6},
-    **{"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9},
-}
-"""What a number in this unit is multiplied by: times become microseconds, sizes bytes."""
-
-# Counted from the machine code of commit 6daf2b1 for sm_90 and from the batches, before anything was measured on a GPU:
-# microseconds from floors at full issue rate on 132 multiprocessors, and for rank its serial tail.
-PREDICTED_AT = "6daf2b1"
-PREDICTED: dict[str, dict[str, dict[str, str]]] = {
-    "coco320": {
-        "claim": {"microseconds": "15 to 17 at least", "warp_instructions": "15.8 M"},
-        "rank": {"microseconds": "7 to 8, and a tail of 30 to 50"},
-        "all": {"microseconds": "75 to 110", "bytes": "19 to 25 MB"},
-    },
-    "coco800": {
-        "claim": {"microseconds": "85 to 95 at least", "warp_instructions": "88 M"},
-        "rank": {"microseconds": "45 to 51, and a tail of about 400"},
-        "all": {"microseconds": "500 to 650", "bytes": "340 MB"},
-    },
-    "dense": {
-        "claim": {"microseconds": "145 to 163 at least", "warp_instructions": "151 M"},
-        "rank": {"microseconds": "34 to 38, and a tail of about 150"},
-        "all": {"microseconds": "600 to 800", "bytes": "70 to 100 MB"},
-    },
-}
+NUMBER = re.compile(r"-?[\d,]+(\.\d+)?")
 
 
 def read_raw_page(text: str) -> list[dict[str, Any]]:
-    """The launches in what `ncu --csv --page raw` wrote, whatever stands around them.
+    """What `ncu --csv --page raw --print-units base` says of each launch, whatever stands around its table.
 
     Returns:
-        For each launch "kernel" and every metric by ncu's name, times in microseconds and sizes in bytes.
+        For each launch its "kernel", METRICS, None for what ncu did not give, and "stalls", the most frequent first.
 
     Raises:
         ValueError: there is no table, or no launch in it.
     """
-    lines = [line for line in text.splitlines() if line.startswith('"')]
-    table = list(csv.reader(lines))
-    if len(table) < 2 or "Kernel Name" not in table[0]:
-        raise ValueError("ncu wrote no table")
-    header, units = table[0], table[1]
-    name_column = header.index("Kernel Name")
+    table = list(csv.DictReader(line for line in text.splitlines() if line.startswith('"')))
     launches = []
-    for row in table[2:]:
-        without_arguments = re.split(r"[<(]", row[name_column])[0]
-        launch: dict[str, Any] = {"kernel": re.split(r"::| ", without_arguments)[-1]}
-        for name, unit, cell in zip(header, units, row, strict=False):
-            with contextlib.suppress(ValueError):  # commas stand between thousands; "n/a" is no number
-                launch[name] = float(cell.replace(",", "")) * UNITS.get(unit, 1.0)
-        launches.append(launch)
+    for row in table[1:]:  # the first has the units
+        values = {name: float(cell.replace(",", "")) for name, cell in row.items() if NUMBER.fullmatch(cell or "")}
+        stalls = [(match[1], value) for name, value in values.items() if (match := STALL.fullmatch(name)) and value]
+        kernel = re.split(r"[<(]", row["Kernel Name"])[0]
+        launches.append(
+            {
+                "kernel": re.split(r"::| ", kernel)[-1],
+                **{name: values.get(metric) for name, metric in METRICS.items()},
+                "stalls": dict(sorted(stalls, key=lambda stall: -stall[1])),
+            }
+        )
     if not launches:
         raise ValueError("ncu saw no kernel of mg_ops")
     return launches
 
 
-def summarize(launch: dict[str, Any]) -> dict[str, Any]:
-    """What matters of a launch; None for what ncu did not give. Stall reasons from the most frequent on."""
-    stalls = {match[1]: value for name, value in launch.items() if (match := STALL.fullmatch(name)) and value > 0}
-    return {
-        "kernel": launch["kernel"],
-        **{name: launch.get(metric) for name, metric in METRICS.items()},
-        "stalls": dict(sorted(stalls.items(), key=lambda item: -item[1])),
-    }
-
-
-def describe_launch(name: str, summary: dict[str, Any]) -> str:
-    """A line for the log."""
-    predicted = PREDICTED.get(name, {}).get(summary["kernel"].removesuffix("_kernel"), {}).get("microseconds", "-")
-    shown = {key: "?" if summary[key] is None else f"{summary[key]:.3g}" for key in METRICS}
-    stalls = ", ".join(f"{reason} {value:.2f}" for reason, value in list(summary["stalls"].items())[:4])
-    return (
-        f"{name} {summary['kernel']}: {shown['microseconds']} us (predicted {predicted}), read "
-        f"{shown['device_bytes_read']} and wrote {shown['device_bytes_written']} bytes, issue slots busy "
-        f"{shown['issue_slots_busy_percent']}%, occupancy {shown['occupancy_percent']}%; waits: {stalls}"
-    )
-
-
-def profile(ncu: str, name: str, program: list[str], folder: Path, seconds: float) -> list[dict[str, Any]]:
-    """Runs ncu on a program that makes one call of a case; all metrics of each launch.
+def profile(ncu: str, name: str, program: list[str], folder: Path, seconds: float | None) -> list[dict[str, Any]]:
+    """Runs ncu on a program that makes one call of a case; what it says of each launch.
 
     Raises:
         RuntimeError: ncu gave nothing, in its own words, or took longer than `seconds`.
@@ -149,19 +100,14 @@ def profile(ncu: str, name: str, program: list[str], folder: Path, seconds: floa
     problem = ""
     # A metric that this ncu does not know ends it: then again with the sections alone, which are its own.
     for more in (["--metrics", ",".join(METRICS.values())], []):
-        with table.open("w") as file:  # and no pipe, which whatever ncu leaves behind would keep open
-            process = subprocess.Popen([*command, *sections, *more, *program], stdout=file, stderr=subprocess.STDOUT)
-            try:
-                ending = f"exit status {process.wait(seconds)}"
-            except subprocess.TimeoutExpired:
-                process.kill()
-                ending = f"cut off after {seconds:.0f} s"
-        text = table.read_text(errors="replace")
         try:
-            return read_raw_page(text)
-        except ValueError as error:
-            said = [line for line in text.splitlines() if line.strip()]
-            problem = f"{error} ({ending}): {' / '.join(said[-5:])}"
+            with table.open("w") as file:  # and no pipe, which whatever ncu leaves behind would keep open
+                words = [*command, *sections, *more, *program]
+                subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False)
+            return read_raw_page(table.read_text(errors="replace"))
+        except (ValueError, subprocess.TimeoutExpired) as error:
+            said = [line for line in table.read_text(errors="replace").splitlines() if line.strip()]
+            problem = f"{error}: {' / '.join(said[-5:])}"
             print(f"{name}: {problem}", flush=True)
     raise RuntimeError(problem)
 
@@ -182,9 +128,7 @@ def main() -> int:
     """Profiles, writes after each case, prints; the exit status is 1 if any case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ncu", default="ncu", help="Nsight Compute's command line program (default: ncu on the PATH)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASE_NAMES, metavar="CASE", help="what to profile")
     parser.add_argument("--quick", action="store_true", help="small batches: a check, no figures")
-    parser.add_argument("--seconds", type=float, default=120.0, help="for ncu on one case (default %(default)g)")
     parser.add_argument("--output", type=Path, default=Path("kernel_profile.json"), metavar="FILE.json")
     parser.add_argument("--tables", type=Path, default=Path(), metavar="FOLDER", help="for all that ncu says")
     parser.add_argument("--call", choices=CASES, help="only run one call of this case, for ncu to profile")
@@ -192,26 +136,22 @@ def main() -> int:
     if options.call:
         run_call(CASES[options.call].quick() if options.quick else CASES[options.call])
         return 0
-    content: dict[str, Any] = {
-        "machine": describe_machine("cuda"),
-        "predicted": {"commit": PREDICTED_AT, **PREDICTED},
-        "cases": {},
-    }
+    content: dict[str, Any] = {"machine": describe_machine("cuda"), "cases": {}}
     # This script again, run as it is being run: by whatever stands between Python and the script, too.
     program = [sys.executable, *sys.orig_argv[1 : sys.orig_argv.index(sys.argv[0]) + 1]]
     program += ["--quick"] if options.quick else []
     failed = False
-    for name in options.cases:
+    for name in CASE_NAMES:
         try:
-            launches = profile(options.ncu, name, [*program, "--call", name], options.tables, options.seconds)
+            seconds = None if options.quick else CASE_SECONDS
+            content["cases"][name] = profile(options.ncu, name, [*program, "--call", name], options.tables, seconds)
         except (RuntimeError, OSError) as error:
             failed, content["cases"][name] = True, {"failed": str(error)}
             print(f"{name}: failed: {error}", flush=True)
         else:
-            content["cases"][name] = [summarize(launch) for launch in launches]
-            for summary in content["cases"][name]:
-                print(describe_launch(name, summary), flush=True)
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+            for launch in content["cases"][name]:
+                print(name, *(f"{key}: {value}" for key, value in launch.items()), sep="  ", flush=True)
+        write(content, options.output)
     return 1 if failed else 0
 
 

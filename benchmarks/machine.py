@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 import mg_ops
+from detector.program import whole_number
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks/results"
@@ -42,20 +45,16 @@ def describe_commit() -> str:
     return os.environ.get("MG_OPS_COMMIT", "unknown")
 
 
-def describe_machine(device: str) -> dict[str, object]:
-    """Processor, memory, software, commit and date; the GPU too where device is "cuda"."""
-    cpu, memory = platform.processor() or platform.machine(), None
+def describe_machine(device: str) -> dict[str, Any]:
+    """Processor, software, commit and date; the GPU too where device is "cuda"."""
+    cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         cpu = found[1].strip() if found else cpu
-        found = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        memory = 1024 * int(found[1]) if found else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine: dict[str, object] = {
+    machine: dict[str, Any] = {
         "device": f"{cpu}, {cores} cores",
-        "cpu": cpu,
         "cores": cores,
-        "ram_bytes": memory,
         "load_average_at_start": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -65,17 +64,14 @@ def describe_machine(device: str) -> dict[str, object]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device != "cpu":
-        properties = torch.cuda.get_device_properties(0)
-        machine["device"] = machine["gpu"] = properties.name
-        machine["gpu_memory_bytes"] = properties.total_memory
-        machine["cuda"] = torch.version.cuda
+        machine |= {"device": torch.cuda.get_device_properties(0).name, "cuda": torch.version.cuda}
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
             machine["driver"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
     return machine
 
 
-def machine_folder(machine: dict[str, object]) -> str:
+def machine_folder(machine: dict[str, Any]) -> str:
     """The name of a machine's folder."""
     return re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
 
@@ -84,7 +80,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A command line with what all benchmarks take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument(
+        "--threads", type=whole_number(1), default=torch.get_num_threads(), help="CPU threads (%(default)s)"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--output", type=Path, metavar="FILE.json", help="if not given: in runs/benchmarks/MACHINE/, which git ignores"
@@ -99,12 +97,10 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     """Ends the program, and says why, where the machine has not what was asked for."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
-    if options.threads < 1:
-        parser.error(f"--threads: expected at least 1, got {options.threads}")
 
 
-def begin(options: argparse.Namespace, name: str) -> tuple[Console, dict[str, object], Path]:
-    """(the terminal, the machine, the file for the figures, in a folder that is there); before anything is measured."""
+def begin(options: argparse.Namespace, name: str) -> tuple[Console, dict[str, Any], Path]:
+    """(the terminal, what its file begins with, the file, in a folder that is there); before anything is measured."""
     torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     machine = describe_machine(options.device)
@@ -115,4 +111,10 @@ def begin(options: argparse.Namespace, name: str) -> tuple[Console, dict[str, ob
     folder = (RECORDS if options.record else MEASUREMENTS) / machine_folder(machine)
     output: Path = options.output or folder / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    return console, machine, output
+    shown = {name: value for name, value in vars(options).items() if name not in ("output", "record")}
+    return console, {"machine": machine, "options": shown}, output
+
+
+def write(content: dict[str, Any], output: Path) -> None:
+    """The figures so far."""
+    output.write_text(json.dumps(content, indent=1, default=str) + "\n")

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
@@ -35,12 +33,11 @@ sys.path.append(str(ROOT))
 import mg_ops  # noqa: E402
 from benchmarks import measure, report  # noqa: E402
 from benchmarks.cases import CASES, SWEEP_CASES, Batch, Case, batches_beyond_cache, make_batches  # noqa: E402
-from benchmarks.machine import begin, check_options, make_parser  # noqa: E402
+from benchmarks.machine import begin, check_options, make_parser, write  # noqa: E402
 from benchmarks.methods import (  # noqa: E402
     LEAST_AGREEMENT,
     build_methods,
     check_backends,
-    different_values,
     match,
     share_equal,
     usable_backends,
@@ -61,20 +58,19 @@ BATCH_BYTES = 256e6  # predictions of the batches that take turns, on a CPU
 
 def measure_peaks(
     case: Case, source: list[ImageObjects] | None, options: argparse.Namespace, threads_of: dict[str, int]
-) -> dict[str, tuple[int, int] | str]:
-    """Runs in a fresh process: name -> (peak bytes beyond inputs and outputs, bytes of the outputs), or why not."""
-    measured: dict[str, tuple[int, int] | str] = {}
+) -> dict[str, dict[str, Any]]:
+    """Runs in a fresh process: peak bytes beyond inputs and outputs by method, or why they are not known."""
+    measured: dict[str, dict[str, Any]] = {}
     batch = make_batches(case, source, 1, SEED, "cpu")[0]
-    for name, method in build_methods(case, batch.anchors, options).items():
-        if name not in threads_of:
-            continue
-        with measure.thread_count(threads_of[name]):
-            method.call(batch if name == "compiled" else batch.head(1, 3))  # what any first call loads
-            try:
-                before, peak, outputs = measure.peak_bytes(partial(method.call, batch))
-                measured[name] = max(0, peak - before - outputs), outputs
-            except OSError as error:
-                measured[name] = f"memory not measured: {error}"
+    methods = build_methods(case, options)
+    for name, threads in threads_of.items():
+        call = methods[name].call
+        torch.set_num_threads(threads)
+        call(batch if name == "compiled" else batch.head(1, 3))  # what any first call loads
+        try:
+            measured[name] = {"extra_bytes": measure.peak_bytes(partial(call, batch))[1]}
+        except OSError as error:
+            measured[name] = {"note": f"memory not measured: {error}"}
     return measured
 
 
@@ -96,97 +92,69 @@ def run_case(
     Raises:
         RuntimeError: an answer is wrong.
     """
-    device = options.device
     say = lambda text: status.update(f"[bold]{case.name}[/] {text}")  # noqa: E731
     say("making batches")
     predictions = case.batch_size * len(case.make_anchors()) * (4 + case.num_classes) * 4
-    if device == "cpu":
+    if floor is None:
         num_batches = min(4, math.ceil(BATCH_BYTES / predictions)) if case.objects_per_image is None else 1
     else:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         num_batches = batches_beyond_cache(case, cache, torch.cuda.mem_get_info()[0])
-    with measure.thread_count(1):
-        batches = make_batches(case, source, num_batches, SEED, device)
+    batches = make_batches(case, source, num_batches, SEED, options.device)
     batch = batches[0]
     say("comparing the backends")
-    compared = check_backends(batch, options.backends, device == "cuda")
+    compared = check_backends(batch, options.backends, floor is not None)
     expected = {strategy: match(batch, options.backends[0], strategy) for strategy in ("mutual", "iou")}
 
-    methods, records = build_methods(case, batch.anchors, options), {}
-    turns: dict[str, measure.Turns] = {}
+    methods, records = build_methods(case, options), {}
+    turns: dict[str, tuple[Callable[..., object], int]] = {}
     for name, method in methods.items():
         say(f"{method.label}: first call, its answer checked")
-        record: dict[str, Any] = {"label": method.label, "subject": method.subject, "strategy": method.strategy}
+        records[name] = record = {"label": method.label, "subject": method.subject, "note": ""}
         record |= dict.fromkeys(("threads", "median_seconds", "quartile_seconds", "loop_over_this"))
-        record |= dict.fromkeys(("share_of_labels_equal", "extra_bytes", "output_bytes"))
-        record |= {"timed_calls": 0, "extra_bytes_resolution": 0, "note": "", "memory_note": ""}
+        record |= {"share_of_labels_equal": None, "extra_bytes": None, "extra_bytes_resolution": 0}
         record["skipped"] = method.reason_to_skip(batch)
-        records[name] = record
         if record["skipped"]:
             continue
-        threads = options.threads
-        if name == LOOP and device == "cpu":
-            threads = measure.best_threads(method.call, batch.head(2, 100), threads)
+        record["threads"] = options.threads
+        if name == LOOP and floor is None:
+            record["threads"] = measure.best_threads(method.call, batch.head(2, 100), options.threads)
             record["note"] = f"at its best number of threads, up to {options.threads}"
         try:
-            with measure.thread_count(threads):
-                seconds, answer = measure.time_call(method.call, batch)
-                if name == "compiled":
-                    record["note"] = f"compiled in {seconds:.0f} s"
-                if name == "compiled" or seconds < measure.ONE_CALL_SECONDS:
-                    seconds, answer = measure.time_call(method.call, batch)
+            equal = record["share_of_labels_equal"] = share_equal(expected[method.strategy], method.call(batch))
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError among them
             if method.subject:
                 raise
             record["skipped"] = f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"
             continue
-        if method.strategy is None:
-            record["note"] = "another algorithm"
-        else:
-            equal = record["share_of_labels_equal"] = share_equal(expected[method.strategy], answer)
-            if equal < (1.0 if method.subject else LEAST_AGREEMENT):
-                raise RuntimeError(f"{method.label}: only {100 * equal:.3f}% of the labels are mg_ops'")
-        del answer
-        record["threads"], turns[name] = threads, measure.Turns(method.call, threads, seconds)
+        if equal < (1.0 if method.subject else LEAST_AGREEMENT):
+            raise RuntimeError(f"{method.label}: only {100 * equal:.3f}% of the labels are mg_ops'")
+        turns[name] = method.call, record["threads"]
 
-    measure.take_turns(turns, batches, 1 if options.quick else ROUNDS, lambda name: say(f"{methods[name].label}: time"))
-    for name, turn in turns.items():
-        record, (low, median, high) = records[name], measure.quartiles(turn.seconds)
-        record |= {"median_seconds": median, "timed_calls": len(turn.seconds)}
-        record["quartile_seconds"] = [low, high] if len(turn.seconds) > 1 else None
-    loop = records.get(LOOP, {}).get("median_seconds")
-    for record in records.values():
-        record["loop_over_this"] = loop / record["median_seconds"] if loop and record["median_seconds"] else None
+    rounds = 1 if options.quick else ROUNDS
+    timed = measure.take_turns(turns, batches, rounds, lambda name: say(f"{methods[name].label}: time"))
+    for name, seconds in timed.items():
+        low, records[name]["median_seconds"], high = measure.quartiles(seconds)
+        records[name]["quartile_seconds"] = [low, high] if len(seconds) > 1 else None
+    for name in turns if LOOP in turns else ():
+        records[name]["loop_over_this"] = records[LOOP]["median_seconds"] / records[name]["median_seconds"]
 
     say("memory")
-    if device == "cpu":
-        threads_of = {name: turn.threads for name, turn in turns.items()}
-        slow = [name for name in turns if turns[name].first_seconds > measure.ONE_CALL_SECONDS]
-        peaks: dict[str, Any] = dict.fromkeys(slow, "memory not measured: it takes another slow call")
-        quick = {name: threads for name, threads in threads_of.items() if name not in slow}
+    if floor is None:
+        threads_of = {name: threads for name, (_, threads) in turns.items()}
         try:
-            peaks |= measure.in_fresh_process(measure_peaks, case, source, options, quick)
+            peaks = measure.in_fresh_process(measure_peaks, case, source, options, threads_of)
         except BrokenProcessPool:
-            peaks |= dict.fromkeys(quick, "memory not measured: the process ran out of memory")
+            peaks = {name: {"note": "memory not measured: the process ran out of it"} for name in turns}
         for name, found in peaks.items():
-            if isinstance(found, str):
-                records[name]["memory_note"] = found
-            else:
-                records[name]["extra_bytes"], records[name]["output_bytes"] = found
-                records[name]["extra_bytes_resolution"] = measure.memory_resolution(threads_of[name])
+            records[name] |= {**found, "extra_bytes_resolution": measure.memory_resolution(threads_of[name])}
     else:
-        assert floor is not None
-        for name in turns:
-            method = methods[name]
-            say(f"{method.label}: device time, launches, memory")
-            before, peak, outputs = measure.peak_bytes(partial(method.call, batch), device)
-            records[name] |= {"extra_bytes": max(0, peak - before - outputs), "output_bytes": outputs}
-            same = (lambda a, b: not different_values(a, b)) if method.subject else (lambda a, b: True)
-            replays = 2 if options.quick else measure.REPLAYS
-            cuda = measure.measure_on_gpu(method.call, batches, replays, same if method.captured else None)
-            lowest = least_bytes(batch, expected["mutual"]) / floor["bytes_per_second"]
-            lowest += cuda["launches"] * floor["seconds_per_launch"]
-            replay = cuda["graph_replay_seconds"]
+        least = least_bytes(batch, expected["mutual"]) / floor["bytes_per_second"]
+        for name, (call, _) in turns.items():
+            say(f"{methods[name].label}: device time, launches, memory")
+            records[name]["extra_bytes"] = measure.peak_bytes(partial(call, batch), options.device)[1]
+            cuda = measure.measure_on_gpu(call, batches, methods[name].captured, options.quick)
+            lowest, replay = least + cuda["launches"] * floor["seconds_per_launch"], cuda["graph_replay_seconds"]
             records[name]["cuda"] = {**cuda, "floor_seconds": lowest, "ratio_to_floor": replay and replay / lowest}
 
     counts = [count for made in batches for count in made.counts]
@@ -222,11 +190,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     check_options(parser, options)
     usable = usable_backends(options.device)
     options.backends = options.backends or usable
-    for name in options.backends:
-        if name not in usable:
-            status = mg_ops.backends().get(name)
-            reason = f"it runs on {status.detail}" if status and status.usable else status and status.detail
-            parser.error(f"--backends: {name} cannot run on {options.device}: {reason or 'there is no such backend'}")
+    if unusable := set(options.backends) - set(usable):
+        known = "\n".join(f"  {name}: {status.detail}" for name, status in mg_ops.backends().items())
+        parser.error(f"--backends: expected some of {', '.join(usable)}, got {', '.join(unusable)}\n{known}")
     options.cases = options.cases or list(QUICK_CASES if options.quick else CASE_GROUPS)
     return options
 
@@ -234,50 +200,37 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for; the exit status."""
     options = parse_options(arguments)
-    start = time.perf_counter()
-    console, machine, output = begin(options, "quick" if options.quick else "match_speed")
+    console, content, output = begin(options, "quick" if options.quick else "match_speed")
     console.print(f"backends: {', '.join(options.backends)}")
-    for name, status in mg_ops.backends().items():
-        if not status.usable:
-            console.print(f"  backend {name}: {status.detail}")
     source, num_classes = None, 0
-    if options.boxes is not None:
-        try:
-            read = read_objects(options.boxes)
-        except (FileNotFoundError, ValueError) as error:
-            console.print(f"[red]{error}[/]")
-            return 2
-        source, num_classes = read.images, len(read.classes)
-        console.print(f"{options.boxes}: {len(source):,} images, {num_classes} classes", *read.notes, sep="\n")
-    floor = None
-    if options.device == "cuda":
-        floor = {"bytes_per_second": measure.copy_bandwidth(), "seconds_per_launch": measure.launch_seconds()}
     cases: dict[str, dict[str, Any]] = {}
-    shown = {name: value for name, value in vars(options).items() if name not in ("output", "record")}
-    content = {"machine": machine, "options": shown, "floor": floor, "cases": cases}
-    for name in itertools.chain.from_iterable(CASE_GROUPS[group] for group in options.cases):
-        case = CASES[name].quick() if options.quick else CASES[name]
-        if case.takes_file:
-            case = replace(case, num_classes=max(case.num_classes, num_classes))
-        try:
+    try:
+        if options.boxes is not None:
+            source, classes, notes = read_objects(options.boxes)
+            num_classes = len(classes)
+            console.print(f"{options.boxes}: {len(source):,} images, {num_classes} classes", notes, sep="\n")
+        floor = None
+        if options.device == "cuda":
+            floor = {"bytes_per_second": measure.copy_bandwidth(), "seconds_per_launch": measure.launch_seconds()}
+        content |= {"floor": floor, "cases": cases}
+        for name in itertools.chain.from_iterable(CASE_GROUPS[group] for group in options.cases):
+            case = CASES[name].quick() if options.quick else CASES[name]
+            if case.takes_file:
+                case = replace(case, num_classes=max(case.num_classes, num_classes))
             with console.status("") as progress:
                 cases[name] = run_case(case, source, options, floor, progress)
-        except RuntimeError as error:
-            console.print(f"[bold red]{name} failed:[/] {error}")
-            return 1
-        output.write_text(json.dumps(content, indent=1, default=str) + "\n")  # so that a later case cannot lose it
-        if name not in SWEEP_CASES:
-            report.print_table(report.case_table(name, cases[name]), console)
+            write(content, output)  # so that a later case cannot lose it
+            if name not in SWEEP_CASES:
+                report.print_table(report.case_table(name, cases[name]), console)
+    except (RuntimeError, ValueError) as error:
+        console.print(f"[bold red]failed:[/] {error}")
+        return 1
     if len(swept := report.swept_cases(cases)) > 1:
         report.print_table(report.sweep_table(swept), console)
-    console.print(f"\nwrote {output}")
-    if report.plot_sweep(cases, machine, output.with_suffix(".png")):
-        console.print(f"wrote {output.with_suffix('.png')}")
-    console.print(f"\n[bold]Verdict[/] ({time.perf_counter() - start:.0f} s in all)")
-    for line in report.verdict_lines(cases):
-        console.print(f"  {line}")
+        report.plot_sweep(swept, content["machine"], output.with_suffix(".png"))
+    console.print("\n[bold]Verdict[/]", *report.verdict_lines(cases), f"wrote {output}", sep="\n")
     if options.quick:
-        console.print("  --quick: small batches and few calls; run without it for figures to quote")
+        console.print("--quick: small batches and few calls; run without it for figures to quote")
     return 0
 
 

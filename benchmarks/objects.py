@@ -18,7 +18,7 @@ a relative aspect (w / W) / (h / H), placed uniformly where it fits. What each r
   more objects than the 147 per image there. Counts, coverage (about 60 percent) and aspect (3 : 4) are our choices.
 
 The counts of the images made together are spread evenly over their distribution, so that a batch of 32 has about its
-mean. Labels are uniform over the classes, and nothing generated is a crowd region.
+mean. Labels are uniform over the classes.
 """
 
 from __future__ import annotations
@@ -42,75 +42,49 @@ class ImageObjects(NamedTuple):
     """(G, 4), (x1, y1, x2, y2)."""
     labels: NDArray[np.int64]
     """(G,), from 0."""
-    crowd: NDArray[np.bool_]
-    """(G,), regions to ignore."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-class ReadObjects(NamedTuple):
-    """What a file or folder of annotations holds."""
-
-    images: list[ImageObjects]
-    classes: list[str]
-    """Names of the labels."""
-    notes: list[str]
-    """What was left out, and why."""
-
-
-def read_objects(path: Path) -> ReadObjects:
-    """Reads COCO-style JSON or VOC XML.
+def read_objects(path: Path) -> tuple[list[ImageObjects], list[str], str]:
+    """Reads annotations as the detector does: boxes are clipped to their image.
 
     Args:
-        path: a COCO-style JSON file or a folder of them (categories are joined by name); a VOC XML file, a folder of
-            them, or one that has them in `Annotations/`.
+        path: a COCO-style JSON file, or a folder with VOC XML files in it or in its `Annotations/`.
 
     Returns:
-        Every image with a size, in the order of the files. Labels are numbered from 0 in the order of the categories
-        (COCO) or of the names (VOC). Boxes are kept as the files have them, also beyond the image.
+        Every image with a size, in the order of the files; the names of the classes, which labels count (of COCO in the
+        order of the categories, of VOC sorted); and what was left out, and why.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: no annotations are in it, or a COCO file is broken; the message names it.
+        ValueError: no annotations are there, or they are broken; the message names the file.
     """
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--boxes: {path} does not exist; expected COCO-style JSON or a folder of VOC XML files"
-        )
-    folders = [path.glob("*.xml"), (path / "Annotations").glob("*.xml"), path.glob("*.json")]
-    files = [path] if path.is_file() else next(filter(None, map(sorted, folders)), [])
-    if not files:
-        raise ValueError(f"--boxes: {path} holds no *.json file, and no *.xml file (nor does its folder Annotations)")
-    defects, records, classes = Defects(), [], []
-    for number, file in enumerate(files):
-        if file.suffix.lower() == ".xml":
-            record = read_voc_annotation(file, file.name, number, defects)
-            records += [record] if record is not None else []
-            continue
-        content = read_json(file, "COCO-style annotations")
-        if len(files) > 1 and not (isinstance(content, dict) and "images" in content and "annotations" in content):
-            defects.add('file without "images" and "annotations": passed over', file.name)
-            continue
-        annotations = parse_coco(content, str(file), defects)
-        records += annotations.images
-        classes += annotations.categories.values()
-    refuse_fractions(records, f"--boxes: {path}")
-    classes = list(dict.fromkeys(classes or sorted({entry.class_name for image in records for entry in image.objects})))
+    defects = Defects()
+    if path.is_dir():
+        files = sorted(path.glob("*.xml")) or sorted(path.glob("Annotations/*.xml"))
+        found = [read_voc_annotation(file, file.name, number, defects) for number, file in enumerate(files)]
+        records = [record for record in found if record is not None]
+        classes = sorted({entry.class_name for record in records for entry in record.objects})
+    else:
+        annotations = parse_coco(read_json(path, "COCO-style JSON, or a folder of VOC XML files"), str(path), defects)
+        records, classes = annotations.images, list(dict.fromkeys(annotations.categories.values()))
+    refuse_fractions(records, str(path))
     images = []
     for record in records:
         if record.width is None or record.height is None:
             defects.add("image without a width and a height: left out", record.name)
             continue
-        boxes = np.array([entry.box for entry in record.objects], dtype=np.float32).reshape(-1, 4)
-        labels = np.array([classes.index(entry.class_name) for entry in record.objects], dtype=np.int64)
-        crowd = np.array([entry.crowd for entry in record.objects], dtype=bool)
-        images.append(ImageObjects(record.width, record.height, boxes, labels, crowd))
-    notes = defects.report().splitlines()
+        boxes, labels = [], []
+        for entry in record.objects:
+            box = entry.inside(record.width, record.height, defects)
+            if entry.crowd:
+                defects.add("crowd region: left out", entry.place)
+            elif box is not None:
+                boxes.append(box)
+                labels.append(classes.index(entry.class_name))
+        array = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+        images.append(ImageObjects(record.width, record.height, array, np.array(labels, dtype=np.int64)))
     if not images:
-        raise ValueError("\n".join([f"--boxes: no image with a width and a height in {path}", *notes]))
-    return ReadObjects(images, classes, notes)
+        raise ValueError(f"{path}: expected annotations of images with a width and a height\n{defects.report()}")
+    return images, classes, defects.report()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,39 +96,29 @@ COUNT_RANGES = ((1, 1), (2, 2), (3, 5), (6, 12), (13, 10**9))
 """Images are grouped by their number of objects: the more, the smaller."""
 
 
-class ObjectStatistics(NamedTuple):
-    """Counts, sizes and aspects of the objects of a data set."""
-
-    counts: dict[int, int]
-    """Number of objects -> number of images."""
-    sides: tuple[tuple[float, ...], ...]
-    """For each of `COUNT_RANGES`, the quantiles at `LEVELS` of sqrt(w * h / (W * H))."""
-    aspects: tuple[tuple[float, ...], ...]
-    """The same of (w / W) / (h / H)."""
-
-
 # fmt: off
-VOC = ObjectStatistics(
-    counts={
-        1: 8726, 2: 4851, 3: 2516, 4: 1646, 5: 1066, 6: 756, 7: 498, 8: 394, 9: 254, 10: 209, 11: 115, 12: 102,
-        13: 97, 14: 54, 15: 50, 16: 34, 17: 20, 18: 23, 19: 21, 20: 17, 21: 8, 22: 7, 23: 8, 24: 6, 25: 3, 26: 4,
-        27: 2, 28: 2, 30: 1, 32: 3, 34: 1, 35: 1, 37: 2, 38: 1, 39: 1, 41: 1, 42: 2, 56: 1,
-    },
-    sides=(
-        (0.0416, 0.0852, 0.1702, 0.2506, 0.445, 0.6627, 0.827, 0.9283, 0.9699, 1.0, 1.0),
-        (0.0257, 0.0555, 0.0997, 0.1444, 0.2817, 0.469, 0.6644, 0.823, 0.9074, 0.999, 1.0),
-        (0.0208, 0.0393, 0.0625, 0.0852, 0.1549, 0.295, 0.4879, 0.6733, 0.7828, 0.9448, 1.0),
-        (0.0118, 0.032, 0.047, 0.0602, 0.0982, 0.1756, 0.3108, 0.467, 0.5707, 0.7935, 1.0),
-        (0.016, 0.0253, 0.0365, 0.0456, 0.0712, 0.1173, 0.1929, 0.2973, 0.3968, 0.6455, 1.0),
-    ),
-    aspects=(
-        (0.1757, 0.2895, 0.4473, 0.556, 0.764, 0.998, 1.2939, 1.8658, 2.2916, 3.3639, 9.0159),
-        (0.0675, 0.2106, 0.3074, 0.3882, 0.5521, 0.8224, 1.1334, 1.5962, 1.9819, 3.17, 9.6535),
-        (0.049, 0.1691, 0.2435, 0.2963, 0.4446, 0.6901, 1.0682, 1.5714, 1.9752, 3.2265, 15.451),
-        (0.0518, 0.1569, 0.2173, 0.2561, 0.3711, 0.5801, 0.9375, 1.4619, 1.8948, 3.1589, 14.88),
-        (0.0609, 0.1356, 0.2027, 0.2378, 0.3449, 0.5397, 0.8657, 1.3333, 1.7238, 2.9979, 8.2424),
-    ),
+VOC_COUNTS = {
+    1: 8726, 2: 4851, 3: 2516, 4: 1646, 5: 1066, 6: 756, 7: 498, 8: 394, 9: 254, 10: 209, 11: 115, 12: 102,
+    13: 97, 14: 54, 15: 50, 16: 34, 17: 20, 18: 23, 19: 21, 20: 17, 21: 8, 22: 7, 23: 8, 24: 6, 25: 3, 26: 4,
+    27: 2, 28: 2, 30: 1, 32: 3, 34: 1, 35: 1, 37: 2, 38: 1, 39: 1, 41: 1, 42: 2, 56: 1,
+}
+"""Number of objects -> number of images."""
+VOC_SIDES = (
+    (0.0416, 0.0852, 0.1702, 0.2506, 0.445, 0.6627, 0.827, 0.9283, 0.9699, 1.0, 1.0),
+    (0.0257, 0.0555, 0.0997, 0.1444, 0.2817, 0.469, 0.6644, 0.823, 0.9074, 0.999, 1.0),
+    (0.0208, 0.0393, 0.0625, 0.0852, 0.1549, 0.295, 0.4879, 0.6733, 0.7828, 0.9448, 1.0),
+    (0.0118, 0.032, 0.047, 0.0602, 0.0982, 0.1756, 0.3108, 0.467, 0.5707, 0.7935, 1.0),
+    (0.016, 0.0253, 0.0365, 0.0456, 0.0712, 0.1173, 0.1929, 0.2973, 0.3968, 0.6455, 1.0),
 )
+"""For each of `COUNT_RANGES`, the quantiles at `LEVELS` of sqrt(w * h / (W * H))."""
+VOC_ASPECTS = (
+    (0.1757, 0.2895, 0.4473, 0.556, 0.764, 0.998, 1.2939, 1.8658, 2.2916, 3.3639, 9.0159),
+    (0.0675, 0.2106, 0.3074, 0.3882, 0.5521, 0.8224, 1.1334, 1.5962, 1.9819, 3.17, 9.6535),
+    (0.049, 0.1691, 0.2435, 0.2963, 0.4446, 0.6901, 1.0682, 1.5714, 1.9752, 3.2265, 15.451),
+    (0.0518, 0.1569, 0.2173, 0.2561, 0.3711, 0.5801, 0.9375, 1.4619, 1.8948, 3.1589, 14.88),
+    (0.0609, 0.1356, 0.2027, 0.2378, 0.3449, 0.5397, 0.8657, 1.3333, 1.7238, 2.9979, 8.2424),
+)
+"""The same of (w / W) / (h / H)."""
 # fmt: on
 
 
@@ -165,13 +129,13 @@ def draw_levels(count: int, rng: np.random.Generator) -> NDArray[np.float64]:
 
 def generate_voc(num_images: int, num_classes: int, rng: np.random.Generator) -> list[ImageObjects]:
     """Images of 500 x 375 pixels with VOC's counts, sizes and aspects."""
-    values = np.array(list(VOC.counts))
-    below = np.cumsum(list(VOC.counts.values())) / sum(VOC.counts.values())
+    values = np.array(list(VOC_COUNTS))
+    below = np.cumsum(list(VOC_COUNTS.values())) / sum(VOC_COUNTS.values())
     images = []
     for count in values[np.searchsorted(below, draw_levels(num_images, rng), side="right")].tolist():
         group = next(index for index, (_, high) in enumerate(COUNT_RANGES) if count <= high)
-        side = np.exp(np.interp(rng.random(count), LEVELS, np.log(VOC.sides[group])))
-        aspect = np.exp(np.interp(rng.random(count), LEVELS, np.log(VOC.aspects[group])))
+        side = np.exp(np.interp(rng.random(count), LEVELS, np.log(VOC_SIDES[group])))
+        aspect = np.exp(np.interp(rng.random(count), LEVELS, np.log(VOC_ASPECTS[group])))
         images.append(_place(side, aspect, num_classes, rng, (500, 375)))
     return images
 
@@ -179,8 +143,10 @@ def generate_voc(num_images: int, num_classes: int, rng: np.random.Generator) ->
 def generate_coco(num_images: int, num_classes: int, rng: np.random.Generator) -> list[ImageObjects]:
     """Images of 640 x 480 pixels with COCO's mean count, and its shares of small, medium and large."""
     width, height = 640, 480
+    normal = NormalDist(float(np.log(COCO_COUNT_MEDIAN)), COCO_COUNT_SPREAD)
+    counts = np.exp([normal.inv_cdf(level) for level in draw_levels(num_images, rng).clip(1e-12).tolist()])
     images = []
-    for count in draw_coco_counts(num_images, rng).tolist():
+    for count in counts.round().clip(1, COCO_COUNT_MAX).astype(np.int64).tolist():
         size_class = rng.choice(3, size=count, p=np.array(COCO_SIZE_SHARES) / sum(COCO_SIZE_SHARES))
         low, high = np.log(np.array(COCO_SIDES[:-1])), np.log(np.array(COCO_SIDES[1:]))
         side = np.exp(rng.uniform(low[size_class], high[size_class])) / np.sqrt(width * height)
@@ -194,13 +160,6 @@ COCO_SIDES = (6.0, 32.0, 96.0, 448.0)
 """Sides in pixels of 640 x 480 between which objects are small, medium and large."""
 COCO_COUNT_MEDIAN, COCO_COUNT_SPREAD, COCO_COUNT_MAX = 4.5, 0.99, 93
 COCO_ASPECT_MEDIAN, COCO_ASPECT_SPREAD = 0.82, 0.73
-
-
-def draw_coco_counts(num_images: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Numbers of objects: log-normal, rounded, from 1 to 93."""
-    normal = NormalDist(float(np.log(COCO_COUNT_MEDIAN)), COCO_COUNT_SPREAD)
-    counts = np.exp([normal.inv_cdf(level) for level in draw_levels(num_images, rng).clip(1e-12).tolist()])
-    return counts.round().clip(1, COCO_COUNT_MAX).astype(np.int64)
 
 
 DENSE_COVERAGE = 0.6
@@ -226,7 +185,7 @@ def generate_dense(
         boxes = np.stack([center_x - w / 2, center_y - h / 2, center_x + w / 2, center_y + h / 2], axis=1)
         boxes = boxes.clip(0, [width, height, width, height]).astype(np.float32)
         labels = rng.integers(num_classes, size=objects_per_image)
-        images.append(ImageObjects(width, height, boxes, labels, np.zeros(objects_per_image, dtype=bool)))
+        images.append(ImageObjects(width, height, boxes, labels))
     return images
 
 
@@ -244,4 +203,4 @@ def _place(
     x1, y1 = rng.random(len(side)) * (1 - w), rng.random(len(side)) * (1 - h)
     boxes = np.stack([x1, y1, x1 + w, y1 + h], axis=1) * np.array([*size, *size])
     labels = rng.integers(num_classes, size=len(side))
-    return ImageObjects(*size, boxes.astype(np.float32), labels, np.zeros(len(side), dtype=bool))
+    return ImageObjects(*size, boxes.astype(np.float32), labels)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ sys.path.append(str(ROOT))
 import mg_ops  # noqa: E402
 from benchmarks import measure, report  # noqa: E402
 from benchmarks.cases import CASES, CODER, Batch, make_batches  # noqa: E402
-from benchmarks.machine import begin, check_options, make_parser  # noqa: E402
+from benchmarks.machine import begin, check_options, make_parser, write  # noqa: E402
 from benchmarks.methods import match  # noqa: E402
 
 DEFAULT_CASES = ("voc320", "coco320", "coco800")
@@ -135,16 +134,14 @@ def run_case(name: str, matching: Callable[..., None], options: argparse.Namespa
     totals: Counter[str] = Counter()
     for batch in batches:
         totals.update(count_differences(our_targets(batch), released_targets(released(batch))))
-    turns = {}
-    for label, call in (("released code", released), ("mutual_match", match)):
-        threads = (
-            measure.best_threads(call, batches[0], options.threads) if options.device == "cpu" else options.threads
-        )
-        with measure.thread_count(threads):
-            turns[label] = measure.Turns(call, threads, measure.time_call(call, batches[0])[0])
-    measure.take_turns(turns, batches, 1 if options.quick else ROUNDS)
+    turns = {
+        label: (call, measure.best_threads(call, batches[0], options.threads) if options.device == "cpu" else 1)
+        for label, call in (("released code", released), ("mutual_match", match))
+    }
+    seconds = measure.take_turns(turns, batches, 1 if options.quick else ROUNDS)
     timed = {
-        label: {"seconds": measure.quartiles(turn.seconds)[1], "threads": turn.threads} for label, turn in turns.items()
+        label: {"seconds": measure.quartiles(seconds[label])[1], "threads": threads}
+        for label, (_, threads) in turns.items()
     }
     return {"batches": len(batches), "differences": dict(totals), "timed": timed}
 
@@ -177,14 +174,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         matching = load_released_matching(options.code)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    console, machine, output = begin(options, "released_code_quick" if options.quick else "released_code")
+        parser.error(str(error))
+    console, content, output = begin(options, "released_code_quick" if options.quick else "released_code")
     cases: dict[str, dict[str, Any]] = {}
     for name in options.cases:
         with console.status(name):
             cases[name] = run_case(name, matching, options)
-    output.write_text(json.dumps({"machine": machine, "seed": 0, "cases": cases}, indent=1) + "\n")
+    write({**content, "seed": 0, "cases": cases}, output)
     report.print_table(cases_table(cases), console)
     console.print(f"wrote {output}")
     return 0

@@ -110,7 +110,7 @@ def case_table(name: str, case: dict[str, Any]) -> Table:
             row.append(str(method["threads"]))
         equal = method["share_of_labels_equal"]
         rows.append([*row, format_memory(method), "" if equal is None else f"{100 * equal:.5g}%"])
-        remarks = [method["note"], method["memory_note"], cuda.get("graph_replay_note", "")]
+        remarks = [method["note"], cuda.get("graph_replay_note", "")]
         notes += [f"{method['label']}: {remark}" for remark in remarks if remark]
     text = f"B = {sizes['B']} images, A = {sizes['A']:,} anchors, C = {sizes['C']} classes; "
     text += f"{format_number(objects['mean'])} objects per image, at most {objects['max']:,} ({case['objects_from']}). "
@@ -147,36 +147,28 @@ def sweep_table(swept: list[dict[str, Any]]) -> Table:
 
 
 def verdict_lines(cases: dict[str, dict[str, Any]]) -> list[str]:
-    """One line per case: the default backend against the loop, and its memory."""
+    """One line per case: the default backend, on a GPU its time on the device, and how it compares with the loop."""
     lines = []
     for name, case in cases.items():
         ours = next(method for method in case["methods"].values() if method["subject"])
-        loop = case["methods"].get(LOOP, {"skipped": "the loop was not asked for", "median_seconds": None})
-        replay = ours.get("cuda", {}).get("graph_replay_seconds")
         text = f"{name}: {ours['label']} {format_seconds(ours['median_seconds'])}"
-        text += f" ({format_seconds(replay)} on the device)" if replay else ""
-        if loop["median_seconds"]:
-            threads = f"{loop['threads']} thread{'' if loop['threads'] == 1 else 's'}"
-            text += f", {format_number(ours['loop_over_this'])} times as fast as the loop (a) "
-            text += f"({format_seconds(loop['median_seconds'])}, {threads})"
-        else:
-            text += f"; no ratio: {loop['skipped']}"
+        if replay := ours.get("cuda", {}).get("graph_replay_seconds"):
+            text += f" ({format_seconds(replay)} on the device)"
+        if ours["loop_over_this"]:
+            text += f", {format_number(ours['loop_over_this'])} times as fast as the loop (a)"
         extra = format_memory(ours, case["sizes"]["B"] * case["sizes"]["A"])
-        lines += [f"{text}; extra memory {extra} per anchor of the batch"] if not name.startswith("sweep") else []
+        lines.append(f"{text}; extra memory {extra} per anchor of the batch")
     return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plot
 
-COLORS = {LOOP: "#d1495b", "batched": "#8d6a9f", "torchvision": "#edae49", "task-aligned": "#7f7f7f"}
+COLORS = {LOOP: "#d1495b", "batched": "#8d6a9f", "torchvision": "#edae49"}
 
 
-def plot_sweep(cases: dict[str, dict[str, Any]], machine: dict[str, Any], path: Path) -> bool:
-    """Time and memory of one image against its number of objects; False if no sweep was run."""
-    swept = swept_cases(cases)
-    if len(swept) < 2:
-        return False
+def plot_sweep(swept: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """Time and memory of one image against its number of objects."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,12 +181,11 @@ def plot_sweep(cases: dict[str, dict[str, Any]], machine: dict[str, Any], path: 
         panels = zip(both, ("Time of one call", "Peak memory beyond inputs and outputs"), ("s", "B"), strict=True)
         for axes, title, unit in panels:
             for name, color in {ours: "#00798c", **COLORS}.items():
-                methods = [case["methods"].get(name, {"skipped": "absent"}) for case in swept]
-                values = [_height(method, unit) for method in methods]
-                if any(values):
-                    label = next(method["label"] for method in methods if "label" in method)
+                methods = [case["methods"][name] for case in swept if name in case["methods"]]
+                if any(not method["skipped"] for method in methods):
                     width, front = (3, 5) if name == ours else (1.6, 3)
-                    heights = [value or float("nan") for value in values]
+                    heights = [_height(method, unit) for method in methods]
+                    label = methods[0]["label"]
                     axes.plot(counts, heights, "o-", label=label, color=color, linewidth=width, zorder=front)
             axes.set(xscale="log", yscale="log", xlabel="objects in the image")
             axes.set_title(title, loc="left", fontweight="bold")
@@ -209,14 +200,12 @@ def plot_sweep(cases: dict[str, dict[str, Any]], machine: dict[str, Any], path: 
         figure.tight_layout(rect=(0, 0.16, 1, 1))
         figure.savefig(path)
         pyplot.close(figure)
-    return True
 
 
-def _height(method: dict[str, Any], unit: str) -> float | None:
-    """What the plot shows of a method; None if it was not measured."""
-    if method["skipped"]:
-        return None
-    if unit == "s":
-        return method["median_seconds"]  # type: ignore[no-any-return]
-    extra: int | None = method["extra_bytes"]
-    return None if extra is None else max(extra, method["extra_bytes_resolution"], 1)
+def _height(method: dict[str, Any], unit: str) -> float:
+    """What the plot shows of a method; NaN, which leaves a gap, if it was not measured."""
+    if method["skipped"] or (unit == "B" and method["extra_bytes"] is None):
+        return float("nan")
+    return float(
+        method["median_seconds"] if unit == "s" else max(method["extra_bytes"], method["extra_bytes_resolution"], 1)
+    )

@@ -96,9 +96,7 @@ def installed_rules(only: str | None) -> list[Upstream]:
 
 def match_batch(one: Upstream, batch: Batch) -> mg_ops.Match:
     """Our rule for a batch."""
-    arguments = batch.arguments()
-    del arguments["gt_crowd"]
-    match: mg_ops.Match = getattr(mg_ops, one.rule)(**arguments, **one.options)
+    match: mg_ops.Match = getattr(mg_ops, one.rule)(**batch.arguments(), **one.options)
     return match
 
 
@@ -118,8 +116,7 @@ def compare_labels(rules: list[Upstream], paths: list[Path], most: int) -> None:
     print("| boxes | library | images | objects | left out | positives | labels that differ |")
     print("|---|---|---|---|---|---|---|")
     for path in paths:
-        source = [image for image in read_objects(path).images if not image.crowd.any()]
-        source = [image for image in source[: most or None] if len(image.labels) > 0]
+        source = [image for image in read_objects(path)[0][: most or None] if len(image.labels) > 0]
         counts = {one.name: np.zeros(3, dtype=np.int64) for one in rules}
         num_objects = left_out = 0
         for first in range(0, len(source), ONE_BATCH):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +16,10 @@ import mg_ops
 
 pytest.importorskip("torchvision")
 
-from benchmarks import baselines
+from benchmarks import baselines, match_speed, report
 from benchmarks.cases import CASES, Batch, best_overlaps, fit_to_case, make_batches
-from benchmarks.methods import match, match_loop, match_padded, share_equal
+from benchmarks.machine import RECORDS
+from benchmarks.methods import match, share_equal
 from benchmarks.objects import ImageObjects, generate_coco, generate_dense, generate_voc, read_objects
 from detector.checkpoint import make_detector
 
@@ -83,7 +81,7 @@ def test_generated_boxes_lie_in_the_image_and_have_an_area_and_a_label(generate:
     for image in generate(300, 7, np.random.default_rng(2)):  # type: ignore[operator]
         low, high = image.boxes[:, :2], image.boxes[:, 2:]
         assert (high > low).all() and (low >= -1e-3).all() and (high <= [image.width + 1e-2, image.height + 1e-2]).all()
-        assert ((image.labels >= 0) & (image.labels < 7)).all() and not image.crowd.any()
+        assert ((image.labels >= 0) & (image.labels < 7)).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,39 +95,29 @@ COCO = {
         {"image_id": 7, "category_id": 3, "bbox": [0, 0, 100, 50], "iscrowd": 1},
     ],
 }
+FRACTION = {"image_id": 7, "category_id": 3, "bbox": [0.1, 0.1, 0.5, 0.5]}
 VOC = """<annotation><size><width>60</width><height>40</height><depth>3</depth></size>
 <object><name>dog</name><difficult>1</difficult><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object>
 <object><name>cat</name><bndbox><xmin>5.5</xmin><ymin>6</ymin><xmax>7</xmax><ymax>8</ymax></bndbox></object></annotation>"""
 
 
-def test_coco_json_is_read_with_crowds_empty_images_and_labels_by_category_id(tmp_path: Path) -> None:
+def test_coco_json_is_read_with_empty_images_and_labels_by_category_id(tmp_path: Path) -> None:
     file = tmp_path / "some.json"
     file.write_text(json.dumps(COCO))
-    read = read_objects(file)
-    assert read.classes == ["car", "dog"]
-    assert read.notes == ["  1 x image without a width and a height: left out (image 9)"]
-    first, second = read.images
+    (first, second), classes, notes = read_objects(file)
+    assert classes == ["car", "dog"]
+    assert "image without a width and a height: left out (image 9)" in notes and "1 x crowd region: left out" in notes
     assert (first.width, first.height) == (100, 50)
-    assert first.boxes.tolist() == [[10, 20, 40, 25], [0, 0, 100, 50]]
-    assert first.labels.tolist() == [1, 0] and first.crowd.tolist() == [False, True]
+    assert first.boxes.tolist() == [[10, 20, 40, 25]] and first.labels.tolist() == [1]
     assert second.boxes.shape == (0, 4) and second.labels.shape == (0,)
-
-
-def test_a_folder_of_json_passes_over_other_json_and_says_so(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps(COCO))
-    (tmp_path / "b.json").write_text(json.dumps({"000001": 3}))
-    read = read_objects(tmp_path)
-    assert len(read.images) == 2
-    assert read.notes[0] == '  1 x file without "images" and "annotations": passed over (b.json)'
 
 
 @pytest.mark.parametrize("folder", ["", "Annotations"])
 def test_voc_xml_is_read_from_its_folder_or_the_one_above(tmp_path: Path, folder: str) -> None:
     (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / folder / "000001.xml").write_text(VOC)
-    read = read_objects(tmp_path)
-    assert read.classes == ["cat", "dog"]
-    (image,) = read.images
+    (image,), classes, _ = read_objects(tmp_path)
+    assert classes == ["cat", "dog"]
     assert (image.width, image.height) == (60, 40)
     assert image.boxes.tolist() == [[0, 1, 30, 40], [4.5, 5, 7, 8]] and image.labels.tolist() == [1, 0]
 
@@ -139,33 +127,31 @@ def test_voc_xml_is_read_from_its_folder_or_the_one_above(tmp_path: Path, folder
     [
         ("a.json", "{", "is not JSON"),
         ("a.json", "{}", "expected COCO's list of images"),
-        ("a.json", '{"images": [], "annotations": []}', "no image with a width"),
+        ("a.json", '{"images": [], "annotations": []}', "expected annotations of images with a width"),
+        ("a.json", json.dumps({**COCO, "annotations": [FRACTION]}), r"a\.json: expected boxes in pixels"),
         ("a.xml", "<annotation>", "annotation file that is not XML"),
         ("a.xml", "<svg/>", "XML file that is not a VOC annotation"),
-        ("a.txt", "", "holds no"),
+        ("a.txt", "", "expected annotations"),
     ],
 )
 def test_what_is_not_annotations_is_refused_by_name(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_objects(tmp_path / name if name.endswith("json") else tmp_path)
+    with pytest.raises(ValueError, match="nowhere: expected COCO-style JSON"):
+        read_objects(tmp_path / "nowhere")
 
 
 def test_one_bad_file_or_object_does_not_cost_the_others(tmp_path: Path) -> None:
     (tmp_path / "a.xml").write_text(VOC.replace("<ymax>40</ymax>", "<ymax>forty</ymax>"))
     (tmp_path / "b.xml").write_text("<annotation>")
     (tmp_path / "c.xml").write_text(VOC)
-    read = read_objects(tmp_path)
-    assert [len(image.labels) for image in read.images] == [1, 2]
-    assert read.notes == [
+    images, _, notes = read_objects(tmp_path)
+    assert [len(image.labels) for image in images] == [1, 2]
+    assert notes.splitlines() == [
         "  1 x object with a coordinate that is not a number: left out (a.xml object 0)",
         "  1 x annotation file that is not XML: image skipped (b.xml)",
     ]
-
-
-def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_objects(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,9 +172,7 @@ def test_the_cases_at_320_have_the_anchors_that_the_detectors_train_with() -> No
 
 
 def test_objects_are_stretched_to_the_square_and_fitted_to_the_large_image() -> None:
-    image = ImageObjects(
-        640, 480, np.array([[64, 48, 128, 96]], dtype=np.float32), np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool)
-    )
+    image = ImageObjects(640, 480, np.array([[64, 48, 128, 96]], dtype=np.float32), np.zeros(1, dtype=np.int64))
     torch.testing.assert_close(fit_to_case(image, CASES["coco320"]), torch.tensor([[32.0, 32.0, 64.0, 64.0]]))
     scale = 800 / 480
     torch.testing.assert_close(fit_to_case(image, CASES["coco800"]), scale * torch.tensor([[64.0, 48.0, 128.0, 96.0]]))
@@ -211,30 +195,16 @@ def test_the_same_seed_makes_the_same_batch_and_another_seed_another() -> None:
     assert not torch.equal(first.logits, other.logits)
 
 
-def make_batch_with_crowds_and_bad_boxes() -> Batch:
-    """COCO-like images, one of them empty; one object of each other is a crowd, one has no area."""
-    rng = np.random.default_rng(7)
-    images = generate_coco(5, 80, rng)
-    images = [
-        ImageObjects(
-            image.width,
-            image.height,
-            np.concatenate([image.boxes, [[50, 60, 300, 260], [90, 90, 90, 95]]]).astype(np.float32),
-            np.concatenate([image.labels, [0, 1]]),
-            np.concatenate([image.crowd, [True, False]]),
-        )
-        for image in images
-    ]
-    empty = np.zeros(0)
-    images.append(
-        ImageObjects(640, 480, empty.reshape(0, 4).astype(np.float32), empty.astype(np.int64), empty.astype(bool))
-    )
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """COCO-like images, some of them without objects."""
+    images = generate_coco(5, 80, np.random.default_rng(7))
+    images.append(ImageObjects(640, 480, np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)))
     return make_batches(replace(CASES["coco320"], batch_size=24), images, 1, 0, "cpu")[0]
 
 
-@pytest.mark.parametrize("baseline", [match_loop, match_padded])
-def test_a_baseline_agrees_with_mg_ops(baseline: Callable[[Batch], baselines.Match]) -> None:
-    batch = make_batch_with_crowds_and_bad_boxes()
+@pytest.mark.parametrize("baseline", [baselines.match_loop, baselines.match_padded])
+def test_a_baseline_agrees_with_mg_ops(baseline: Callable[[Batch], baselines.Match], batch: Batch) -> None:
     expected, answer = match(batch), baseline(batch)
     assert (expected.cls_match == mg_ops.IGNORED).any() and (expected.cls_match >= 0).any()
     # Equal but for qualities so close that native arithmetic orders them otherwise.
@@ -244,74 +214,57 @@ def test_a_baseline_agrees_with_mg_ops(baseline: Callable[[Batch], baselines.Mat
         assert (mine == theirs)[labeled].double().mean() >= 0.999
 
 
-def test_torchvision_agrees_with_mg_ops_strategy_iou_but_for_tied_best_anchors() -> None:
-    batch = make_batch_with_crowds_and_bad_boxes()
-    answer = baselines.match_by_torchvision(batch.anchors, batch.boxes_list, batch.crowd_list)
-    assert share_equal(match(batch, strategy="iou"), answer) >= 0.999
+def test_torchvision_agrees_with_mg_ops_strategy_iou_but_for_tied_best_anchors(batch: Batch) -> None:
+    assert share_equal(match(batch, strategy="iou"), baselines.match_by_torchvision(batch)) >= 0.999
 
 
-def test_the_head_of_a_batch_is_its_first_images_and_objects() -> None:
-    batch = make_batch_with_crowds_and_bad_boxes()
-    head = batch.head(2, 3)
-    assert batch.counts[0] == 0 and batch.counts[1] > 3
-    assert head.counts == [0, 3] and head.gt_offsets.tolist() == [0, 0, 3]
-    assert torch.equal(head.boxes_list[1], batch.boxes_list[1][:3])
+def test_the_head_of_a_batch_is_its_first_images_and_objects(batch: Batch) -> None:
+    head = batch.head(2, 2)
+    assert batch.counts[0] == 0 and batch.counts[1] > 2
+    assert head.counts == [0, 2] and head.gt_offsets.tolist() == [0, 0, 2]
+    assert torch.equal(head.boxes_list[1], batch.boxes_list[1][:2])
     assert torch.equal(head.padded_boxes[1], head.boxes_list[1])
     assert torch.equal(head.deltas, batch.deltas[:2])
 
 
-@pytest.mark.slow
-def test_the_benchmark_runs_checks_and_writes_its_figures(tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent / "benchmarks" / "match_speed.py"
-    output = tmp_path / "figures.json"
-    (tmp_path / "boxes.json").write_text(json.dumps(COCO))
-    command = [sys.executable, str(script), "--quick", "--cases", "coco320", "--threads", "1"]
-    command += ["--boxes", str(tmp_path / "boxes.json"), "--output", str(output)]
-    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent)}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "Verdict" in run.stdout
-    figures = json.loads(output.read_text())
-    methods = figures["cases"]["coco320"]["methods"]
-    for name in ("loop", "batched", "torchvision"):
-        assert methods[name]["median_seconds"] > 0 and methods[name]["share_of_labels_equal"] >= 0.999
-        assert "cuda" not in methods[name]
-    assert methods["loop"]["loop_over_this"] == 1
-    assert methods["compiled"]["skipped"] == "--quick"
-
-
-def write_file(path: Path, category: str, box: list[float]) -> None:
-    """A COCO file of one image with one object, of category 1."""
-    content = {
-        "images": [{"id": 1, "file_name": f"{path.stem}.jpg", "width": 100, "height": 100}],
-        "annotations": [{"image_id": 1, "category_id": 1, "bbox": box}],
-        "categories": [{"id": 1, "name": category}],
-    }
-    path.write_text(json.dumps(content))
-
-
-def test_files_of_one_folder_may_number_their_classes_each_in_its_own_way(tmp_path: Path) -> None:
-    write_file(tmp_path / "a.json", "dog", [1, 1, 50, 50])
-    write_file(tmp_path / "b.json", "cat", [1, 1, 50, 50])
-    found = read_objects(tmp_path)
-    assert [found.classes[image.labels[0]] for image in found.images] == ["dog", "cat"]
-
-
-def test_boxes_that_are_fractions_are_refused_by_name(tmp_path: Path) -> None:
-    write_file(tmp_path / "a.json", "dog", [0.1, 0.1, 0.5, 0.5])
-    with pytest.raises(ValueError, match=r"--boxes: .*a\.json: expected boxes in pixels"):
-        read_objects(tmp_path / "a.json")
-
-
-def test_objects_packed_as_lists_and_padded_are_the_same() -> None:
-    batch = make_batch_with_crowds_and_bad_boxes()
+def test_objects_packed_as_lists_and_padded_are_the_same(batch: Batch) -> None:
     assert 0 in batch.counts and batch.gt_offsets.diff().tolist() == batch.counts
     for packed, lists, padded in (
         (batch.gt_boxes, batch.boxes_list, batch.padded_boxes),
         (batch.gt_labels, batch.labels_list, batch.padded_labels),
-        (batch.gt_crowd, batch.crowd_list, batch.padded_crowd),
     ):
         rows = list(zip(padded, batch.counts, strict=True))
         assert torch.equal(torch.cat(lists), packed)
         assert torch.equal(torch.cat([row[:count] for row, count in rows]), packed)
         assert not any(row[count:].any() for row, count in rows)
+
+
+def test_the_benchmark_runs_checks_and_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "figures.json"
+    (tmp_path / "boxes.json").write_text(json.dumps(COCO))
+    command = ["--quick", "--cases", "coco320", "--threads", "1", "--boxes", str(tmp_path / "boxes.json")]
+    assert match_speed.main([*command, "--output", str(output)]) == 0
+    assert "Verdict" in capsys.readouterr().out
+    figures = json.loads(output.read_text())
+    methods = figures["cases"]["coco320"]["methods"]
+    for name in ("loop", "batched", "torchvision"):
+        assert methods[name]["median_seconds"] > 0 and methods[name]["share_of_labels_equal"] >= 0.999
+        assert "cuda" not in methods[name]
+    assert methods["loop"]["loop_over_this"] == 1 and methods["batched"]["extra_bytes"] > 0
+
+
+def test_a_backend_that_cannot_run_here_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        match_speed.parse_options(["--backends", "eager", "abacus"])
+    assert "--backends: expected some of" in (said := capsys.readouterr().err) and "got abacus" in said
+
+
+@pytest.mark.parametrize("file", sorted(RECORDS.glob("*/match_speed.json")), ids=lambda file: file.parent.name)
+def test_the_plot_and_the_verdict_are_made_of_the_figures(file: Path, tmp_path: Path) -> None:
+    content = json.loads(file.read_text())
+    swept = report.swept_cases(content["cases"])
+    assert [case["sizes"]["N"] for case in swept] == [5, 50, 500, 5000]
+    report.plot_sweep(swept, content["machine"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    lines = report.verdict_lines(content["cases"])
+    assert len(lines) == len(content["cases"]) and sum("times as fast as the loop" in line for line in lines) >= 4

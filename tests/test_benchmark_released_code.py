@@ -98,6 +98,7 @@ def test_an_image_without_objects_is_background_and_not_given_to_the_released_co
 
 
 def test_a_folder_without_the_code_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert released_code.main(["--code", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit):
+        released_code.main(["--code", str(tmp_path)])
     message = capsys.readouterr().err
     assert "expected a checkout of zhanghengdev/MutualGuide" in message and "box_utils.py" in message

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,8 @@ def make_machine(folder: Path) -> tuple[Path, dict[str, str]]:
     except importlib.metadata.PackageNotFoundError as error:
         pytest.skip(f"the machine has a package that is not here: {error}")
     copy_checkout(ROOT, folder / "checkout")
+    for library in ROOT.glob("mg_ops/*.so"):  # which takes longer to build than all else
+        shutil.copy(library, folder / "checkout/mg_ops")
     return folder / "checkout", environment
 
 
@@ -98,11 +99,8 @@ def test_there_a_dry_run_goes_through_every_step_of_every_call(tmp_path: Path) -
         assert sorted(step["name"] for step in summary["steps"]) == sorted(STEPS[call])
         assert summary["passed"] and summary["complete"] and summary["dry_run"]
         assert summary["machine"]["commit"] == "0123abc"
-        written = {path.name for path in output.iterdir()}
-        assert written == {f"{call}.json", f"{call}.tar.gz", *RESULTS[call]} and len(written) <= 8
-        with tarfile.open(output / f"{call}.tar.gz") as archive:
-            names = set(archive.getnames())
-        assert names >= {f"{call}/{name}.log" for name in STEPS[call]} | {f"{call}/{name}" for name in RESULTS[call]}
+        assert {path.name for path in output.iterdir()} == {call, f"{call}.json", *RESULTS[call]}
+        assert {path.stem for path in (output / call).glob("*.log")} == set(STEPS[call])
         assert "All passed" in result.stdout.strip().splitlines()[-1]
         check_results(call, output, summary)
 
@@ -121,9 +119,7 @@ def check_results(call: str, output: Path, summary: dict[str, Any]) -> None:
             ours = case["methods"]["cuda"]
             low, median, high = ours["cuda"]["graph_replay_quartiles"]
             assert 0 < low <= median <= high and median == ours["cuda"]["graph_replay_seconds"]
-            assert (
-                ours["cuda"]["calls_per_graph"] >= 1 and "cpp give the same integers for all images" in case["checked"]
-            )
+            assert case["checked"] == "cuda, cpp: the same integers for all images"
         limits = results["card_limits.json"]
         assert limits["copy_bytes_per_second"] > 0
         assert all(limits[f"divide {number} by x"]["nanoseconds"][1] > 0 for number in (0, 1))
@@ -133,10 +129,9 @@ def check_results(call: str, output: Path, summary: dict[str, Any]) -> None:
         assert list(cases) == ["coco320", "coco800", "dense"]
         assert all([launch["kernel"] for launch in case] for case in cases.values())
     else:
-        assert "times as fast" in details["baselines"]
         detectors = results["training_step.json"]["detectors"]
         assert list(detectors) == ["fssd-resnet18", "retinanet-resnet18"]
-        assert all(detector["captured"]["step_seconds"] > 0 for detector in detectors.values())
+        assert all("mg_ops cuda" in detector["matchings"] for detector in detectors.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,29 +195,26 @@ def make_check(output: Path, seconds: float = 60.0) -> gpu_check.Check:
     return gpu_check.Check("right", output, False, {"device": "none"}, seconds)
 
 
-def python_step(name: str, program: str, seconds: float = 60.0, telling: str = "x") -> gpu_check.Step:
-    return gpu_check.Step(name, seconds, lambda check: gpu_check.Command([sys.executable, "-c", program], telling))
+def python_step(name: str, program: str, seconds: float = 60.0) -> gpu_check.Step:
+    return gpu_check.Step(name, seconds, lambda check: ([sys.executable, "-c", program], {}))
 
 
 def test_a_failing_step_is_reported_and_those_beside_it_run(tmp_path: Path) -> None:
     check = make_check(tmp_path)
 
     def no_tool(check: gpu_check.Check) -> gpu_check.Command:
-        return gpu_check.Command([gpu_check.find_tool("no-such-program-anywhere")], "x")
+        return [gpu_check.find_tool("no-such-program-anywhere")], {}
 
-    good = python_step("good", "print('2 times faster'); print('3 times faster'); print('end')", telling="times")
-    bad = python_step("bad", "print('before'); print('3 failed'); raise SystemExit(3)", telling="failed")
+    good = python_step("good", "print('2 times faster'); print('3 times faster')")
+    bad = python_step("bad", "print('before'); print('3 failed'); raise SystemExit(3)")
     assert not check.run_side_by_side((good, bad, gpu_check.Step("missing", 60.0, no_tool)))
-    outcomes = {outcome.name: outcome for outcome in check.outcomes}
-    assert outcomes["good"].passed and outcomes["good"].detail == "3 times faster"
-    assert outcomes["good"].lines == ["2 times faster", "3 times faster"]
-    assert not outcomes["bad"].passed and outcomes["bad"].detail == "exit status 3: 3 failed"
-    assert not outcomes["missing"].passed and "no-such-program-anywhere was not found" in outcomes["missing"].detail
+    outcomes = {outcome["name"]: outcome for outcome in check.steps}
+    assert outcomes["good"]["passed"] and outcomes["good"]["detail"] == "3 times faster"
+    assert not outcomes["bad"]["passed"] and outcomes["bad"]["detail"] == "exit status 3: 3 failed"
+    assert not outcomes["missing"]["passed"] and "no-such-program-anywhere" in outcomes["missing"]["detail"]
     summary = json.loads((tmp_path / "right.json").read_text())
     assert not summary["passed"] and len(summary["steps"]) == 3
-    with tarfile.open(tmp_path / "right.tar.gz") as archive:
-        log = archive.extractfile("right/bad.log")
-        assert log is not None and log.read().decode().splitlines()[1:] == ["before", "3 failed"]
+    assert (tmp_path / "right/bad.log").read_text().splitlines()[1:] == ["before", "3 failed"]
 
 
 START_ANOTHER = (
@@ -247,13 +239,13 @@ def ends(process: int) -> bool:
 @pytest.mark.parametrize("whose", ["the step", "the call"])
 def test_what_takes_too_long_is_cut_off_with_all_it_started(tmp_path: Path, whose: str) -> None:
     check = make_check(tmp_path, 3.0 if whose == "the call" else 60.0)
-    step = python_step("slow", START_ANOTHER, 600.0 if whose == "the call" else 3.0, "started")
+    step = python_step("slow", START_ANOTHER, 600.0 if whose == "the call" else 3.0)
     assert not check.run_side_by_side((step,))
-    assert "cut off after 3 s: started" in check.outcomes[0].detail
-    assert ends(int(check.outcomes[0].detail.split()[-1]))
+    assert "cut off after 3 s: started" in check.steps[0]["detail"]
+    assert ends(int(check.steps[0]["detail"].split()[-1]))
     if whose == "the call":
         assert not check.run_side_by_side((python_step("next", "print('x')"),))
-        assert check.outcomes[1].detail == "not run: the time of this call is over"
+        assert check.steps[1]["detail"] == "not run: the time of this call is over"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -262,20 +254,18 @@ def test_a_call_that_is_ended_keeps_what_it_has(tmp_path: Path, number: signal.S
 import sys
 from benchmarks import gpu_check
 def step(name, program):
-    command = lambda check: gpu_check.Command([sys.executable, "-c", program], "half|started")
-    return gpu_check.Step(name, 60.0, command)
+    return gpu_check.Step(name, 60.0, lambda check: ([sys.executable, "-c", program], {{}}))
 gpu_check.CALLS["right"] = ((step("first", "print('half')"),), (step("second", {START_ANOTHER!r}),))
 sys.exit(gpu_check.main())
 """
     command = [sys.executable, "-c", program, "right", "--dry-run", "--output", str(tmp_path)]
-    (tmp_path / "tmp").mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("second:"):
                 break
-        while not any("started" in log.read_text().partition("\n")[2] for log in tmp_path.glob("tmp/*/second.log")):
+        while not any("started" in log.read_text().partition("\n")[2] for log in tmp_path.glob("right/second.log")):
             time.sleep(0.1)
         process.send_signal(number)
         said = process.stdout.read()
@@ -284,8 +274,7 @@ sys.exit(gpu_check.main())
     summary = json.loads((tmp_path / "right.json").read_text())
     assert [step["passed"] for step in summary["steps"]] == [True, False]
     assert not summary["complete"]
-    with tarfile.open(tmp_path / "right.tar.gz") as archive:
-        assert {"right/first.log", "right/second.log", "right/right.json"} <= set(archive.getnames())
+    assert "half" in (tmp_path / "right/first.log").read_text()
     assert ends(int(summary["steps"][1]["detail"].split()[-1]))
 
 
@@ -295,9 +284,9 @@ def test_tools_are_found_beyond_the_path(tmp_path: Path, monkeypatch: pytest.Mon
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(gpu_check.MissingTool, match="a-tool-of-cuda was not found on the PATH, nor in"):
+    with pytest.raises(FileNotFoundError, match="expected a-tool-of-cuda on the PATH"):
         gpu_check.find_tool(tool.name)
-    monkeypatch.setattr(gpu_check, "TOOL_FOLDERS", (f"{tmp_path}/tool*/bin",))
+    monkeypatch.setattr(gpu_check, "TOOL_FOLDERS", (f"{tmp_path}/tool*/bin"[1:],))
     assert gpu_check.find_tool(tool.name) == str(tool)
     monkeypatch.setattr(gpu_check, "TOOL_FOLDERS", ())
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
@@ -322,26 +311,24 @@ some words of the program
 "ID","Process ID","Kernel Name","dram__bytes_read.sum","gpu__time_duration.sum","smsp__inst_executed.sum",\
 "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",\
 "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
-"","","","Mbyte","us","inst","inst","inst"
-"0","4711","mg_ops::cuda::claim_kernel(mg_ops::cuda::MatchProblem)","7.5","14.20","15,812,345","0.25","1.75"
+"","","","byte","ns","inst","inst","inst"
+"0","4711","mg_ops::cuda::claim_kernel(mg_ops::cuda::MatchProblem)","7,500,000","14,200","15,812,345","0.25","1.75"
 "1","4711","void mg_ops::cuda::rank_kernel<(int)4>(mg_ops::cuda::MatchProblem)","1,000","2.5","n/a","0","0"
 """
 
 
 def test_the_summary_of_a_profile_is_what_its_table_says() -> None:
-    claim, rank = map(kernel_profile.summarize, kernel_profile.read_raw_page(RAW_PAGE))
+    claim, rank = kernel_profile.read_raw_page(RAW_PAGE)
     assert claim["kernel"] == "claim_kernel" and rank["kernel"] == "rank_kernel"
-    assert claim["microseconds"] == 14.2 and claim["device_bytes_read"] == 7.5e6
+    assert claim["nanoseconds"] == 14_200 and claim["device_bytes_read"] == 7.5e6
     assert claim["warp_instructions"] == 15_812_345 and rank["warp_instructions"] is None
     assert list(claim["stalls"].items()) == [("wait", 1.75), ("barrier", 0.25)] and rank["stalls"] == {}
-    assert rank["device_bytes_read"] == 1e9 and rank["occupancy_percent"] is None
-    line = kernel_profile.describe_launch("coco320", claim)
-    assert "14.2 us (predicted 15 to 17 at least)" in line and "wait 1.75" in line
+    assert rank["occupancy_percent"] is None
 
 
 @pytest.mark.parametrize("text", ["", "==ERROR== no permission\n", "".join(RAW_PAGE.splitlines(True)[:5])])
 def test_a_profile_without_a_kernel_is_an_error(text: str) -> None:
-    with pytest.raises(ValueError, match=r"no (table|kernel)"):
+    with pytest.raises(ValueError, match="no kernel"):
         kernel_profile.read_raw_page(text)
 
 
@@ -357,11 +344,11 @@ def test_an_ncu_that_lacks_a_metric_is_asked_again_for_its_sections(
         f"cat {tmp_path / 'table'}\n"
     )
     ncu.chmod(0o755)
+    call = (str(ncu), "coco320", ["program"], tmp_path, None)
     if knows == "nothing":
         with pytest.raises(RuntimeError, match="Failed to find metric"):
-            kernel_profile.profile(str(ncu), "coco320", ["program"], tmp_path, 60.0)
+            kernel_profile.profile(*call)
         return
-    launches = kernel_profile.profile(str(ncu), "coco320", ["program"], tmp_path, 60.0)
-    assert [launch["kernel"] for launch in launches] == ["claim_kernel", "rank_kernel"]
+    assert [launch["kernel"] for launch in kernel_profile.profile(*call)] == ["claim_kernel", "rank_kernel"]
     assert (tmp_path / "ncu-coco320.csv").read_text() == RAW_PAGE
     assert ("Failed to find metric" in capsys.readouterr().out) == (knows == "its sections alone")

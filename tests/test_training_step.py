@@ -37,8 +37,7 @@ def test_every_phase_of_every_matching_is_measured_and_written(
     assert {"(a) loop", "(b) batched, padded"} < rows.keys()
     for row in rows.values():
         assert tuple(row["phases"]) == training_step.PHASES and min(row["phases"].values()) >= 0
-        slowest = row["slowest_step_seconds"]
-        assert row["phases"]["forward"] > 0 and row["phases"]["backward"] > 0 and row["step_seconds"] <= slowest
+        assert row["phases"]["forward"] > 0 and row["phases"]["backward"] > 0
         assert row["images_per_second"] == pytest.approx(2 / row["step_seconds"])
         assert row["share_of_labels_equal"] >= 0.999
         assert row["peak_bytes"] is None or row["peak_bytes"] > 1e6

@@ -9,6 +9,7 @@ Triton compiles for a GPU that is not here; `launch` runs a whole call, with a d
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import statistics
 import subprocess
@@ -134,11 +135,9 @@ def print_list_lengths(images: int = 2) -> None:
     listed_iou, _ = listed_orders(0.4)
     least = torch.tensor(listed_iou, dtype=torch.int32).view(torch.float32)
     for name in ("coco320", "coco800", "dense"):
-        batch = make_batches(CASES[name].with_images(images), None, 1, 0, "cpu")[0]
+        batch = make_batches(dataclasses.replace(CASES[name], batch_size=images), None, 1, 0, "cpu")[0]
         counts: dict[str, list[torch.Tensor]] = {}
         for image, (gt_boxes, gt_labels) in enumerate(zip(batch.boxes_list, batch.labels_list, strict=True)):
-            crowd = torch.zeros_like(gt_labels) if batch.crowd_list is None else batch.crowd_list[image]
-            gt_boxes, gt_labels = gt_boxes[crowd == 0], gt_labels[crowd == 0]
             if len(gt_boxes) == 0:
                 continue
             q_anchor = mg_ops.box_iou(batch.anchors, gt_boxes)
