@@ -16,22 +16,7 @@ from PIL import Image
 pytest.importorskip("supervision")
 
 from detector import batches, detect
-from detector.checkpoint import save_atomically
-from detector.detectors import make_detector
 from detector.inference import Detections
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = make_detector("fssd", "resnet18", 64, 2)
-    for conv in model.head.classes:
-        torch.nn.init.normal_(conv.bias, -1, 1)
-    folder = tmp_path_factory.mktemp("run")
-    arguments = {"model": "fssd", "backbone": "resnet18", "image_size": 64, "strategy": "mutual"}
-    content = {"step": 1, "model": model.state_dict(), "ema": None, "arguments": arguments}
-    save_atomically({**content, "class_names": ["disc", "square"]}, folder / "last.pt")
-    return folder
 
 
 @pytest.fixture
@@ -78,17 +63,18 @@ def test_patterns_name_images_and_nothing_else(photos: Path) -> None:
     assert found(odd, odd / "a.jpg") == [("[1]/a.jpg", "a.jpg")]
 
 
-def test_a_pattern_leaves_out_the_pictures_of_earlier_calls(
-    photos: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("pattern", "count"), [("", 6), ("**/*.jpg", 4)], ids=["folder", "pattern"])
+def test_the_pictures_of_earlier_calls_are_no_images(
+    pattern: str, count: int, photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = run(run_folder, photos / "out", photos / "**" / "*.jpg")
+    first = run(checkpoint, photos / "out", photos / pattern)
     capsys.readouterr()
-    assert run(run_folder, photos / "out", photos / "**" / "*.jpg") == first and len(first) == 4
-    assert "pictures of earlier calls, left out: 4 in" in capsys.readouterr().out
+    assert run(checkpoint, photos / "out", photos / pattern) == first and len(first) == count
+    assert f"pictures of earlier calls, left out: {count} in" in capsys.readouterr().out
 
 
 def test_each_image_is_decoded_once_and_drawn_off_the_main_thread(
-    photos: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[Path] = []
     drawn: list[threading.Thread] = []
@@ -105,17 +91,17 @@ def test_each_image_is_decoded_once_and_drawn_off_the_main_thread(
     monkeypatch.setattr(batches, "decode", counting_decode)
     monkeypatch.setattr("detector.images.decode", counting_decode)
     monkeypatch.setattr(detect, "draw_detections", watching_draw)
-    records = run(run_folder, tmp_path / "out", photos, workers=2, batch=2)
+    records = run(checkpoint, tmp_path / "out", photos, workers=2, batch=2)
     assert sorted(decoded) == sorted(Path(record["file"]) for record in records) and len(decoded) == 6
     assert len(drawn) == 6 and threading.main_thread() not in drawn
     assert all((tmp_path / "out" / record["picture"]).is_file() for record in records)
 
 
-def test_results_do_not_depend_on_workers_and_batches(photos: Path, run_folder: Path, tmp_path: Path) -> None:
-    expected = run(run_folder, tmp_path / "0", photos, workers=0, batch=6)
+def test_results_do_not_depend_on_workers_and_batches(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+    expected = run(checkpoint, tmp_path / "0", photos, workers=0, batch=6)
     assert all(record["objects"] and (record["width"], record["height"]) == (64, 48) for record in expected)
     for workers, batch in ((1, 2), (3, 1)):
-        found = run(run_folder, tmp_path / f"{workers}", photos, workers=workers, batch=batch)
+        found = run(checkpoint, tmp_path / f"{workers}", photos, workers=workers, batch=batch)
         for record, other in zip(expected, found, strict=True):
             assert [o["class"] for o in record["objects"]] == [o["class"] for o in other["objects"]]
             boxes, other_boxes = ([o["box"] for o in r["objects"]] for r in (record, other))
@@ -123,7 +109,7 @@ def test_results_do_not_depend_on_workers_and_batches(photos: Path, run_folder: 
 
 
 def test_results_are_written_as_they_come(
-    photos: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = tmp_path / "out" / "detections.jsonl"
     detect_each, counts = detect.detect_each, []
@@ -134,7 +120,7 @@ def test_results_are_written_as_they_come(
             yield result
 
     monkeypatch.setattr(detect, "detect_each", looking)
-    records = run(run_folder, tmp_path / "out", photos, workers=0, batch=2)
+    records = run(checkpoint, tmp_path / "out", photos, workers=0, batch=2)
     assert counts == list(range(6)) and len(records) == 6 and not lines.exists()
 
 

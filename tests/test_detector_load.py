@@ -17,25 +17,17 @@ from torch import Tensor
 
 from detector import Detector, inference
 from detector.checkpoint import read_checkpoint, save_atomically, save_best, save_weights
-from detector.detectors import make_detector
 from detector.inference import detect, run_ahead
 from mg_ops.boxes import BoxCoder
 
 pytest.importorskip("safetensors")
 
-ARGUMENTS = {"model": "fssd", "backbone": "resnet18", "image_size": 64, "strategy": "mutual"}
-
 
 @pytest.fixture(scope="module")
-def best(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def best(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """best.pt and best.safetensors of a detector that finds something everywhere."""
-    torch.manual_seed(0)
-    model = make_detector("fssd", "resnet18", 64, 2)
-    for conv in model.head.classes:
-        torch.nn.init.normal_(conv.bias, -1, 1)
     folder = tmp_path_factory.mktemp("run")
-    content = {"step": 7, "model": model.state_dict(), "ema": None, "arguments": ARGUMENTS, "optimizer": {}}
-    save_best({**content, "class_names": ["disc", "square"], "data": None}, 0.5, folder)
+    save_best({**read_checkpoint(checkpoint), "step": 7, "optimizer": {}, "data": None}, 0.5, folder)
     return folder / "best.pt"
 
 
@@ -148,7 +140,7 @@ def test_safetensors_hold_the_same_detector(best: Path, picture: Path) -> None:
     assert isinstance(expected, dict)
     assert_same(detector(picture), expected)
     content = read_checkpoint(best.with_suffix(".safetensors"))
-    assert (content["step"], content["AP"]) == (7, 0.5) and content["arguments"].items() >= ARGUMENTS.items()
+    assert (content["step"], content["AP"]) == (7, 0.5) and content["arguments"]["strategy"] == "mutual"
 
 
 @pytest.mark.parametrize(

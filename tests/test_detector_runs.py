@@ -6,32 +6,19 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_data import train_flags, write_voc
+from small_data import train_flags
 
 import detector.train
 from detector.checkpoint import initialize_from, read_checkpoint
 from detector.detectors import OneStageDetector, make_detector
 from detector.run_log import RunLog, claim_folder, read_log
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_voc(tmp_path_factory.mktemp("voc"), {"train": 4, "val": 2})
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(voc: Path, tmp_path: Path) -> None:
