@@ -21,6 +21,7 @@ from detector_batches import WORST, detector_batch, worst_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import operator_arguments
+from random_batches import random_batch
 from small_batches import small_batches
 
 import mg_ops
@@ -246,6 +247,13 @@ def test_an_object_of_bad_predictions_lists_them(rival_overlaps: bool) -> None:
     assert match.cls_match.tolist() == [[0, -1 if rival_overlaps else 1, 2]]
     assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), "")
     assert bool(emulator.notes()) == rival_overlaps  # where an object gets nothing, all anchors are looked at
+
+
+def test_areas_near_the_largest_float(small_blocks: cuda_on_cpu.Emulator) -> None:
+    """Bounds of a pair do not overflow where its IoU does not."""
+    batch = random_batch(120150)
+    match = small_blocks.mutual_match(**batch.arguments)
+    assert_same(match, mg_ops.mutual_match(**batch.arguments, backend="eager"), batch)
 
 
 def test_scores_are_read_rarely() -> None:

@@ -254,7 +254,8 @@ MG_OPS_DEVICE bool can_overlap(const Box& bounds, const Box& box) {
 // numbers are too small for it to be relative, the answer is that it can.
 MG_OPS_DEVICE bool can_exceed(const TileBounds& bounds, const Box& box, float area, float quality) {
   const float most = min_float(min_float(intersection_area(bounds.box, box), area), bounds.most_area);
-  const float least_union = (max_float(bounds.least_area, most) + area) - most;
+  // In this order a sum of huge areas does not overflow where none of the pairs does.
+  const float least_union = max_float(bounds.least_area - most, 0.0f) + area;
   const float needed = quality * least_union;
   const bool cannot = needed > 1e-30f && most * (1.0f + 1e-5f) < needed;
   return can_overlap(bounds.box, box) && !cannot;
