@@ -21,6 +21,7 @@ from detector_batches import WORST, detector_batch, worst_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import operator_arguments
+from random_batches import random_batch
 from small_batches import small_batches
 
 import mg_ops
@@ -182,7 +183,7 @@ def test_random_wrong_offsets(small_blocks: cuda_on_cpu.Emulator) -> None:
 
 
 def test_launches_and_memory(small_blocks: cuda_on_cpu.Emulator) -> None:
-    """At most four launches, and scratch of about 8 bytes an image and anchor, 17 an anchor and 470 an object."""
+    """At most four launches, and scratch of about 8 bytes an image and anchor, 17 an anchor and 476 an object."""
     for batch_size, num_anchors, num_objects in [(3, 200, 5), (1, 40, 300), (2, 0, 3), (0, 50, 0), (2, 100, 0)]:
         small_blocks.mutual_match(**detector_batch(batch_size, num_anchors, num_objects))
         call = small_blocks.last_call
@@ -190,7 +191,7 @@ def test_launches_and_memory(small_blocks: cuda_on_cpu.Emulator) -> None:
         pairs, tiles, objects = batch_size * num_anchors, -(-num_anchors // 64), batch_size * num_objects
         per_tile = 16 * batch_size + 64
         assert (
-            call.scratch_bytes <= 8 * pairs + 16 * num_anchors + per_tile * tiles + 472 * objects + 4 * batch_size + 500
+            call.scratch_bytes <= 8 * pairs + 16 * num_anchors + per_tile * tiles + 476 * objects + 4 * batch_size + 500
         )
     small_blocks.mutual_match(**detector_batch(2, 100, 0))
     assert small_blocks.last_call.launches == 1  # nothing but the background
@@ -223,6 +224,36 @@ def test_each_reason_to_rank_from_all_anchors() -> None:
         match = emulator.mutual_match(**arguments)
         assert emulator.notes().get(f"rank_all: {why}", 0) > 0, why
         assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), why)
+
+
+@pytest.mark.parametrize("rival_overlaps", [False, True])
+def test_an_object_of_bad_predictions_lists_them(rival_overlaps: bool) -> None:
+    """Object 1 loses its best anchor to object 0, and has another of quality 0.06, unless object 2 claims that at 0.07.
+
+    Object 2 has a perfect anchor, so that claiming leaves out its pair of 0.07.
+    """
+    third = torch.tensor([44.0, 0.0, 76.0, 32.0]) + (0.0 if rival_overlaps else 100.0)
+    anchors = torch.stack([torch.tensor([0.0, 0.0, 32.0, 32.0]), torch.tensor([16.0, 0.0, 48.0, 32.0]), third])
+    objects = torch.stack([torch.tensor([18.0, 14.0, 24.0, 20.0]), torch.tensor([17.0, 13.0, 25.0, 21.0]), third])
+    arguments = {
+        "anchors": anchors,
+        "pred_boxes": anchors[None],
+        "cls_logits": torch.zeros(1, 3, 1),
+        "gt_boxes": [objects],
+        "gt_labels": [torch.zeros(3, dtype=torch.int64)],
+    }
+    emulator = cuda_on_cpu.build(threads=64)
+    match = emulator.mutual_match(**arguments)
+    assert match.cls_match.tolist() == [[0, -1 if rival_overlaps else 1, 2]]
+    assert_same(match, mg_ops.mutual_match(**arguments, backend="eager"), "")
+    assert bool(emulator.notes()) == rival_overlaps  # where an object gets nothing, all anchors are looked at
+
+
+def test_areas_near_the_largest_float(small_blocks: cuda_on_cpu.Emulator) -> None:
+    """Bounds of a pair do not overflow where its IoU does not."""
+    batch = random_batch(120150)
+    match = small_blocks.mutual_match(**batch.arguments)
+    assert_same(match, mg_ops.mutual_match(**batch.arguments, backend="eager"), batch)
 
 
 def test_scores_are_read_rarely() -> None:

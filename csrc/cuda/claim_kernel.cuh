@@ -2,8 +2,8 @@
 // background, finds the best anchor of each object under q_regressed, and appends each anchor to the front of its owner
 // under q_regressed if it could be among those chosen.
 //
-// Most pairs are left out by bounds of the tile: only a pair matters whose q_regressed reaches front_quality or the
-// largest of its object so far, and object_kernel has left a good anchor's there.
+// Most pairs are left out by bounds of the tile: only a pair matters whose q_regressed reaches its object's
+// front_quality or the largest of its object so far, and object_kernel has left a good anchor's there.
 #pragma once
 
 #include "launched_problem.cuh"
@@ -32,7 +32,8 @@ MG_OPS_DEVICE bool stage_objects(const LaunchedProblem& problem, ImageObjects ob
     shared.box[threadIdx.x] = object.box;
     shared.area[threadIdx.x] = object.area;
     shared.best[threadIdx.x] = best;
-    shared.sought[threadIdx.x] = min_float(bits_float(best), front_quality(problem));
+    shared.sought[threadIdx.x] =
+        object.kind == ObjectKind::kObject ? min_float(bits_float(best), problem.front_quality[index]) : 0.0f;
     shared.kind[threadIdx.x] = object.kind;
     crowd = object.kind == ObjectKind::kCrowd;
   }
@@ -79,7 +80,6 @@ MG_OPS_DEVICE uint32_t claim_tile(const LaunchedProblem& problem, uint32_t image
   const uint32_t num_anchors = static_cast<uint32_t>(problem.num_anchors);
   const uint32_t first_anchor = tile * kTile;
   const bool by_regressed = problem.params.classification_by_regressed;
-  const float front = front_quality(problem);
 
   Box anchor_box[2], pred_box[2];
   float pred_area[2];
@@ -158,7 +158,8 @@ MG_OPS_DEVICE uint32_t claim_tile(const LaunchedProblem& problem, uint32_t image
 
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
-    const bool appends = order[slot] != 0 && order[slot] >= iou_order(front);
+    const bool appends =
+        order[slot] != 0 && order[slot] >= iou_order(problem.front_quality[objects.first + owner[slot]]);
     if (__ballot_sync(kAllLanes, appends) != 0) {
       const uint32_t anchor = first_anchor + static_cast<uint32_t>(slot * 32 + lane_index());
       append_front(problem, objects.first, appends, owner[slot], order[slot], anchor);

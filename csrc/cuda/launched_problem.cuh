@@ -93,16 +93,17 @@ struct LaunchedProblem : MatchProblem {
   float4* pred_tiles;        // (B, A / kTile) boxes around the predicted boxes
   Object* objects;           // (N,)
   ObjectLists* lists;        // (N,)
+  float* front_quality;      // (N,) an object's front has the anchors it claims from this q_regressed on
   Word64* best[kQualities];  // (N,) claim_key(quality, anchor) of each object's best anchor; 0: every quality is 0
   // For each object its anchors that may matter under q_anchor and q_amplified, whoever owns them:
   // claim_key(q_amplified or q_anchor, anchor), as localization ranks them.
   Word64* pairs;
-  Word64* fronts;  // for each object the anchors it owns under q_regressed, from some quality on
+  Word64* fronts;  // for each object the anchors it claims under q_regressed, from its front_quality on
   int64_t pairs_room, fronts_room;
 };
 
 // Points the scratch arrays of a problem whose sizes are set into one allocation, aligned to 32 bytes. Returns how many
-// bytes that needs; with a null pointer that is all it is for. About 8.3 B A + 17 A + 470 N.
+// bytes that needs; with a null pointer that is all it is for. About 8.3 B A + 17 A + 476 N.
 inline size_t place_scratch(LaunchedProblem& problem, char* memory) {
   size_t bytes = 0;
   const auto place = [&](auto& array, int64_t count) {
@@ -125,6 +126,7 @@ inline size_t place_scratch(LaunchedProblem& problem, char* memory) {
   place(problem.pred_tiles, problem.params.classification_by_regressed ? problem.batch_size * num_tiles : 0);
   place(problem.objects, problem.num_gt);
   place(problem.lists, problem.num_gt);
+  place(problem.front_quality, problem.num_gt);
   for (Word64*& best : problem.best) {
     place(best, problem.num_gt);
   }
@@ -252,7 +254,8 @@ MG_OPS_DEVICE bool can_overlap(const Box& bounds, const Box& box) {
 // numbers are too small for it to be relative, the answer is that it can.
 MG_OPS_DEVICE bool can_exceed(const TileBounds& bounds, const Box& box, float area, float quality) {
   const float most = min_float(min_float(intersection_area(bounds.box, box), area), bounds.most_area);
-  const float least_union = (max_float(bounds.least_area, most) + area) - most;
+  // In this order a sum of huge areas does not overflow where none of the pairs does.
+  const float least_union = max_float(bounds.least_area - most, 0.0f) + area;
   const float needed = quality * least_union;
   const bool cannot = needed > 1e-30f && most * (1.0f + 1e-5f) < needed;
   return can_overlap(bounds.box, box) && !cannot;
@@ -297,8 +300,9 @@ MG_OPS_DEVICE float iou_above(const Box& a, float area_a, const Box& b, float ar
 // Relative slack of bounds on det_log2: far above its error, and far below what a bound decides.
 constexpr float kLog2Slack = 1.0f + 1e-5f;
 
-// Under q_regressed an object's list has the anchors it owns from this quality on.
-MG_OPS_DEVICE float front_quality(const LaunchedProblem& problem) { return 0.5f * problem.params.iou_ignored; }
+// Under q_regressed every pair from this quality on is compared with all others of its anchor, and objects with good
+// predictions list what they own from here on.
+MG_OPS_DEVICE float common_front_quality(const LaunchedProblem& problem) { return 0.5f * problem.params.iou_ignored; }
 
 // The exponent of q_amplified at p = 1 is this times log2(q_anchor), and rounding keeps order: every exponent lies
 // between that and log2(q_anchor).

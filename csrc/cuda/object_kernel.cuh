@@ -216,6 +216,7 @@ MG_OPS_DEVICE void find_pairs(const LaunchedProblem& problem, uint32_t index, Ob
     problem.best[kByAmplified][index] =
         amplified && takes_part ? claim_key(best_amplified.order, best_amplified.anchor) : 0;
     Word64 best_regressed = 0;
+    float front = common_front_quality(problem);
     ObjectLists lists{};
     lists.first_pair = first_pair;
     lists.num_near = shared.num_near;
@@ -225,19 +226,23 @@ MG_OPS_DEVICE void find_pairs(const LaunchedProblem& problem, uint32_t index, Ob
       const Box box = load_pred(problem, object.image, best.anchor, load_anchor(problem, best.anchor));
       const float q = box_iou(box, box_area(box), object.box, object.area);
       best_regressed = q > 0.0f ? claim_key(iou_order(q), best.anchor) : 0;
+      // Where even this prediction is bad, another object may have the only good one: then worse ones are listed too.
+      front = q > 0.0f ? min_float(front, 0.5f * q) : front;
       // Predictions are near their anchors, so about as many of them are near the object: mostly less than twice the
-      // pairs, and more where there is room.
+      // pairs, and more where there is room. An object must not take what the others need.
       const Word64 room = static_cast<Word64>(problem.fronts_room);
       const Word64 share = room / static_cast<Word64>(problem.num_gt);
       const Word64 some = 2 * static_cast<Word64>(num_pairs) + 32;
       const Word64 plenty = 3 * static_cast<Word64>(num_pairs) + 128;
-      Word64 wanted = plenty < share ? plenty : some > share ? some : share;
+      Word64 wanted = some > share / 2 ? some : share / 2;
+      wanted = wanted < plenty ? wanted : plenty;
       wanted = wanted < kListRoom ? wanted : kListRoom;
       lists.first_front = atomicAdd(problem.taken + 1, wanted);
       const Word64 left = lists.first_front < room ? room - lists.first_front : 0;
       lists.front_room = static_cast<uint32_t>(wanted < left ? wanted : left);
     }
     problem.best[kByRegressed][index] = best_regressed;
+    problem.front_quality[index] = front;
     problem.lists[index] = lists;
   }
 }

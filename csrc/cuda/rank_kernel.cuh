@@ -194,22 +194,34 @@ MG_OPS_DEVICE bool read_lists(const LaunchedProblem& problem, const Ranking& ran
   // The front, and the forced anchor, which it need not hold.
   if (regressed) {
     const uint32_t forced = forced_anchor(problem, ranking.index, kByRegressed);
+    const uint32_t common_front = iou_order(common_front_quality(problem));
     num_keys = lists.num_fronts + 1;
     for (uint32_t first = static_cast<uint32_t>(warp_index()) * 32; first < num_keys; first += kRankThreads) {
       const uint32_t i = first + static_cast<uint32_t>(lane_index());
       uint32_t anchor = 0, order = 0;
-      Box box{};
+      bool is_weak = false;
       if (i < lists.num_fronts) {
         const Word64 key = problem.fronts[lists.first_front + i];
         anchor = key_index(key);
         order = anchor == forced ? 0 : key_order(key);
+        is_weak = order != 0 && order < common_front;
       } else if (i == lists.num_fronts) {
         anchor = forced;
         order = kForcedIouOrder;
+      }
+      // claim_kernel has compared the qualities of the front, where no object leaves them out. What is left are weak
+      // pairs and forced ones; and the object's own forced anchor may be another's at quality 1, which is an object
+      // whose best pair has just that.
+      const bool compares = is_weak || i == lists.num_fronts;
+      Box box{};
+      if (compares) {
         box = load_pred(problem, ranking.object.image, anchor, load_anchor(problem, anchor));
       }
-      // claim_kernel has compared the qualities of the front. What is left are forced pairs; and the object's own
-      // forced anchor may be another's at quality 1, which is an object whose best pair has just that.
+      TileBounds weak = no_bounds();
+      widen(weak, box, 0.0f, is_weak);
+      if (__ballot_sync(kAllLanes, is_weak) != 0) {
+        weak.box = warp_box(weak.box);
+      }
       uint32_t* bits = shared.anchor_bits[warp_index()];
       bits[lane_index()] = 0;
       __syncwarp();
@@ -217,11 +229,12 @@ MG_OPS_DEVICE bool read_lists(const LaunchedProblem& problem, const Ranking& ran
         atomicOr(bits + (anchor >> 5 & 31), 1u << (anchor & 31));
       }
       __syncwarp();
-      const auto may_matter = [&](const Object&, Word64 best, uint32_t other) {
-        return (bits[other >> 5 & 31] >> (other & 31) & 1) != 0 || key_order(best) == kForcedIouOrder;
+      const auto may_matter = [&](const Object& rival, Word64 best, uint32_t other) {
+        return (bits[other >> 5 & 31] >> (other & 31) & 1) != 0 || key_order(best) == kForcedIouOrder ||
+               can_overlap(weak.box, rival.box);
       };
       const auto order_of = [&](const Object& rival) {
-        return i == lists.num_fronts ? iou_order(box_iou(box, box_area(box), rival.box, rival.area)) : 0;
+        return compares ? iou_order(box_iou(box, box_area(box), rival.box, rival.area)) : 0;
       };
       contest_regressed(problem, ranking, anchor, may_matter, order_of, order);
       if (i < num_keys) {
