@@ -279,7 +279,7 @@ def call_operator(
     check_box_coder(box_coder)
     if (box_coder is None) != (boxes_name != "box_deltas"):
         raise ValueError(
-            "box_coder: expected one with box_deltas, to decode them, such as mg_ops.BoxCoder()"
+            "box_coder: expected one with box_deltas, such as mg_ops.BoxCoder(); a matcher is made with it"
             if box_coder is None
             else "box_coder: expected none without box_deltas; boxes that are already decoded are pred_boxes"
         )
