@@ -19,6 +19,8 @@ class Match(NamedTuple):
     """(B, A) int64: the index of the object within its image, `BACKGROUND` (-1) or `IGNORED` (-2)."""
     num_pos: Tensor
     """(N,) int32, or (B, M) for padded objects: how many anchors each object has; 0 for padding."""
+    soft_targets: Tensor | None = None
+    """(B, A) float32: the classification target of each positive at its label, 0 elsewhere. None where it is 1."""
 
     @property
     def loc_match(self) -> Tensor:
