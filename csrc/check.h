@@ -120,6 +120,19 @@ inline void check_number(const char* name, double value, double low, double high
   }
 }
 
+// The same of a number that may also be 0.
+inline void check_from_zero(const char* name, double value, double high, const char* expected) {
+  if (value != 0.0) {
+    check_number(name, value, 0.0, high, expected);
+  }
+}
+
+inline void check_count(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high) {
+    fail(name, ": expected an integer from ", low, " to ", high, ", got ", value);
+  }
+}
+
 constexpr double kMaxNumber = std::numeric_limits<float>::max();
 
 // Raises unless these are the four weights and the clip of a box coder.

@@ -13,12 +13,8 @@ std::tuple<Tensor, Tensor> max_iou_match(Tensor anchors, Tensor pred_boxes, Tens
                                          bool scores_are_probabilities, double iou_positive, double iou_ignored,
                                          int64_t low_quality, double iou_low_quality, double crowd_overlap) {
   check_iou_thresholds(iou_positive, iou_ignored, crowd_overlap);
-  if (low_quality < 0 || low_quality > static_cast<int64_t>(LowQuality::kTakeFirst)) {
-    fail("low_quality: expected an integer from 0 to 3, got ", low_quality);
-  }
-  if (iou_low_quality != 0.0) {
-    check_number("iou_low_quality", iou_low_quality, 0.0, 1.0, "a threshold in [0, 1]");
-  }
+  check_count("low_quality", low_quality, 0, static_cast<int64_t>(LowQuality::kTakeFirst));
+  check_from_zero("iou_low_quality", iou_low_quality, 1.0, "a threshold in [0, 1]");
   MaxIouProblem problem{};
   read_inputs(problem, anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd, box_coder,
               scores_are_probabilities);

@@ -8,6 +8,7 @@ from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
 from mg_ops.rules.max_iou_match import MaxIouMatcher, max_iou_match
 from mg_ops.rules.result import Match
+from mg_ops.rules.task_aligned_match import TaskAlignedMatcher, task_aligned_match
 from mg_ops.targets import Targets, encode_class_targets, encode_targets
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MutualMatch",
     "MutualMatcher",
     "Targets",
+    "TaskAlignedMatcher",
     "anchors_from_points",
     "backends",
     "box_iou",
@@ -29,5 +31,6 @@ __all__ = [
     "max_iou_match",
     "mutual_match",
     "summarize",
+    "task_aligned_match",
 ]
 __version__ = "0.1.0"

@@ -25,6 +25,22 @@ def random_max_iou_options(random: np.random.Generator) -> dict[str, Any]:
     }
 
 
+def random_task_aligned_options(random: np.random.Generator) -> dict[str, Any]:
+    return {
+        "alpha": float(random.choice([0.5, 1.0, 0.0, 0.3])),
+        "beta": float(random.choice([6.0, 6.0, 1.0, 1.0, 2.5, 0.0, 0.7, 64.0])),
+        "k": int(random.choice([10, 13, 1, 2, 3, 128])),
+        "k_after_conflict": random.choice([None, None, 1, 2, 9]),
+        "overlap": str(random.choice(["iou", "ciou"])),
+        "candidates": str(random.choice(["inside", "inside", "inside", "all"])),
+        "conflict": str(random.choice(["all", "selecting"])),
+        "minimum_side": float(random.choice([0.0, 0.0, 16.0, 1e-3, 1.0])),
+        "center_margin": float(random.choice([0.0, 0.0, 0.0, 0.0, 1e-9, 0.01, 3.0])),
+        "epsilon": float(random.choice([1e-9, 0.0, 1.0])),
+        "crowd_overlap": float(random.choice([0.5, 0.1, 1.0])),
+    }
+
+
 class Rule(NamedTuple):
     """A rule as tests see it."""
 
@@ -33,7 +49,10 @@ class Rule(NamedTuple):
     random_options: Callable[[np.random.Generator], dict[str, Any]]
 
 
-RULES = {"max_iou_match": Rule(mg_ops.max_iou_match, mg_ops.MaxIouMatcher, random_max_iou_options)}
+RULES = {
+    "max_iou_match": Rule(mg_ops.max_iou_match, mg_ops.MaxIouMatcher, random_max_iou_options),
+    "task_aligned_match": Rule(mg_ops.task_aligned_match, mg_ops.TaskAlignedMatcher, random_task_aligned_options),
+}
 
 
 def without_options(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -159,14 +159,23 @@ static void destroy_work(ImageWork* work) {
   std::free(work);
 }
 
+// Scratch of a kind, all zero but for what it is made from. Null: out of memory.
+template <class Work>
+static Work* new_work(const MatchProblem& problem, const BoxTile* anchor_tiles) {
+  Work* work = static_cast<Work*>(std::calloc(1, sizeof(Work)));
+  if (work != nullptr) {
+    work->problem = &problem;
+    work->anchor_tiles = anchor_tiles;
+    work->num_tiles = (problem.num_anchors + kTileSize - 1) / kTileSize;
+  }
+  return work;
+}
+
 static ImageWork* create_work(const MatchProblem& problem, const BoxTile* anchor_tiles) {
-  ImageWork* work = static_cast<ImageWork*>(std::calloc(1, sizeof(ImageWork)));
+  ImageWork* work = new_work<ImageWork>(problem, anchor_tiles);
   if (work == nullptr) {
     return nullptr;
   }
-  work->problem = &problem;
-  work->anchor_tiles = anchor_tiles;
-  work->num_tiles = (problem.num_anchors + kTileSize - 1) / kTileSize;
   const int64_t padded = work->num_tiles * kTileSize;
   if (!reserve(work->anchor_block, place_anchors(*work, padded, nullptr))) {
     destroy_work(work);
@@ -175,6 +184,8 @@ static ImageWork* create_work(const MatchProblem& problem, const BoxTile* anchor
   place_anchors(*work, padded, work->anchor_block.memory);
   return work;
 }
+
+static int64_t count_slots(const ImageWork& work) { return work.num_slots; }
 
 MG_OPS_INLINE void set_box_that_nothing_overlaps(ImageWork& work, int32_t slot) {
   work.x1[slot] = work.y1[slot] = kMaxFloat;
@@ -236,6 +247,13 @@ static bool begin_image(ImageWork& work, int64_t image) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The tiles of the image
+
+static void load_anchor_tiles(const MatchProblem& problem, int64_t tile_begin, int64_t tile_end, BoxTile* tiles) {
+  const DefaultFloatEnvironment environment;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    load_anchor_tile(problem, tile, tiles[tile]);
+  }
+}
 
 MG_OPS_INLINE const BoxTile& anchor_tile(const ImageWork& work, int64_t tile_index, BoxTile& own_tile) {
   if (work.anchor_tiles != nullptr) {
@@ -348,6 +366,43 @@ static bool bound_regressed_tile(const ImageWork& work, int64_t tile_index, Tile
   // Where something is too large for float, or a shift is NaN, nothing is known.
   const float extent = (bounds.bounds.x2 - bounds.bounds.x1) + (bounds.bounds.y2 - bounds.bounds.y1);
   return extent <= kMaxFloat && bounds.max_area <= kMaxFloat;
+}
+
+// Which anchors of a tile some crowd region covers by at least this share of their area. Whether any region is near.
+static bool find_covered(const ImageWork& work, const BoxTile& tile, float crowd_overlap, int32_t* covered) {
+  std::memset(covered, 0, kTileSize * sizeof *covered);
+  bool any = false;
+  for (int32_t k = 0; k < work.num_crowds; ++k) {
+    const Box crowd = work.crowds[k];
+    if (!overlap(tile.bounds, crowd)) {
+      continue;
+    }
+    any = true;
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+      const Box box = {tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
+      covered[i] |= positive_ratio(intersection_area(box, crowd), tile.area[i]) >= crowd_overlap;
+    }
+  }
+  return any;
+}
+
+// Background that a crowd region covers becomes ignored, in a range of tiles whose labels are written.
+static void ignore_crowds(const ImageWork& work, float crowd_overlap, int64_t tile_begin, int64_t tile_end) {
+  const MatchProblem& problem = *work.problem;
+  int64_t* row = problem.cls_match + work.image * problem.num_anchors;
+  BoxTile own_tile;
+  alignas(64) int32_t covered[kTileSize];
+  for (int64_t tile = tile_begin; tile < tile_end && work.num_crowds > 0; ++tile) {
+    if (!find_covered(work, anchor_tile(work, tile, own_tile), crowd_overlap, covered)) {
+      continue;
+    }
+    const int64_t first = tile * kTileSize, count = tile_count(problem, tile);
+    for (int64_t i = 0; i < count; ++i) {
+      if (covered[i] != 0 && row[first + i] == kBackground) {
+        row[first + i] = kIgnored;
+      }
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

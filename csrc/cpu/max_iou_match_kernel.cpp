@@ -22,13 +22,6 @@ static const MaxIouProblem& problem_of(const ImageWork& work) {
   return *static_cast<const MaxIouProblem*>(work.problem);
 }
 
-static void load_anchor_tiles(const MatchProblem& problem, int64_t tile_begin, int64_t tile_end, BoxTile* tiles) {
-  const DefaultFloatEnvironment environment;
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    load_anchor_tile(problem, tile, tiles[tile]);
-  }
-}
-
 static bool begin_max_iou(ImageWork& work, int64_t image) {
   const MaxIouProblem& problem = problem_of(work);
   fill_row(problem.cls_match + image * problem.num_anchors, problem.num_anchors);
@@ -99,25 +92,6 @@ static void label_low_quality(const ImageWork& work, const BoxTile& tile, int64_
   });
 }
 
-// Background of the tile that a crowd region covers becomes ignored. Whether there is any.
-static bool label_crowds(const ImageWork& work, const BoxTile& tile, int64_t* label) {
-  const float least = problem_of(work).crowd_overlap;
-  int32_t any = 0;
-  for (int32_t k = 0; k < work.num_crowds; ++k) {
-    const Box crowd = work.crowds[k];
-    if (!overlap(tile.bounds, crowd)) {
-      continue;
-    }
-    for (int64_t i = 0; i < kTileSize; ++i) {
-      const Box box = {tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
-      const bool covered = positive_ratio(intersection_area(box, crowd), tile.area[i]) >= least;
-      label[i] = covered && label[i] == kBackground ? kIgnored : label[i];
-      any |= covered ? 1 : 0;
-    }
-  }
-  return any != 0;
-}
-
 static void label_tiles(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
   if (work.num_slots == 0 && work.num_crowds == 0) {
     return;
@@ -153,7 +127,13 @@ static void label_tiles(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
       if (low_quality) {
         label_low_quality(work, tile, first, largest, label);
       }
-      any |= label_crowds(work, tile, label);
+      alignas(64) int32_t covered[kTileSize];
+      if (find_covered(work, tile, problem.crowd_overlap, covered)) {
+        any = true;
+        for (int64_t i = 0; i < kTileSize; ++i) {
+          label[i] = covered[i] != 0 && label[i] == kBackground ? kIgnored : label[i];
+        }
+      }
     }
     if (!any) {
       continue;
@@ -171,11 +151,8 @@ static void label_tiles(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
 }  // namespace
 
 RuleKernels max_iou_kernels() {
-  return {load_anchor_tiles,
-          create_work,
-          destroy_work,
-          begin_max_iou,
-          {{claim_by_anchors, nullptr}, {label_tiles, nullptr}}};
+  return {load_anchor_tiles, create_work, destroy_work,
+          begin_max_iou,     count_slots, {{claim_by_anchors}, {label_tiles}}};
 }
 
 }  // namespace MG_OPS_CPU_TARGET

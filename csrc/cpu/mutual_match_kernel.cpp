@@ -24,13 +24,6 @@ namespace mg_ops {
 namespace MG_OPS_CPU_TARGET {
 namespace {
 
-static void load_anchor_tiles(const MatchProblem& problem, int64_t tile_begin, int64_t tile_end, BoxTile* tiles) {
-  const DefaultFloatEnvironment environment;
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    load_anchor_tile(problem, tile, tiles[tile]);
-  }
-}
-
 // Tiles run from the last to the first: detectors list their small anchors, which are most, first. Large objects have
 // found good anchors by then, and need not look at the small ones.
 static void claim_by_anchors(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
@@ -251,7 +244,7 @@ static bool finish_claim_by_regressed(ImageWork& work) {
     write_classification(work);
   }
   if (work.num_crowds > 0) {
-    ignore_crowds(work);
+    ignore_crowds(work, work.problem->params.crowd_overlap, 0, work.num_tiles);
   }
   bound_claim_by_amplified(work);
   return true;
@@ -356,11 +349,12 @@ RuleKernels mutual_match_kernels() {
           create_work,
           destroy_work,
           begin_image,
-          {{claim_by_anchors, nullptr},
+          count_slots,
+          {{claim_by_anchors},
            {nullptr, finish_claim_by_anchors},
-           {claim_by_regressed, nullptr},
+           {claim_by_regressed},
            {nullptr, finish_claim_by_regressed},
-           {claim_by_amplified, nullptr},
+           {claim_by_amplified},
            {nullptr, finish_claim_by_amplified}}};
 }
 

@@ -29,11 +29,16 @@ struct ImageWork;  // scratch of one image at a time
 using TileStep = void (*)(ImageWork&, int64_t tile_begin, int64_t tile_end);
 // A step of a whole image. `false` means out of memory.
 using ImageStep = bool (*)(ImageWork&);
+// A step for a range of the image's slots, its valid objects; the parts of a range may run in parallel.
+using SlotStep = void (*)(ImageWork&, int64_t slot_begin, int64_t slot_end);
 
-// One of the two, or the end of the steps.
+// One of the three, or the end of the steps.
 struct RuleStep {
-  TileStep for_tiles;
-  ImageStep for_image;
+  TileStep for_tiles = nullptr;
+  ImageStep for_image = nullptr;
+  SlotStep for_slots = nullptr;
+
+  bool is_end() const { return for_tiles == nullptr && for_image == nullptr && for_slots == nullptr; }
 };
 
 struct RuleKernels {
@@ -41,6 +46,7 @@ struct RuleKernels {
   ImageWork* (*create_work)(const MatchProblem&, const BoxTile* anchor_tiles_or_null);
   void (*destroy_work)(ImageWork*);
   bool (*begin_image)(ImageWork&, int64_t image);
+  int64_t (*count_slots)(const ImageWork&);
   RuleStep steps[8];  // in the order they run: each must have ended before the next begins
 };
 

@@ -52,10 +52,11 @@ inline bool run_images(const RuleKernels& kernels, const MatchProblem& problem, 
       const int64_t image = order[static_cast<size_t>(place)];
       populate_rows(problem, image);
       enough = kernels.begin_image(*work, image);
-      for (const RuleStep* step = kernels.steps; enough && (step->for_tiles != nullptr || step->for_image != nullptr);
-           ++step) {
+      for (const RuleStep* step = kernels.steps; enough && !step->is_end(); ++step) {
         if (step->for_tiles != nullptr) {
           step->for_tiles(*work, 0, num_tiles);
+        } else if (step->for_slots != nullptr) {
+          step->for_slots(*work, 0, kernels.count_slots(*work));
         } else {
           enough = step->for_image(*work);
         }
@@ -80,7 +81,7 @@ inline bool run_split_images(const RuleKernels& kernels, const MatchProblem& pro
     }
   }
   std::atomic<bool> enough_memory{true};
-  for (const RuleStep* step = kernels.steps; step->for_tiles != nullptr || step->for_image != nullptr; ++step) {
+  for (const RuleStep* step = kernels.steps; !step->is_end(); ++step) {
     if (step->for_image != nullptr) {
       share_out(0, problem.batch_size, [&](int64_t begin, int64_t end) {
         for (int64_t image = begin; image < end; ++image) {
@@ -89,6 +90,11 @@ inline bool run_split_images(const RuleKernels& kernels, const MatchProblem& pro
           }
         }
       });
+    } else if (step->for_slots != nullptr) {
+      for (const RuleWork& work : works) {
+        share_out(0, kernels.count_slots(*work),
+                  [&](int64_t begin, int64_t end) { step->for_slots(*work, begin, end); });
+      }
     } else {
       // The tiles of all images are one range, which the threads divide evenly.
       share_out(0, problem.batch_size * num_tiles, [&](int64_t begin, int64_t end) {

@@ -124,39 +124,6 @@ static void write_localization(ImageWork& work) {
   }
 }
 
-// Background that a crowd region covers becomes ignored.
-static void ignore_crowds(const ImageWork& work) {
-  const MatchProblem& problem = *work.problem;
-  int64_t* row = problem.cls_match + work.image * problem.num_anchors;
-  BoxTile own_tile;
-  for (int64_t tile_index = 0; tile_index < work.num_tiles; ++tile_index) {
-    const BoxTile& tile = anchor_tile(work, tile_index, own_tile);
-    alignas(64) int32_t covered[kTileSize] = {};
-    bool any = false;
-    for (int32_t k = 0; k < work.num_crowds; ++k) {
-      const Box crowd = work.crowds[k];
-      if (!overlap(tile.bounds, crowd)) {
-        continue;
-      }
-      any = true;
-      for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
-        const Box box = {tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
-        const float coverage = positive_ratio(intersection_area(box, crowd), tile.area[i]);
-        covered[i] |= coverage >= problem.params.crowd_overlap;
-      }
-    }
-    if (!any) {
-      continue;
-    }
-    const int64_t first = tile_index * kTileSize, count = tile_count(problem, tile_index);
-    for (int64_t i = 0; i < count; ++i) {
-      if (covered[i] != 0 && row[first + i] == kBackground) {
-        row[first + i] = kIgnored;
-      }
-    }
-  }
-}
-
 }  // namespace
 }  // namespace MG_OPS_CPU_TARGET
 }  // namespace mg_ops

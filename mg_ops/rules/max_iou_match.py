@@ -10,7 +10,7 @@ from torch import Tensor
 from mg_ops.boxes import BoxCoder
 from mg_ops.matcher import Call, GroundTruth, Levels, Matcher, PerObject
 from mg_ops.matching import call_operator
-from mg_ops.rules.options import check_low_quality, check_max_iou_options
+from mg_ops.rules.options import LOW_QUALITY, check_choice, check_max_iou_options
 from mg_ops.rules.result import Match
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class MaxIouMatcher(Matcher[Match]):
     backend: str | None = None
 
     def _check_options(self) -> None:
-        place = check_low_quality(self.low_quality)
+        place = check_choice("low_quality", self.low_quality, LOW_QUALITY)
         check_max_iou_options(self.iou_positive, self.iou_ignored, place, self.iou_low_quality, self.crowd_overlap)
 
     def _match(self, *arguments: Any, **options: Any) -> Match:
@@ -106,7 +106,7 @@ def max_iou_match(
         >>> mg_ops.max_iou_match(anchors, [torch.tensor([[1., 0., 11., 10.]])], [torch.tensor([1])]).cls_match
         tensor([[ 0, -2, -1]])
     """
-    place = check_low_quality(low_quality)
+    place = check_choice("low_quality", low_quality, LOW_QUALITY)
     options = check_max_iou_options(iou_positive, iou_ignored, place, iou_low_quality, crowd_overlap)
     result = call_operator(
         "max_iou_match",

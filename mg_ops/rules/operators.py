@@ -11,8 +11,8 @@ from torch import Tensor
 from mg_ops import reference
 from mg_ops.checks import check_offsets, check_operator_inputs, check_thresholds
 from mg_ops.reference import split_arguments
-from mg_ops.rules.eager import max_iou_match
-from mg_ops.rules.options import check_max_iou_options
+from mg_ops.rules.eager import max_iou_match, task_aligned_match
+from mg_ops.rules.options import check_max_iou_options, check_task_aligned_options
 
 INPUTS = (
     "Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
@@ -82,6 +82,14 @@ RULES = {
         check_max_iou_options,
         max_iou_match.max_iou_match,
         (torch.int64,),
+        num_counts=1,
+    ),
+    "task_aligned_match": Rule(
+        "float alpha, float beta, int k, int k_after_conflict, bool by_ciou, bool inside_first, "
+        "bool conflict_among_all, float minimum_side, float center_margin, float epsilon, float crowd_overlap",
+        check_task_aligned_options,
+        task_aligned_match.task_aligned_match,
+        (torch.int64, torch.float32),
         num_counts=1,
     ),
 }

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from mg_ops.checks import check_iou_thresholds, check_threshold
+from collections.abc import Sequence
+
+from mg_ops.checks import MAX_FLOAT, check_iou_thresholds, check_number, check_threshold, describe
+
+MAX_K = 128
+"""The most anchors that an object selects; csrc/ranked.h."""
+MAX_EXPONENT = 64.0
 
 LOW_QUALITY = ("none", "keep_owner", "take_all", "take_first")
 """What an object does with its best anchors; the operator takes the place in this list."""
-
-
-def check_low_quality(value: object) -> int:
-    """Raises ValueError unless it is the name of a low-quality rule; returns its place."""
-    if not isinstance(value, str) or value not in LOW_QUALITY:
-        raise ValueError(f"low_quality: expected one of {', '.join(map(repr, LOW_QUALITY))}, got {value!r}")
-    return LOW_QUALITY.index(value)
 
 
 def check_max_iou_options(
@@ -22,6 +21,58 @@ def check_max_iou_options(
     iou_positive, iou_ignored, crowd_overlap = check_iou_thresholds(iou_positive, iou_ignored, crowd_overlap)
     if not 0 <= low_quality < len(LOW_QUALITY):
         raise ValueError(f"low_quality: expected an integer from 0 to {len(LOW_QUALITY) - 1}, got {low_quality}")
-    if isinstance(iou_low_quality, bool) or iou_low_quality != 0:
-        iou_low_quality = check_threshold("iou_low_quality", iou_low_quality)
-    return iou_positive, iou_ignored, low_quality, float(iou_low_quality), crowd_overlap
+    iou_low_quality = check_from_zero("iou_low_quality", iou_low_quality, 1.0, "a threshold in [0, 1]")
+    return iou_positive, iou_ignored, low_quality, iou_low_quality, crowd_overlap
+
+
+def check_from_zero(name: str, value: object, high: float, range_text: str) -> float:
+    """Raises unless value is 0, or a number up to `high` that float32 does not round to 0; returns the float."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0:
+        return 0.0
+    return check_number(name, value, 0.0, high, range_text)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> int:
+    """Raises ValueError unless value is one of the choices; returns its place."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return choices.index(value)
+
+
+def check_count(name: str, value: object, low: int, high: int) -> int:
+    """Raises unless value is an integer in this range; returns it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer from {low} to {high}, got {describe(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {value}")
+    return value
+
+
+def check_task_aligned_options(
+    alpha: object,
+    beta: object,
+    k: object,
+    k_after_conflict: object,
+    by_ciou: bool,
+    inside_first: bool,
+    conflict_among_all: bool,
+    minimum_side: object,
+    center_margin: object,
+    epsilon: object,
+    crowd_overlap: object,
+) -> tuple[float, float, int, int, bool, bool, bool, float, float, float, float]:
+    """Raises unless they are the options of the operator `task_aligned_match`; returns them, the numbers as floats."""
+    exponent, length = f"an exponent in [0, {MAX_EXPONENT:g}]", "a finite number of at least 0"
+    return (
+        check_from_zero("alpha", alpha, MAX_EXPONENT, exponent),
+        check_from_zero("beta", beta, MAX_EXPONENT, exponent),
+        check_count("k", k, 1, MAX_K),
+        check_count("k_after_conflict", k_after_conflict, 0, MAX_K),
+        by_ciou,
+        inside_first,
+        conflict_among_all,
+        check_from_zero("minimum_side", minimum_side, MAX_FLOAT, length),
+        check_from_zero("center_margin", center_margin, MAX_FLOAT, length),
+        check_from_zero("epsilon", epsilon, MAX_FLOAT, length),
+        check_threshold("crowd_overlap", crowd_overlap),
+    )

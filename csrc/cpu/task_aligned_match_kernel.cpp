@@ -1,0 +1,252 @@
+// Task-aligned matching of one image on the CPU: each slot looks at the tiles with anchors inside it, then the anchors
+// that several slots have selected find their owner.
+//
+// A pair is left out where its overlap alone shows that it cannot be among the slot's k best: p**alpha is at most 1,
+// and CIoU at most IoU, so t <= IoU**beta. Of a tile that is known before its IoUs are (largest_possible_iou).
+#ifndef MG_OPS_CPU_TARGET
+#define MG_OPS_CPU_TARGET baseline
+#endif
+
+#pragma GCC diagnostic ignored "-Wunused-function"  // of the shared parts this rule uses a few
+
+#include "../task_aligned.h"
+#include "ranked.h"
+
+namespace mg_ops {
+namespace MG_OPS_CPU_TARGET {
+namespace {
+
+// An anchor and the slot that it belongs to.
+struct Positive {
+  uint32_t anchor;
+  int32_t slot;
+  float metric, overlap;
+};
+
+static const TaskAlignedProblem& problem_of(const ImageWork& work) {
+  return *static_cast<const TaskAlignedProblem*>(work.problem);
+}
+
+static bool begin_task_aligned(ImageWork& work, int64_t image) {
+  const TaskAlignedProblem& problem = problem_of(work);
+  std::memset(problem.soft_targets + image * problem.num_anchors, 0,
+              static_cast<size_t>(problem.num_anchors) * sizeof(float));
+  RankedWork& ranking = ranked(work);
+  if (!begin_ranked(ranking, image, problem.k)) {
+    return false;
+  }
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    const Box gate = gate_box(object_of(work, slot), problem.minimum_side);
+    ranking.gate_x1[slot] = gate.x1;
+    ranking.gate_y1[slot] = gate.y1;
+    ranking.gate_x2[slot] = gate.x2;
+    ranking.gate_y2[slot] = gate.y2;
+  }
+  return true;
+}
+
+static void load_tiles(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
+  if (work.num_slots == 0) {
+    return;
+  }
+  const DefaultFloatEnvironment environment;
+  RankedWork& ranking = ranked(work);
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    load_points(*work.problem, tile, ranking.points[tile]);
+    load_regressed_tile(work, tile, ranking.predicted[tile]);
+  }
+  std::memset(ranking.selecting_owner + tile_begin * kTileSize, 0xff,
+              static_cast<size_t>((tile_end - tile_begin) * kTileSize) * sizeof(int32_t));
+}
+
+// x**exponent of 64 numbers.
+static void power_of_tile(const float* x, Exponent exponent, float* result) {
+  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+    result[i] = power(x[i], exponent);
+  }
+}
+
+static void select_of_slot(const RankedWork& work, int32_t slot, BestKeys& best) {
+  const TaskAlignedProblem& problem = problem_of(work);
+  const Box object = object_of(work, slot), gate = gate_of(work, slot);
+  const float area = work.area[slot];
+  // Where x**beta is no product, it may be a little smaller for a larger x.
+  const float slack = problem.beta.halves >= 0 ? 1.0f : 1.00001f;
+  alignas(64) uint8_t wanted[kTileSize];
+  alignas(64) float iou[kTileSize], possible[kTileSize];
+  for (int64_t tile_index = 0; tile_index < work.num_tiles; ++tile_index) {
+    const BoxTile& tile = work.predicted[tile_index];
+    if (!overlap(tile.bounds, object)) {
+      continue;
+    }
+    const float largest = slack * power(largest_possible_iou(tile, work, slot), problem.beta);
+    if (iou_order(largest) <= key_order(best.floor())) {
+      continue;
+    }
+    if (!problem.inside_first) {
+      std::memset(wanted, 1, sizeof wanted);
+    } else if (!find_inside(work.points[tile_index], gate, problem.center_margin, wanted)) {
+      continue;
+    }
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+      iou[i] = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
+    }
+    power_of_tile(iou, problem.beta, possible);
+    const uint32_t floor = key_order(best.floor());
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+      wanted[i] &= (iou[i] > 0.0f) & (iou_order(slack * possible[i]) > floor);
+    }
+    for_marked(wanted, [&](int64_t i) {
+      if (iou_order(slack * possible[i]) <= key_order(best.floor())) {
+        return;  // the floor has risen meanwhile
+      }
+      const uint32_t anchor = static_cast<uint32_t>(tile_index * kTileSize + i);
+      float overlap = iou[i], overlap_power = possible[i];
+      if (problem.by_ciou) {
+        overlap = positive_ciou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, object, iou[i]);
+        overlap_power = power(overlap, problem.beta);
+      }
+      const float metric = pair_metric(problem, probability_of(work, anchor, slot), overlap, overlap_power);
+      if (metric > 0.0f) {
+        best.add(claim_key(iou_order(metric), anchor));
+      }
+    });
+  }
+}
+
+static void select_by_metric(ImageWork& work, int64_t slot_begin, int64_t slot_end) {
+  const DefaultFloatEnvironment environment;
+  const TaskAlignedProblem& problem = problem_of(work);
+  RankedWork& ranking = ranked(work);
+  for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
+    BestKeys best(problem.k);
+    select_of_slot(ranking, static_cast<int32_t>(slot), best);
+    uint64_t* list = ranking.selected + slot * ranking.list_stride;
+    int32_t size = best.take(list);
+    if (!problem.inside_first) {
+      const Box gate = gate_of(ranking, slot);
+      const uint64_t* end = std::remove_if(list, list + size, [&](uint64_t key) {
+        return !is_inside(anchor_point(ranking, key_index(key)), gate, problem.center_margin);
+      });
+      size = static_cast<int32_t>(end - list);
+    }
+    ranking.num_selected[slot] = size;
+  }
+}
+
+static float overlap_of(const RankedWork& work, uint32_t anchor, int32_t slot) {
+  float area;
+  const Box box = predicted_box(work, anchor, area);
+  return pair_overlap(problem_of(work), box, area, object_of(work, slot), work.area[slot]);
+}
+
+// Gives each selected anchor to one slot; returns how many there are, in the order of their slots but for those that
+// were contested among all.
+static int64_t resolve_conflicts(RankedWork& work, Positive* positives) {
+  const TaskAlignedProblem& problem = problem_of(work);
+  int64_t count = 0;
+  for_selected(work, [&](int32_t slot, uint32_t anchor, uint64_t) {
+    int32_t& owner = work.selecting_owner[anchor];
+    if (owner == kNobody) {
+      owner = slot;
+    } else if (!problem.conflict_among_all) {  // slots ascend: a tie stays with the lower one
+      owner = overlap_of(work, anchor, slot) > overlap_of(work, anchor, owner) ? slot : owner;
+    } else if (owner != kContested) {
+      owner = kContested;
+      positives[count++].anchor = anchor;
+    }
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    Positive& positive = positives[i];
+    positive.overlap = -1.0f;
+    for_slots_around(work, anchor_point(work, positive.anchor), problem.center_margin, [&](int32_t slot) {
+      const float overlap = overlap_of(work, positive.anchor, slot);
+      if (overlap > positive.overlap) {
+        positive.overlap = overlap;
+        positive.slot = slot;
+      }
+    });
+    positive.metric = pair_metric(problem, probability_of(work, positive.anchor, positive.slot), positive.overlap,
+                                  power(positive.overlap, problem.beta));
+  }
+  for_selected(work, [&](int32_t slot, uint32_t anchor, uint64_t key) {
+    if (work.selecting_owner[anchor] == slot) {
+      positives[count++] = {anchor, slot, bits_float(key_order(key)), overlap_of(work, anchor, slot)};
+    }
+  });
+  return count;
+}
+
+// Leaves each slot the k_after_conflict best of its anchors; returns how many are left.
+static int64_t keep_best(Positive* positives, int64_t count, int32_t k_after_conflict) {
+  std::sort(positives, positives + count, [](const Positive& a, const Positive& b) {
+    return a.slot != b.slot ? a.slot < b.slot : a.metric != b.metric ? a.metric > b.metric : a.anchor < b.anchor;
+  });
+  int64_t kept = 0;
+  int32_t of_slot = 0, slot = kNobody;
+  for (int64_t i = 0; i < count; ++i) {
+    of_slot = positives[i].slot == slot ? of_slot + 1 : 0;
+    slot = positives[i].slot;
+    if (of_slot < k_after_conflict && positives[i].metric > 0.0f) {
+      positives[kept++] = positives[i];
+    }
+  }
+  return kept;
+}
+
+static bool label_positives(ImageWork& work) {
+  const DefaultFloatEnvironment environment;
+  const TaskAlignedProblem& problem = problem_of(work);
+  RankedWork& ranking = ranked(work);
+  int64_t num_selected = 0;
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    num_selected += ranking.num_selected[slot];
+  }
+  if (num_selected == 0) {
+    return true;
+  }
+  if (!reserve(work.key_block, static_cast<size_t>(num_selected) * sizeof(Positive))) {
+    return false;
+  }
+  Positive* positives = reinterpret_cast<Positive*>(work.key_block.memory);
+  int64_t count = resolve_conflicts(ranking, positives);
+  if (problem.k_after_conflict > 0) {
+    count = keep_best(positives, count, problem.k_after_conflict);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Positive& positive = positives[i];
+    float &metric = ranking.largest_metric[positive.slot], &overlap = ranking.largest_overlap[positive.slot];
+    metric = max_float(metric, positive.metric);
+    overlap = max_float(overlap, positive.overlap);
+  }
+  const int64_t first = work.image * problem.num_anchors;
+  int32_t* num_pos = problem.num_pos + load_integer(problem.gt_offsets, work.image);
+  for (int64_t i = 0; i < count; ++i) {
+    const Positive& positive = positives[i];
+    const int32_t object = work.object[positive.slot];
+    problem.cls_match[first + positive.anchor] = object;
+    problem.soft_targets[first + positive.anchor] = soft_target(
+        problem, positive.metric, ranking.largest_metric[positive.slot], ranking.largest_overlap[positive.slot]);
+    ++num_pos[object];
+  }
+  return true;
+}
+
+static void label_crowds(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
+  const DefaultFloatEnvironment environment;
+  ignore_crowds(work, problem_of(work).crowd_overlap, tile_begin, tile_end);
+}
+
+}  // namespace
+
+RuleKernels task_aligned_kernels() {
+  return {load_anchor_tiles,
+          create_ranked<true>,
+          destroy_ranked,
+          begin_task_aligned,
+          count_slots,
+          {{load_tiles}, {nullptr, nullptr, select_by_metric}, {nullptr, label_positives}, {label_crowds}}};
+}
+
+}  // namespace MG_OPS_CPU_TARGET
+}  // namespace mg_ops

@@ -1,0 +1,32 @@
+// What the rules share in which each object selects its best anchors: anchors as points, and the largest k. No torch in
+// here.
+#pragma once
+
+#include "problem.h"
+
+namespace mg_ops {
+
+// The most anchors that an object selects; MAX_K of mg_ops/rules/options.py.
+constexpr int32_t kMaxK = 128;
+
+// The center of an anchor.
+struct Point {
+  float x, y;
+};
+
+// What stands for a center that is not finite: inside of nothing, and not near anything.
+constexpr Point kNowhere = {kMaxFloat, kMaxFloat};
+
+MG_OPS_INLINE Point box_center(const Box& anchor) {
+  const Point center = {(anchor.x1 + anchor.x2) * 0.5f, (anchor.y1 + anchor.y2) * 0.5f};
+  const bool keep = is_finite(center.x) & is_finite(center.y);
+  return {keep ? center.x : kNowhere.x, keep ? center.y : kNowhere.y};
+}
+
+// Whether a point lies farther than `margin` from each side of a box, on the inner side.
+MG_OPS_INLINE bool is_inside(Point point, const Box& box, float margin) {
+  return (point.x - box.x1 > margin) & (point.y - box.y1 > margin) & (box.x2 - point.x > margin) &
+         (box.y2 - point.y > margin);
+}
+
+}  // namespace mg_ops
