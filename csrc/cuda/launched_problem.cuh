@@ -186,7 +186,7 @@ MG_OPS_DEVICE Box load_anchor(const LaunchedProblem& problem, uint32_t anchor) {
 }
 
 // The predicted box of an anchor; an empty one, like the anchor itself, if it is not finite.
-MG_OPS_DEVICE Box load_pred(const LaunchedProblem& problem, uint32_t image, uint32_t anchor, const Box& anchor_box) {
+MG_OPS_DEVICE Box load_pred(const MatchProblem& problem, uint32_t image, uint32_t anchor, const Box& anchor_box) {
   Box box = load_row(problem.pred_boxes, image, anchor);
   if (problem.decode) {
     box = decode_box(anchor_box, box.x1, box.y1, box.x2, box.y2, problem.coder);
@@ -195,7 +195,7 @@ MG_OPS_DEVICE Box load_pred(const LaunchedProblem& problem, uint32_t image, uint
 }
 
 // p of an object's class at an anchor.
-MG_OPS_DEVICE float load_probability(const LaunchedProblem& problem, uint32_t image, uint32_t anchor, int32_t label) {
+MG_OPS_DEVICE float load_probability(const MatchProblem& problem, uint32_t image, uint32_t anchor, int32_t label) {
   if (label < 0) {
     return 0.0f;
   }

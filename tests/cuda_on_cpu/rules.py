@@ -50,7 +50,7 @@ class RuleCall(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("decode", "scores_are_probabilities")),
         ("coder", ctypes.c_float * 5),
         ("options", ctypes.c_float * 16),
-        *((name, ctypes.c_void_p) for name in ("cls_match", "num_pos")),
+        *((name, ctypes.c_void_p) for name in ("cls_match", "soft_targets", "num_pos")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_int64) for name in ("scratch_bytes", "launches")),
     )
@@ -99,6 +99,7 @@ class RuleEmulator:
         batch_size, num_anchors, num_classes = cls_scores.shape
         # Whatever memory held before must not show.
         cls_match = torch.full((batch_size, num_anchors), 0x5A5A5A5A5A5A5A5A)
+        soft_targets = torch.full((batch_size, num_anchors), 0x5A5A5A5A, dtype=torch.int32).view(torch.float32)
         num_pos = torch.full((len(gt_boxes),), 0x5A5A5A5A, dtype=torch.int32)
         call = RuleCall(
             *(float_input(tensor) for tensor in (anchors, pred_boxes, cls_scores, gt_boxes)),
@@ -109,11 +110,11 @@ class RuleEmulator:
             *(box_coder is not None, inputs.scores_are_probabilities),
             (ctypes.c_float * 5)(*(box_coder or [1.0] * 5)),
             (ctypes.c_float * 16)(*options),
-            *(cls_match.data_ptr(), num_pos.data_ptr()),
+            *(cls_match.data_ptr(), soft_targets.data_ptr(), num_pos.data_ptr()),
             seed,
         )
         message = ctypes.create_string_buffer(500)
         if getattr(self.library, f"{rule}_on_cpu")(ctypes.byref(call), message, len(message)) != 0:
             raise RuntimeError(message.value.decode())
         self.last_call = call
-        return cls_match, num_pos
+        return (cls_match, soft_targets, num_pos) if len(RULES[rule].per_anchor) == 2 else (cls_match, num_pos)

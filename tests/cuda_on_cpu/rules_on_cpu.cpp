@@ -3,6 +3,7 @@
 #include "cuda_on_cpu.h"
 // The built-ins come first.
 #include "../../csrc/cuda/max_iou_match_kernels.cuh"
+#include "../../csrc/cuda/task_aligned_match_kernels.cuh"
 
 #include <cstdio>
 #include <stdexcept>
@@ -19,6 +20,7 @@ struct RuleCall {
   mg_ops::BoxCoder coder;
   float options[16];  // in the operator's order
   int64_t* cls_match;
+  float* soft_targets;  // null: the rule has none
   int32_t* num_pos;
   uint64_t seed;
   int64_t scratch_bytes, launches;  // results
@@ -92,6 +94,29 @@ extern "C" int max_iou_match_on_cpu(RuleCall* call, char* message, int message_b
   problem.crowd_overlap = call->options[4];
   const auto launch_kernels = [](const LaunchedMaxIou& launched, auto launch) {
     launch_max_iou_match(launched, launch);
+  };
+  return report([&] { launch_rule(*call, problem, launch_kernels); }, message, message_bytes);
+}
+
+extern "C" int task_aligned_match_on_cpu(RuleCall* call, char* message, int message_bytes) {
+  using namespace mg_ops::cuda::rules::task_aligned;
+  LaunchedTaskAligned problem{};
+  read_inputs(problem, *call);
+  const float* option = call->options;
+  problem.alpha = mg_ops::make_exponent(*option++);
+  problem.beta = mg_ops::make_exponent(*option++);
+  problem.k = static_cast<int32_t>(*option++);
+  problem.k_after_conflict = static_cast<int32_t>(*option++);
+  problem.by_ciou = *option++ != 0;
+  problem.inside_first = *option++ != 0;
+  problem.conflict_among_all = *option++ != 0;
+  problem.minimum_side = *option++;
+  problem.center_margin = *option++;
+  problem.epsilon = *option++;
+  problem.crowd_overlap = *option++;
+  problem.soft_targets = call->soft_targets;
+  const auto launch_kernels = [](const LaunchedTaskAligned& launched, auto launch) {
+    launch_task_aligned_match(launched, launch);
   };
   return report([&] { launch_rule(*call, problem, launch_kernels); }, message, message_bytes);
 }

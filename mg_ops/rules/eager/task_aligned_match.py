@@ -116,5 +116,5 @@ def task_aligned_match(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, given = split_arguments(arguments)
     alpha, beta, *choices, minimum_side, center_margin, epsilon, crowd_overlap = given
     numbers = float32_numbers(alpha, beta, minimum_side, center_margin, epsilon, crowd_overlap)
-    options = Options(*numbers[:2], *choices, *numbers[2:])
+    options = Options(*[*numbers[:2], *choices, *numbers[2:]])
     return match_images(lambda image: match_image(image, options), inputs, (torch.int64, torch.float32), num_counts=1)
