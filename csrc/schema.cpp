@@ -82,12 +82,12 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
       "int low_quality, float iou_low_quality, float crowd_overlap) -> (Tensor, Tensor)");
 
   // Task-aligned matching returns soft_targets (B, A) float32 between the two. k_after_conflict 0: no such step.
-  // inside_first: an object selects from the anchors inside it, else from all.
+  // inside_first: an object selects from the anchors inside it, else from all. conflict: 0 selecting, 1 inside, 2 all.
   m.def(
       "task_aligned_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
       "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
       "float[]? box_coder, bool scores_are_probabilities, float alpha, float beta, int k, int k_after_conflict, "
-      "bool by_ciou, bool inside_first, bool conflict_among_all, float minimum_side, float center_margin, "
+      "bool by_ciou, bool inside_first, int conflict, float minimum_side, float center_margin, "
       "float epsilon, float crowd_overlap) -> (Tensor, Tensor, Tensor)");
 
   // Why the CUDA kernels of this library do not run on a device: "" where they do. Without a CUDA backend in the

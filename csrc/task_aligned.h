@@ -7,12 +7,15 @@
 
 namespace mg_ops {
 
+// Which objects an anchor that several have selected may belong to.
+enum class Conflict : int32_t { kSelecting, kInside, kAll };
+
 struct TaskAlignedProblem : MatchProblem {
   Exponent alpha, beta;
   int32_t k, k_after_conflict;  // the latter 0: no such step
   bool by_ciou;
-  bool inside_first;        // an object selects from the anchors inside it; else from all, and the others are dropped
-  bool conflict_among_all;  // of the objects that the anchor is inside of; else of those that selected it
+  bool inside_first;  // an object selects from the anchors inside it; else from all, and the others are dropped
+  Conflict conflict;
   float minimum_side, center_margin, epsilon, crowd_overlap;
   float* soft_targets;  // (B, A)
 };

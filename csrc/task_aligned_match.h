@@ -13,12 +13,13 @@ std::tuple<Tensor, Tensor, Tensor> task_aligned_match(Tensor anchors, Tensor pre
                                                       const std::optional<std::vector<double>>& box_coder,
                                                       bool scores_are_probabilities, double alpha, double beta,
                                                       int64_t k, int64_t k_after_conflict, bool by_ciou,
-                                                      bool inside_first, bool conflict_among_all, double minimum_side,
+                                                      bool inside_first, int64_t conflict, double minimum_side,
                                                       double center_margin, double epsilon, double crowd_overlap) {
   check_from_zero("alpha", alpha, 64.0, "an exponent in [0, 64]");
   check_from_zero("beta", beta, 64.0, "an exponent in [0, 64]");
   check_count("k", k, 1, kMaxK);
   check_count("k_after_conflict", k_after_conflict, 0, kMaxK);
+  check_count("conflict", conflict, 0, static_cast<int64_t>(Conflict::kAll));
   check_from_zero("minimum_side", minimum_side, kMaxNumber, "a finite number of at least 0");
   check_from_zero("center_margin", center_margin, kMaxNumber, "a finite number of at least 0");
   check_from_zero("epsilon", epsilon, kMaxNumber, "a finite number of at least 0");
@@ -32,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> task_aligned_match(Tensor anchors, Tensor pre
   problem.k_after_conflict = static_cast<int32_t>(k_after_conflict);
   problem.by_ciou = by_ciou;
   problem.inside_first = inside_first;
-  problem.conflict_among_all = conflict_among_all;
+  problem.conflict = static_cast<Conflict>(conflict);
   problem.minimum_side = static_cast<float>(minimum_side);
   problem.center_margin = static_cast<float>(center_margin);
   problem.epsilon = static_cast<float>(epsilon);

@@ -33,7 +33,7 @@ def random_task_aligned_options(random: np.random.Generator) -> dict[str, Any]:
         "k_after_conflict": random.choice([None, None, 1, 2, 9]),
         "overlap": str(random.choice(["iou", "ciou"])),
         "candidates": str(random.choice(["inside", "inside", "inside", "all"])),
-        "conflict": str(random.choice(["all", "selecting"])),
+        "conflict": str(random.choice(["inside", "selecting", "all"])),
         "minimum_side": float(random.choice([0.0, 0.0, 16.0, 1e-3, 1.0])),
         "center_margin": float(random.choice([0.0, 0.0, 0.0, 0.0, 1e-9, 0.01, 3.0])),
         "epsilon": float(random.choice([1e-9, 0.0, 1.0])),

@@ -34,7 +34,7 @@ namespace {
 
 // Values of selecting_owner that are no slot.
 constexpr int32_t kNobody = -1;
-constexpr int32_t kContested = -2;  // several slots want the anchor, and all that it is inside of may have it
+constexpr int32_t kContested = -2;  // several slots want the anchor, and others may have it too
 
 // The k largest of the keys that it is shown.
 class BestKeys {

@@ -149,7 +149,7 @@ static int64_t resolve_conflicts(RankedWork& work, Positive* positives) {
     int32_t& owner = work.selecting_owner[anchor];
     if (owner == kNobody) {
       owner = slot;
-    } else if (!problem.conflict_among_all) {  // slots ascend: a tie stays with the lower one
+    } else if (problem.conflict == Conflict::kSelecting) {  // slots ascend: a tie stays with the lower one
       owner = overlap_of(work, anchor, slot) > overlap_of(work, anchor, owner) ? slot : owner;
     } else if (owner != kContested) {
       owner = kContested;
@@ -159,13 +159,19 @@ static int64_t resolve_conflicts(RankedWork& work, Positive* positives) {
   for (int64_t i = 0; i < count; ++i) {
     Positive& positive = positives[i];
     positive.overlap = -1.0f;
-    for_slots_around(work, anchor_point(work, positive.anchor), problem.center_margin, [&](int32_t slot) {
+    const auto compete = [&](int32_t slot) {
       const float overlap = overlap_of(work, positive.anchor, slot);
       if (overlap > positive.overlap) {
         positive.overlap = overlap;
         positive.slot = slot;
       }
-    });
+    };
+    if (problem.conflict == Conflict::kInside) {
+      for_slots_around(work, anchor_point(work, positive.anchor), problem.center_margin, compete);
+    } else {
+      float area;
+      for_overlapping_slots(work, predicted_box(work, positive.anchor, area), compete);
+    }
     positive.metric = pair_metric(problem, probability_of(work, positive.anchor, positive.slot), positive.overlap,
                                   power(positive.overlap, problem.beta));
   }

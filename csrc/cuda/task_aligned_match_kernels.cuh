@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
         if (!problem.inside_first && !is_inside(load_point(problem, anchor), gate, problem.center_margin)) {
           return;
         }
-        if (problem.conflict_among_all) {
+        if (problem.conflict != Conflict::kSelecting) {
           atomicAdd(claim_of(problem, image, anchor), (Word64{1} << 32) + index);
         } else {
           const float overlap = overlap_with(problem, load_predicted(problem, image, anchor), object);
@@ -136,12 +136,18 @@ __global__ void __launch_bounds__(kThreads) resolve_kernel(const __grid_constant
   const bool exists = anchor < problem.num_anchors;
   const ImageObjects objects = objects_of(problem.scratch, image);
   const Word64 claim = exists ? *claim_of(problem, image, anchor) : 0;
-  const bool contested = problem.conflict_among_all && (claim >> 32) > 1;
-  uint32_t owner = problem.conflict_among_all ? static_cast<uint32_t>(claim) : key_index(claim);
+  const bool counted = problem.conflict != Conflict::kSelecting;
+  const bool contested = counted && (claim >> 32) > 1;
+  uint32_t owner = counted ? static_cast<uint32_t>(claim) : key_index(claim);
 
   const Point point = contested ? load_point(problem, anchor) : kNowhere;
   const PredictedBox predicted = claim != 0 ? load_predicted(problem, image, anchor) : PredictedBox{};
-  const Box points = warp_bounds({point.x, point.y, point.x, point.y}, contested);
+  const bool by_point = problem.conflict == Conflict::kInside;
+  const Box rivals = warp_bounds(by_point ? Box{point.x, point.y, point.x, point.y} : predicted.box, contested);
+  const auto may_have = [&](const Object& object) {
+    return by_point ? can_be_inside(rivals, gate_box(object.box, problem.minimum_side))
+                    : can_overlap(rivals, object.box);
+  };
   const Box box = exists ? finite_or_empty(load_row(problem.anchors, 0, anchor)) : Box{};
   const float area = box_area(box);
   const Box boxes = warp_bounds(box, has_size(box));
@@ -152,15 +158,14 @@ __global__ void __launch_bounds__(kThreads) resolve_kernel(const __grid_constant
   for_objects(
       problem.scratch, some_work != 0 ? objects : ImageObjects{objects.first, 0}, shared,
       [&](const Object& object, uint32_t) {
-        return object.kind == ObjectKind::kCrowd
-                   ? can_overlap(boxes, object.box)
-                   : object.kind == ObjectKind::kObject &&
-                         can_be_inside(points, gate_box(object.box, problem.minimum_side));
+        return object.kind == ObjectKind::kCrowd ? can_overlap(boxes, object.box)
+                                                 : object.kind == ObjectKind::kObject && may_have(object);
       },
       [&](const Object& object, uint32_t index) {
         if (object.kind == ObjectKind::kCrowd) {
           covered |= positive_ratio(intersection_area(box, object.box), area) >= problem.crowd_overlap;
-        } else if (contested && is_inside(point, gate_box(object.box, problem.minimum_side), problem.center_margin)) {
+        } else if (contested &&
+                   (!by_point || is_inside(point, gate_box(object.box, problem.minimum_side), problem.center_margin))) {
           const float overlap = overlap_with(problem, predicted, object);
           if (overlap > most) {  // objects ascend: on a tie the lower one stays
             most = overlap;
@@ -197,7 +202,8 @@ __global__ void __launch_bounds__(kThreads) keep_kernel(const __grid_constant__ 
   const uint32_t k = static_cast<uint32_t>(problem.k_after_conflict);
   const Box gate = gate_box(object.box, problem.minimum_side);
   const uint32_t count = for_best(
-      problem, problem.scratch, k, shared, [&](const Box& bounds) { return can_be_inside(bounds, gate); },
+      problem, problem.scratch, k, shared,
+      [&](const Box& bounds) { return problem.conflict == Conflict::kAll || can_be_inside(bounds, gate); },
       [&](uint32_t anchor, Word64) -> Word64 {
         const int64_t label = problem.cls_match[place_of(problem, image, anchor)];
         if (label < 0 || static_cast<uint32_t>(label) != index) {

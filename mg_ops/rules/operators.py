@@ -86,7 +86,7 @@ RULES = {
     ),
     "task_aligned_match": Rule(
         "float alpha, float beta, int k, int k_after_conflict, bool by_ciou, bool inside_first, "
-        "bool conflict_among_all, float minimum_side, float center_margin, float epsilon, float crowd_overlap",
+        "int conflict, float minimum_side, float center_margin, float epsilon, float crowd_overlap",
         check_task_aligned_options,
         task_aligned_match.task_aligned_match,
         (torch.int64, torch.float32),

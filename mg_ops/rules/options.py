@@ -8,6 +8,8 @@ from mg_ops.checks import MAX_FLOAT, check_iou_thresholds, check_number, check_t
 
 MAX_K = 128
 """The most anchors that an object selects; csrc/ranked.h."""
+CONFLICT = ("selecting", "inside", "all")
+"""Which objects a contested anchor may belong to; the operator takes the place in this list."""
 MAX_EXPONENT = 64.0
 
 LOW_QUALITY = ("none", "keep_owner", "take_all", "take_first")
@@ -55,12 +57,12 @@ def check_task_aligned_options(
     k_after_conflict: object,
     by_ciou: bool,
     inside_first: bool,
-    conflict_among_all: bool,
+    conflict: object,
     minimum_side: object,
     center_margin: object,
     epsilon: object,
     crowd_overlap: object,
-) -> tuple[float, float, int, int, bool, bool, bool, float, float, float, float]:
+) -> tuple[float, float, int, int, bool, bool, int, float, float, float, float]:
     """Raises unless they are the options of the operator `task_aligned_match`; returns them, the numbers as floats."""
     exponent, length = f"an exponent in [0, {MAX_EXPONENT:g}]", "a finite number of at least 0"
     return (
@@ -70,7 +72,7 @@ def check_task_aligned_options(
         check_count("k_after_conflict", k_after_conflict, 0, MAX_K),
         by_ciou,
         inside_first,
-        conflict_among_all,
+        check_count("conflict", conflict, 0, len(CONFLICT) - 1),
         check_from_zero("minimum_side", minimum_side, MAX_FLOAT, length),
         check_from_zero("center_margin", center_margin, MAX_FLOAT, length),
         check_from_zero("epsilon", epsilon, MAX_FLOAT, length),

@@ -10,7 +10,7 @@ from torch import Tensor
 from mg_ops.boxes import BoxCoder
 from mg_ops.matcher import Call, GroundTruth, Levels, Matcher, PerObject
 from mg_ops.matching import call_operator
-from mg_ops.rules.options import MAX_K, check_choice, check_count, check_task_aligned_options
+from mg_ops.rules.options import CONFLICT, MAX_K, check_choice, check_count, check_task_aligned_options
 from mg_ops.rules.result import Match
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Overlap: TypeAlias = Literal["iou", "ciou"]
 Candidates: TypeAlias = Literal["all", "inside"]
-Conflict: TypeAlias = Literal["selecting", "all"]
+Conflict: TypeAlias = Literal["selecting", "inside", "all"]
 
 
 def _operator_options(
@@ -41,7 +41,7 @@ def _operator_options(
         k_after_conflict or 0,
         check_choice("overlap", overlap, ("iou", "ciou")) == 1,
         check_choice("candidates", candidates, ("all", "inside")) == 1,
-        check_choice("conflict", conflict, ("selecting", "all")) == 1,
+        check_choice("conflict", conflict, CONFLICT),
         *lengths,
     )
 
@@ -81,7 +81,7 @@ class TaskAlignedMatcher(Matcher[Match]):
     k_after_conflict: int | None = None
     overlap: Overlap = "ciou"
     candidates: Candidates = "inside"
-    conflict: Conflict = "all"
+    conflict: Conflict = "inside"
     minimum_side: float = 0.0
     center_margin: float = 0.0
     epsilon: float = 1e-9
@@ -119,7 +119,7 @@ def task_aligned_match(
     k_after_conflict: int | None = None,
     overlap: Overlap = "ciou",
     candidates: Candidates = "inside",
-    conflict: Conflict = "all",
+    conflict: Conflict = "inside",
     minimum_side: float = 0.0,
     center_margin: float = 0.0,
     epsilon: float = 1e-9,
@@ -145,7 +145,7 @@ def task_aligned_match(
         candidates: "inside": an object selects from the anchors whose centers are inside of it; "all": from all, and
             those that are not inside are dropped afterwards (TOOD).
         conflict: an anchor that several objects have selected belongs to the one that its predicted box overlaps most,
-            of "all" that it is inside of, or of the "selecting" ones.
+            of the "selecting" ones, of those that it is "inside" of, or of "all" (PP-YOLOE).
         minimum_side: shorter sides of objects are lengthened to this for the test of which anchors are inside, in the
             unit of the boxes.
         center_margin: how far from each side a center must lie to be inside, in the unit of the boxes.

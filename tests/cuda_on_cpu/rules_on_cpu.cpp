@@ -109,7 +109,7 @@ extern "C" int task_aligned_match_on_cpu(RuleCall* call, char* message, int mess
   problem.k_after_conflict = static_cast<int32_t>(*option++);
   problem.by_ciou = *option++ != 0;
   problem.inside_first = *option++ != 0;
-  problem.conflict_among_all = *option++ != 0;
+  problem.conflict = static_cast<mg_ops::Conflict>(*option++);
   problem.minimum_side = *option++;
   problem.center_margin = *option++;
   problem.epsilon = *option++;

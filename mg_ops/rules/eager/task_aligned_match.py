@@ -21,6 +21,7 @@ from mg_ops.reference import (
     split_arguments,
 )
 from mg_ops.rules.eager.arithmetic import arctangent, power
+from mg_ops.rules.options import CONFLICT
 
 
 class Options(NamedTuple):
@@ -32,7 +33,7 @@ class Options(NamedTuple):
     k_after_conflict: int  # 0: no such step
     by_ciou: bool
     inside_first: bool  # candidates="inside"
-    conflict_among_all: bool
+    conflict: int  # of CONFLICT
     minimum_side: float
     center_margin: float
     epsilon: float
@@ -95,7 +96,7 @@ def match_image(image: Image, options: Options) -> tuple[Tensor, Tensor, Tensor]
 
     # Conflict.
     num_selecting = selected.sum(1)
-    rivals = inside if options.conflict_among_all else selected
+    rivals = {"selecting": selected, "inside": inside, "all": image.objects}[CONFLICT[options.conflict]]
     owner = first_argmax(torch.where(rivals, u, -1.0), dim=1)
     owner = torch.where(num_selecting == 1, first_argmax(selected.long(), dim=1), owner)
     match = torch.where(num_selecting > 0, owner, BACKGROUND)
