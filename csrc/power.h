@@ -28,12 +28,17 @@ inline Exponent make_exponent(float value) {
   return {value, whole ? static_cast<int32_t>(halves) : -1};
 }
 
-// x**exponent of x >= 0: never above 1 for x <= 1, and never smaller for a larger x where the exponent is a product.
+// The power that is no product.
+MG_OPS_INLINE float power_by_logarithm(float x, float exponent) {
+  const float positive = x > 0.0f ? x : 1.0f;
+  const float result = det_exp((det_log2(positive) * 0.69314718f) * exponent);
+  return x > 0.0f ? (result < 1.0f ? result : 1.0f) : 0.0f;
+}
+
+// x**exponent of x >= 0: never above 1 for x <= 1, and never smaller for a larger x where it is a product.
 MG_OPS_INLINE float power(float x, Exponent exponent) {
   if (exponent.halves < 0) {
-    const float positive = x > 0.0f ? x : 1.0f;
-    const float result = det_exp((det_log2(positive) * 0.69314718f) * exponent.value);
-    return x > 0.0f ? (result < 1.0f ? result : 1.0f) : 0.0f;
+    return power_by_logarithm(x, exponent.value);
   }
   float result = 1.0f, square = x;
   for (int32_t whole = exponent.halves / 2; whole > 0; whole /= 2) {

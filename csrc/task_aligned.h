@@ -28,14 +28,15 @@ MG_OPS_INLINE Box gate_box(const Box& object, float minimum_side) {
           low ? y + half : object.y2};
 }
 
+MG_OPS_INLINE float box_angle(const Box& box) { return det_atan((box.x2 - box.x1) / (box.y2 - box.y1)); }
+
 // CIoU of two finite boxes of an IoU above 0; 0 where it is negative.
-MG_OPS_INLINE float positive_ciou(const Box& box, const Box& object, float iou) {
+MG_OPS_INLINE float positive_ciou(const Box& box, const Box& object, float object_angle, float iou) {
   const float dx = (object.x1 + object.x2) - (box.x1 + box.x2), dy = (object.y1 + object.y2) - (box.y1 + box.y2);
   const float w = max_float(box.x2, object.x2) - min_float(box.x1, object.x1);
   const float h = max_float(box.y2, object.y2) - min_float(box.y1, object.y1);
   const float rho2 = (dx * dx + dy * dy) * 0.25f, c2 = w * w + h * h;
-  const float difference =
-      det_atan((object.x2 - object.x1) / (object.y2 - object.y1)) - det_atan((box.x2 - box.x1) / (box.y2 - box.y1));
+  const float difference = object_angle - box_angle(box);
   const float v = (difference * difference) * 0.40528473456935109f;
   const float ciou = iou - (rho2 / c2 + v * (v / ((v - iou) + 1.0000001f)));
   return ciou > 0.0f ? ciou : 0.0f;
@@ -45,7 +46,7 @@ MG_OPS_INLINE float positive_ciou(const Box& box, const Box& object, float iou) 
 MG_OPS_INLINE float pair_overlap(const TaskAlignedProblem& problem, const Box& box, float area, const Box& object,
                                  float object_area) {
   const float iou = box_iou(box, area, object, object_area);
-  return problem.by_ciou && iou > 0.0f ? positive_ciou(box, object, iou) : iou;
+  return problem.by_ciou && iou > 0.0f ? positive_ciou(box, object, box_angle(object), iou) : iou;
 }
 
 // t of a pair of which overlap**beta is known; 0 without an overlap.

@@ -7,17 +7,31 @@
 
 namespace mg_ops {
 
-// The centers of the anchors of a tile, and the box around those that are anywhere.
+// The centers of the anchors of a tile.
 struct alignas(64) PointTile {
-  Box bounds;
-  alignas(64) float x[kTileSize], y[kTileSize];
+  float x[kTileSize], y[kTileSize];
+};
+
+// A box for each tile, so that a slot is compared with tiles by the vector; behind the last tile boxes that hold
+// nothing.
+struct TileBoxes {
+  float *x1, *y1, *x2, *y2;
+
+  void set(int64_t tile, const Box& box) {
+    x1[tile] = box.x1;
+    y1[tile] = box.y1;
+    x2[tile] = box.x2;
+    y2[tile] = box.y2;
+  }
 };
 
 struct RankedWork : ImageWork {
-  // Per anchor, padded to whole tiles (place_points): 37 bytes with the predicted boxes, 16 without.
+  // Per anchor, padded to whole tiles (place_points): 34 bytes with the predicted boxes, 13 without.
   Block point_block;
   PointTile* points;
-  BoxTile* predicted;        // null: the rule reads no predicted boxes
+  TileBoxes points_bounds;  // around those of each tile that are anywhere
+  BoxTile* predicted;       // null: the rule reads no predicted boxes
+  TileBoxes predicted_bounds;
   int32_t* selecting_owner;  // the slot that an anchor is to belong to, or one of the two below
 
   // Per slot (place_lists).
@@ -77,12 +91,27 @@ class BestKeys {
 
 MG_OPS_INLINE RankedWork& ranked(ImageWork& work) { return static_cast<RankedWork&>(work); }
 
+constexpr Box kNoBounds = {kMaxFloat, kMaxFloat, -kMaxFloat, -kMaxFloat};
+constexpr int64_t kTileBlock = 16;
+
 // Returns how many bytes the arrays of the anchors need.
 static size_t place_points(RankedWork& work, bool with_predicted, char* memory) {
   Placing placing{memory};
+  const int64_t padded = (work.num_tiles + kTileBlock - 1) / kTileBlock * kTileBlock;
+  const auto place_boxes = [&](TileBoxes& boxes) {
+    placing.place(boxes.x1, padded);
+    placing.place(boxes.y1, padded);
+    placing.place(boxes.x2, padded);
+    placing.place(boxes.y2, padded);
+    for (int64_t tile = work.num_tiles; memory != nullptr && tile < padded; ++tile) {
+      boxes.set(tile, kNoBounds);
+    }
+  };
   placing.place(work.points, work.num_tiles);
+  place_boxes(work.points_bounds);
   if (with_predicted) {
     placing.place(work.predicted, work.num_tiles);
+    place_boxes(work.predicted_bounds);
   }
   placing.place(work.selecting_owner, work.num_tiles * kTileSize);
   return placing.bytes;
@@ -148,11 +177,13 @@ static bool begin_ranked(RankedWork& work, int64_t image, int64_t list_stride) {
 }
 
 // The centers of a tile's anchors; behind the last one there is nothing anywhere.
-static void load_points(const MatchProblem& problem, int64_t tile_index, PointTile& tile) {
+static void load_points(RankedWork& work, int64_t tile_index) {
+  const MatchProblem& problem = *work.problem;
+  PointTile& tile = work.points[tile_index];
   const int64_t count = tile_count(problem, tile_index);
   alignas(64) float x1[kTileSize], y1[kTileSize], x2[kTileSize], y2[kTileSize];
   load_columns(problem.anchors, 0, tile_index * kTileSize, count, x1, y1, x2, y2);
-  Box bounds = {kMaxFloat, kMaxFloat, -kMaxFloat, -kMaxFloat};
+  Box bounds = kNoBounds;
   for (int64_t i = 0; i < kTileSize; ++i) {
     const Point point = i < count ? box_center({x1[i], y1[i], x2[i], y2[i]}) : kNowhere;
     tile.x[i] = point.x;
@@ -163,7 +194,13 @@ static void load_points(const MatchProblem& problem, int64_t tile_index, PointTi
     bounds.x2 = somewhere ? max_float(bounds.x2, point.x) : bounds.x2;
     bounds.y2 = somewhere ? max_float(bounds.y2, point.y) : bounds.y2;
   }
-  tile.bounds = bounds;
+  work.points_bounds.set(tile_index, bounds);
+}
+
+static void load_predicted(RankedWork& work, int64_t tile_index) {
+  BoxTile& tile = work.predicted[tile_index];
+  load_regressed_tile(work, tile_index, tile);
+  work.predicted_bounds.set(tile_index, tile.bounds);
 }
 
 MG_OPS_INLINE Point anchor_point(const RankedWork& work, uint32_t anchor) {
@@ -199,16 +236,34 @@ MG_OPS_INLINE float probability_of(const ImageWork& work, uint32_t anchor, int64
 
 // Which points of a tile are inside of a box by more than a margin. Whether any is.
 MG_OPS_INLINE bool find_inside(const PointTile& tile, const Box& gate, float margin, uint8_t* inside) {
-  if (!(tile.bounds.x1 < gate.x2) | !(tile.bounds.x2 > gate.x1) | !(tile.bounds.y1 < gate.y2) |
-      !(tile.bounds.y2 > gate.y1)) {
-    return false;
-  }
   uint8_t any = 0;
   for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
     inside[i] = is_inside({tile.x[i], tile.y[i]}, gate, margin);
     any |= inside[i];
   }
   return any != 0;
+}
+
+// Calls visit(tile), in ascending order, for the tiles whose bounds overlap the box, and whose other bounds the other.
+template <class Visit>
+MG_OPS_INLINE void for_tiles_near(const RankedWork& work, const TileBoxes& bounds, const Box& box,
+                                  const TileBoxes& other_bounds, const Box& other_box, Visit visit) {
+  const auto overlaps = [](const TileBoxes& boxes, int64_t tile, const Box& with) {
+    return overlap({boxes.x1[tile], boxes.y1[tile], boxes.x2[tile], boxes.y2[tile]}, with);
+  };
+  for (int64_t begin = 0; begin < work.num_tiles; begin += kTileBlock) {
+    alignas(16) uint8_t near[kTileBlock];
+    for (int64_t i = 0; i < kTileBlock; ++i) {  // vector loop
+      near[i] = overlaps(bounds, begin + i, box) & overlaps(other_bounds, begin + i, other_box);
+    }
+    uint64_t words[kTileBlock / 8];
+    std::memcpy(words, near, sizeof words);
+    for (int64_t word = 0; word < kTileBlock / 8; ++word) {
+      for (uint64_t bytes = words[word]; bytes != 0; bytes &= bytes - 1) {
+        visit(begin + 8 * word + (__builtin_ctzll(bytes) >> 3));
+      }
+    }
+  }
 }
 
 // Calls visit(i) for each of the 64 bytes that is 1, in ascending order.

@@ -52,66 +52,98 @@ static void load_tiles(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
   const DefaultFloatEnvironment environment;
   RankedWork& ranking = ranked(work);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    load_points(*work.problem, tile, ranking.points[tile]);
-    load_regressed_tile(work, tile, ranking.predicted[tile]);
+    load_points(ranking, tile);
+    load_predicted(ranking, tile);
   }
   std::memset(ranking.selecting_owner + tile_begin * kTileSize, 0xff,
               static_cast<size_t>((tile_end - tile_begin) * kTileSize) * sizeof(int32_t));
 }
 
-// x**exponent of 64 numbers.
+// `power` of 64 numbers: the same products, of vectors.
 static void power_of_tile(const float* x, Exponent exponent, float* result) {
-  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
-    result[i] = power(x[i], exponent);
+  if (exponent.halves < 0) {
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+      result[i] = power_by_logarithm(x[i], exponent.value);
+    }
+    return;
+  }
+  alignas(64) float square[kTileSize];
+  std::memcpy(square, x, sizeof square);
+  for (int64_t i = 0; i < kTileSize; ++i) {
+    result[i] = 1.0f;
+  }
+  for (int32_t whole = exponent.halves / 2; whole > 0; whole /= 2) {
+    const bool multiply = whole % 2 == 1;
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+      result[i] = multiply ? result[i] * square[i] : result[i];
+      square[i] = square[i] * square[i];
+    }
+  }
+  if (exponent.halves % 2 == 1) {
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+      result[i] = result[i] * square_root(x[i]);
+    }
   }
 }
 
 static void select_of_slot(const RankedWork& work, int32_t slot, BestKeys& best) {
   const TaskAlignedProblem& problem = problem_of(work);
   const Box object = object_of(work, slot), gate = gate_of(work, slot);
-  const float area = work.area[slot];
+  const float area = work.area[slot], object_angle = box_angle(object);
   // Where x**beta is no product, it may be a little smaller for a larger x.
   const float slack = problem.beta.halves >= 0 ? 1.0f : 1.00001f;
   alignas(64) uint8_t wanted[kTileSize];
-  alignas(64) float iou[kTileSize], possible[kTileSize];
-  for (int64_t tile_index = 0; tile_index < work.num_tiles; ++tile_index) {
-    const BoxTile& tile = work.predicted[tile_index];
-    if (!overlap(tile.bounds, object)) {
-      continue;
+  alignas(64) float overlap_with[kTileSize], possible[kTileSize];  // overlap, and overlap**beta
+  // Leaves those of the wanted anchors whose overlap may be enough. Whether any is left.
+  const auto drop_hopeless = [&] {
+    power_of_tile(overlap_with, problem.beta, possible);
+    const uint32_t floor = key_order(best.floor());
+    uint8_t any = 0;
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+      wanted[i] &= (overlap_with[i] > 0.0f) & (iou_order(slack * possible[i]) > floor);
+      any |= wanted[i];
     }
+    return any != 0;
+  };
+  const TileBoxes& inside_bounds = problem.inside_first ? work.points_bounds : work.predicted_bounds;
+  const Box& inside_of = problem.inside_first ? gate : object;
+  for_tiles_near(work, work.predicted_bounds, object, inside_bounds, inside_of, [&](int64_t tile_index) {
+    const BoxTile& tile = work.predicted[tile_index];
     const float largest = slack * power(largest_possible_iou(tile, work, slot), problem.beta);
     if (iou_order(largest) <= key_order(best.floor())) {
-      continue;
+      return;
     }
     if (!problem.inside_first) {
       std::memset(wanted, 1, sizeof wanted);
     } else if (!find_inside(work.points[tile_index], gate, problem.center_margin, wanted)) {
-      continue;
+      return;
     }
     for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
-      iou[i] = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
+      overlap_with[i] = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
     }
-    power_of_tile(iou, problem.beta, possible);
-    const uint32_t floor = key_order(best.floor());
-    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
-      wanted[i] &= (iou[i] > 0.0f) & (iou_order(slack * possible[i]) > floor);
+    bool any = drop_hopeless();
+    if (any && problem.by_ciou) {
+      for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+        const float iou = overlap_with[i];
+        const float ciou = positive_ciou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, object, object_angle, iou);
+        overlap_with[i] = iou > 0.0f ? ciou : 0.0f;
+      }
+      any = drop_hopeless();
+    }
+    if (!any) {
+      return;
     }
     for_marked(wanted, [&](int64_t i) {
-      if (iou_order(slack * possible[i]) <= key_order(best.floor())) {
+      if (iou_order(possible[i]) <= key_order(best.floor())) {
         return;  // the floor has risen meanwhile
       }
       const uint32_t anchor = static_cast<uint32_t>(tile_index * kTileSize + i);
-      float overlap = iou[i], overlap_power = possible[i];
-      if (problem.by_ciou) {
-        overlap = positive_ciou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, object, iou[i]);
-        overlap_power = power(overlap, problem.beta);
-      }
-      const float metric = pair_metric(problem, probability_of(work, anchor, slot), overlap, overlap_power);
+      const float metric = pair_metric(problem, probability_of(work, anchor, slot), overlap_with[i], possible[i]);
       if (metric > 0.0f) {
         best.add(claim_key(iou_order(metric), anchor));
       }
     });
-  }
+  });
 }
 
 static void select_by_metric(ImageWork& work, int64_t slot_begin, int64_t slot_end) {

@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   }
   const uint32_t index = blockIdx.x - static_cast<uint32_t>(problem.scratch.image_starts[image]);
   const Box gate = gate_box(object.box, problem.minimum_side);
+  const float object_angle = box_angle(object.box);
   // Where x**beta is no product, it may be a little smaller for a larger x.
   const float slack = problem.beta.halves >= 0 ? 1.0f : 1.00001f;
   const auto key_of = [&](uint32_t anchor, Word64 floor) -> Word64 {
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
     if (!(iou > 0.0f) || claim_key(iou_order(possible), anchor) <= floor) {
       return 0;
     }
-    const float overlap = problem.by_ciou ? positive_ciou(predicted.box, object.box, iou) : iou;
+    const float overlap = problem.by_ciou ? positive_ciou(predicted.box, object.box, object_angle, iou) : iou;
     const float metric = metric_with(problem, image, anchor, object, overlap);
     return metric > 0.0f ? claim_key(iou_order(metric), anchor) : 0;
   };

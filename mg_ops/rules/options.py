@@ -17,12 +17,11 @@ LOW_QUALITY = ("none", "keep_owner", "take_all", "take_first")
 
 
 def check_max_iou_options(
-    iou_positive: object, iou_ignored: object, low_quality: int, iou_low_quality: object, crowd_overlap: object
+    iou_positive: object, iou_ignored: object, low_quality: object, iou_low_quality: object, crowd_overlap: object
 ) -> tuple[float, float, int, float, float]:
     """Raises unless they are the options of the operator `max_iou_match`; returns them, the numbers as floats."""
     iou_positive, iou_ignored, crowd_overlap = check_iou_thresholds(iou_positive, iou_ignored, crowd_overlap)
-    if not 0 <= low_quality < len(LOW_QUALITY):
-        raise ValueError(f"low_quality: expected an integer from 0 to {len(LOW_QUALITY) - 1}, got {low_quality}")
+    low_quality = check_count("low_quality", low_quality, 0, len(LOW_QUALITY) - 1)
     iou_low_quality = check_from_zero("iou_low_quality", iou_low_quality, 1.0, "a threshold in [0, 1]")
     return iou_positive, iou_ignored, low_quality, iou_low_quality, crowd_overlap
 

@@ -191,4 +191,4 @@ def task_aligned_match(
         **call,
     )
     cls_match, soft_targets, num_pos = result
-    return Match(cls_match, num_pos, soft_targets)
+    return Match(cls_match, num_pos, soft_targets.detach())
