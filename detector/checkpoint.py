@@ -10,13 +10,20 @@ from typing import Any
 
 import torch
 
-from detector.anchors import ANCHORS_PER_CELL, BASE_SIZE
+from detector.anchors import ANCHORS_PER_LOCATION, BASE_SIZE
 from detector.backbone import describe_misfit, load_torch_file
 from detector.data import AnnotatedImages
 from detector.detectors import OneStageDetector, make_detector
 from detector.outputs import strict_json, whole_file
 
-ADDED_LATER = {"anchor_size": BASE_SIZE, "box_loss": "balanced_l1", "val_fraction": None, "init_from": None}
+ADDED_LATER = {
+    "anchor_size": BASE_SIZE,
+    "anchors_per_location": ANCHORS_PER_LOCATION,
+    "cls_loss": "focal",
+    "box_loss": "balanced_l1",
+    "val_fraction": None,
+    "init_from": None,
+}
 """Flags of detector.train that older checkpoints do not have, and what they were then."""
 
 
@@ -183,6 +190,7 @@ def load_detector(path: Path, device: torch.device | str) -> tuple[OneStageDetec
             arguments["image_size"],
             len(content["class_names"]),
             arguments["anchor_size"],
+            arguments["anchors_per_location"],
         )
     except KeyError as error:
         raise ValueError(f"checkpoint: {path}: entry 'arguments' has no {error}") from error
@@ -209,8 +217,13 @@ def initialize_from(model: OneStageDetector, content: dict[str, Any], class_name
     for name, value in source.items():
         if name not in target or value.shape[1:] != target[name].shape[1:]:
             continue
-        if name.startswith("head.classes."):  # (6 * C, ...), the classes of an anchor side by side
-            ours, theirs = (state.unflatten(0, (ANCHORS_PER_CELL, -1)) for state in (target[name], value))
+        if name.startswith("head.classes."):  # (K * C, ...), the classes of an anchor side by side
+            if len(value) * len(class_names) != len(target[name]) * len(old_names):
+                continue  # of another number of anchors per location
+            ours, theirs = (
+                state.unflatten(0, (-1, len(names)))
+                for state, names in ((target[name], class_names), (value, old_names))
+            )
             ours[:, places[0]] = theirs[:, places[1]]
             by_class.append(name)
         elif value.shape == target[name].shape:

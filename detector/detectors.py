@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from detector.anchors import ANCHORS_PER_CELL, BASE_SIZE, level_cells, make_anchors
+from detector.anchors import ANCHORS_PER_LOCATION, BASE_SIZE, level_cells, make_anchors
 from detector.backbone import VGG16, make_backbone
 from detector.necks import FusionPyramid, ReceptiveFieldPyramid, TopDownPyramid
 
@@ -41,7 +41,12 @@ class OneStageDetector(nn.Module):
 
 
 def make_detector(
-    model: str, backbone: str, image_size: int, num_classes: int, anchor_size: float = BASE_SIZE
+    model: str,
+    backbone: str,
+    image_size: int,
+    num_classes: int,
+    anchor_size: float = BASE_SIZE,
+    anchors_per_location: int = ANCHORS_PER_LOCATION,
 ) -> OneStageDetector:
     """A detector with random weights, in channels-last memory.
 
@@ -51,9 +56,10 @@ def make_detector(
         image_size: side of its input in pixels, a multiple of 32.
         num_classes: C.
         anchor_size: side in pixels of the smallest anchor.
+        anchors_per_location: 6 or 1, as of `make_anchors`.
 
     Raises:
-        ValueError: there is no such model or backbone, or the sizes are out of range.
+        ValueError: there is no such model or backbone, or the numbers are out of range.
     """
     if model not in NECKS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
@@ -63,8 +69,9 @@ def make_detector(
             "RFBNet: expected a VGG-16 backbone (--backbone vgg16 or vgg16_bn); the paper pairs it with no other"
         )
     neck = NECKS[model](features.channels, len(level_cells(image_size)))
-    head = Head(neck.channels, num_classes)
-    detector = OneStageDetector(features, neck, head, make_anchors(image_size, anchor_size))
+    head = Head(neck.channels, num_classes, anchors_per_location)
+    anchors = make_anchors(image_size, anchor_size, anchors_per_location)
+    detector = OneStageDetector(features, neck, head, anchors)
     return detector.to(memory_format=torch.channels_last)
 
 
@@ -74,13 +81,14 @@ class Head(nn.Module):
     Args:
         level_channels: channels of each pyramid level.
         num_classes: C.
+        anchors_per_location: K.
     """
 
-    def __init__(self, level_channels: list[int], num_classes: int) -> None:
+    def __init__(self, level_channels: list[int], num_classes: int, anchors_per_location: int) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        classes = [nn.Conv2d(channels, ANCHORS_PER_CELL * num_classes, 3, padding=1) for channels in level_channels]
-        boxes = [nn.Conv2d(channels, ANCHORS_PER_CELL * 4, 3, padding=1) for channels in level_channels]
+        self.num_classes, self.anchors_per_location = num_classes, anchors_per_location
+        classes = [nn.Conv2d(channels, anchors_per_location * num_classes, 3, padding=1) for channels in level_channels]
+        boxes = [nn.Conv2d(channels, anchors_per_location * 4, 3, padding=1) for channels in level_channels]
         for convs, bias in ((classes, -math.log(99)), (boxes, 0.0)):  # every class starts at p = 0.01
             for conv in convs:
                 assert conv.bias is not None  # none is left out above
@@ -90,12 +98,12 @@ class Head(nn.Module):
 
     def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The pyramid -> cls_logits (B, A, C) and box_deltas (B, A, 4), in the order of `make_anchors`."""
-        logits = [conv(level) for conv, level in zip(self.classes, pyramid, strict=True)]  # (B, 6 * C, H, W)
-        deltas = [conv(level) for conv, level in zip(self.boxes, pyramid, strict=True)]  # (B, 6 * 4, H, W)
+        logits = [conv(level) for conv, level in zip(self.classes, pyramid, strict=True)]  # (B, K * C, H, W)
+        deltas = [conv(level) for conv, level in zip(self.boxes, pyramid, strict=True)]  # (B, K * 4, H, W)
         return flatten_levels(logits, self.num_classes), flatten_levels(deltas, 4)
 
 
 def flatten_levels(levels: list[Tensor], size: int) -> Tensor:
-    """L maps (B, 6 * size, H, W) -> (B, A, size): level by level, row by row, cell by cell, anchor by anchor."""
+    """L maps (B, K * size, H, W) -> (B, A, size): level by level, row by row, cell by cell, anchor by anchor."""
     # In channels-last memory the permutation and the reshape move nothing; the concatenation is the only copy.
     return torch.cat([level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, size) for level in levels], dim=1)

@@ -9,23 +9,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mg_ops import BoxCoder, MutualMatch, encode_class_targets
-from mg_ops.losses import balanced_l1_loss, focal_loss
+from mg_ops import BoxCoder, Match, MutualMatch, encode_class_targets
+from mg_ops.losses import balanced_l1_loss, focal_loss, quality_focal_loss, soft_bce_loss, varifocal_loss
+
+SOFT_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "quality_focal": quality_focal_loss,
+    "varifocal": varifocal_loss,
+    "soft_bce": soft_bce_loss,
+}
+"""Those of classification that learn the soft targets of a match."""
+CLS_LOSSES = ("focal", *SOFT_LOSSES)
+"""By their names in detector.train, like those of boxes."""
 
 BOX_LOSSES: dict[str, Callable[..., Tensor]] = {
     "balanced_l1": balanced_l1_loss,
     "released_balanced_l1": partial(balanced_l1_loss, as_released=True),
 }
-"""By their names in detector.train."""
 
 
 class DetectionLoss(NamedTuple):
     """The two parts of a batch's loss, and the positives that normalize them."""
 
     cls_loss: Tensor
-    """() float32: focal loss over the number of classification positives."""
+    """() float32: the sum over the number of classification positives, or over the sum of their soft targets."""
     box_loss: Tensor
-    """() float32: the box loss, mean over localization positives and the 4 coordinates."""
+    """() float32: the box loss, mean over localization positives, weighted by soft targets, and the 4 coordinates."""
     num_cls_positives: Tensor
     """() float32, in this process's images."""
     num_loc_positives: Tensor
@@ -36,7 +44,7 @@ def detection_loss(
     cls_logits: Tensor,
     box_deltas: Tensor,
     anchors: Tensor,
-    match: MutualMatch,
+    match: MutualMatch | Match,
     gt_boxes: Tensor,
     gt_labels: Tensor,
     gt_offsets: Tensor,
@@ -44,6 +52,7 @@ def detection_loss(
     *,
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
+    cls_loss: str = "focal",
     box_loss: str = "balanced_l1",
 ) -> DetectionLoss:
     """The loss of a batch. With several processes the normalizers are means over them, so that
@@ -53,25 +62,34 @@ def detection_loss(
         cls_logits: (B, A, C) floating.
         box_deltas: (B, A, 4) floating.
         anchors: (A, 4) float32.
-        match: what `mg_ops.mutual_match` returned for these predictions and objects.
+        match: what `mg_ops.mutual_match` or another rule returned for these predictions and objects.
         gt_boxes: (N, 4), the boxes of all images, packed.
         gt_labels: (N,), their labels.
         gt_offsets: (B + 1,), where the objects of each image begin and end.
         box_coder: encodes the boxes to regress to.
         focal_alpha: weight of positives in the focal loss.
         focal_gamma: exponent of the focal loss.
+        cls_loss: one of CLS_LOSSES; all but "focal" need a match with soft targets, which weigh the box loss too, as
+            where these rules come from.
         box_loss: one of BOX_LOSSES.
     """
+    soft_targets = match.soft_targets if isinstance(match, Match) and cls_loss != "focal" else None
     class_targets = encode_class_targets(match, gt_boxes, gt_labels, gt_offsets, num_classes=cls_logits.shape[-1])
     num_positives = torch.stack([(class_targets >= 0).sum(), match.loc_positive.sum()]).float()
-    normalizers = num_positives.clone()
+    normalizers = num_positives.clone() if soft_targets is None else soft_targets.sum().repeat(2)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(normalizers)
         normalizers /= torch.distributed.get_world_size()
     # No object in the whole batch: the background alone makes the loss.
     normalizers = torch.where(normalizers > 0, normalizers, 1.0)
+    if soft_targets is None:
+        of_classes = focal_loss(
+            cls_logits, class_targets, alpha=focal_alpha, gamma=focal_gamma, normalizer=normalizers[0]
+        )
+    else:
+        of_classes = SOFT_LOSSES[cls_loss](cls_logits, class_targets, soft_targets, normalizer=normalizers[0])
     return DetectionLoss(
-        focal_loss(cls_logits, class_targets, alpha=focal_alpha, gamma=focal_gamma, normalizer=normalizers[0]),
+        of_classes,
         BOX_LOSSES[box_loss](
             box_deltas,
             match.loc_match,
@@ -79,6 +97,7 @@ def detection_loss(
             gt_boxes,
             gt_offsets,
             box_coder=box_coder,
+            weights=soft_targets,
             normalizer=4 * normalizers[1],
         ),
         *num_positives,

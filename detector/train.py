@@ -64,7 +64,7 @@ from detector.data import (
 )
 from detector.detectors import MODELS, OneStageDetector, make_detector
 from detector.evaluate import evaluate
-from detector.loss import BOX_LOSSES, detection_loss
+from detector.loss import BOX_LOSSES, CLS_LOSSES, detection_loss
 from detector.outputs import strict_json, write_json
 from detector.program import (
     add_data_arguments,
@@ -76,6 +76,7 @@ from detector.program import (
     run_program,
     whole_number,
 )
+from detector.rules import RULES, check_rule, make_matcher
 from detector.run_log import RunLog, claim_folder
 from detector.scores import format_metrics, score, to_coco_ground_truth
 from detector.watches import LossWatch, Stopwatch
@@ -86,7 +87,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     positive, share, shrinking = real_number(0, above=True), real_number(0, 1), real_number(0, 1, below=True)
     parser = argparse.ArgumentParser(
         "python -m detector.train",
-        description="Trains FSSD, RetinaNet or RFBNet with one of the four matching strategies, and evaluates it.",
+        description="Trains FSSD, RetinaNet or RFBNet with a rule of assignment, and evaluates it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     group = parser.add_argument_group("data")
@@ -108,11 +109,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--image-size", type=input_side, default=320, help="side of the input in pixels, a multiple of 32")
     smaller = "side of the smallest anchor in pixels of the input; smaller for small objects or small inputs"
     add("--anchor-size", type=positive, default=BASE_SIZE, help=smaller)
+    locations = "1: an anchor-free head, one square for each cell; 8 as --anchor-size makes it the stride"
+    add("--anchors-per-location", type=int, choices=(1, 6), default=6, help=locations)
 
     add = parser.add_argument_group("matching and losses").add_argument
-    add("--strategy", choices=tuple(mg_ops.matching.STRATEGIES), default="mutual", help="rows of Table 1")
-    add("--sigma", type=real_number(1, above=True), default=2.0, help="degree of amplification (Eq. 1)")
-    add("--backend", help="of mg_ops.mutual_match; by default the best one for the device")
+    add("--strategy", choices=RULES, default="mutual", help="a row of Table 1, or another rule of assignment")
+    add(
+        "--sigma", type=real_number(1, above=True), default=2.0, help="mutual matching: degree of amplification (Eq. 1)"
+    )
+    add("--backend", help="of the matching; by default the best one for the device")
+    soft = "all but focal learn soft targets, of task_aligned, simota and dynamic_soft_label"
+    add("--cls-loss", choices=CLS_LOSSES, default="focal", help=soft)
     add("--focal-alpha", type=share, default=0.25, help="weight of positives in the focal loss")
     add("--focal-gamma", type=real_number(0), default=2.0, help="exponent of the focal loss")
     released = "Balanced L1 by its paper, or as the code released with Mutual Guidance has it"
@@ -150,6 +157,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         args.workers = 1 if args.device == "cpu" else min(12, cpus)
     if args.anchor_size > args.image_size:
         parser.error(f"--anchor-size: expected at most --image-size, {args.image_size}, got {args.anchor_size:g}")
+    try:
+        check_rule(args)
+    except ValueError as error:
+        parser.error(str(error))
     if args.val_fraction is not None and args.eval_split is not None:
         parser.error("expected --val-fraction or --eval-split, got both")
     names = split_class_names(args.classes)
@@ -218,17 +229,6 @@ def saving_on_error(save: Callable[[int], None], step: int) -> Iterator[None]:
     except Exception:
         save(step)
         raise
-
-
-def make_matcher(args: argparse.Namespace, device: torch.device) -> mg_ops.MutualMatcher:
-    """The matcher that the flags say, tried on one object: what it refuses is refused before data is read."""
-    matcher = mg_ops.MutualMatcher(
-        strategy=args.strategy, sigma=args.sigma, backend=args.backend, box_coder=mg_ops.BoxCoder()
-    )
-    box = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
-    label = torch.zeros(1, dtype=torch.int64, device=device)
-    matcher(box, [box], [label], cls_logits=box[None, :, :1], box_deltas=torch.zeros_like(box)[None])
-    return matcher
 
 
 def check_batch_norm(model: nn.Module, share: int, args: argparse.Namespace) -> None:
@@ -340,7 +340,14 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
 
     # ---- Model, averaged weights, optimizer
     torch.manual_seed(args.seed)
-    model = make_detector(args.model, args.backbone, args.image_size, len(train_data.class_names), args.anchor_size)
+    model = make_detector(
+        args.model,
+        args.backbone,
+        args.image_size,
+        len(train_data.class_names),
+        args.anchor_size,
+        args.anchors_per_location,
+    )
     if not (args.sync_batch_norm and num_processes > 1):
         check_batch_norm(model, sampler.smallest_share(), args)
     if resumed is not None:
@@ -506,7 +513,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
             with torch.autocast(device.type, dtype=autocast_type, enabled=autocast_type is not None):
                 cls_logits, box_deltas = network(images)  # (B, A, C), (B, A, 4)
 
-            # Mutual Guidance: what the network predicts decides which anchors it learns from.
+            # With Mutual Guidance what the network predicts decides which anchors it learns from.
             matching_time.start()
             match = matcher(
                 model.anchors,
@@ -527,6 +534,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
                 gt_labels,
                 gt_offsets,
                 box_coder,
+                cls_loss=args.cls_loss,
                 focal_alpha=args.focal_alpha,
                 focal_gamma=args.focal_gamma,
                 box_loss=args.box_loss,

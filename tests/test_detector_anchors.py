@@ -38,6 +38,15 @@ def test_values_worked_out_by_hand() -> None:
     assert anchors[0].tolist() == [0, 0, 16, 16]
 
 
+def test_one_square_a_location_stands_for_its_point() -> None:
+    anchors = make_anchors(320, 8.0, anchors_per_location=1)
+    assert anchors.shape == (1600 + 400 + 100 + 25, 4)
+    assert anchors[0].tolist() == [0, 0, 8, 8] and anchors[1600].tolist() == [0, 0, 16, 16]
+    assert make_anchors(320, 24.0, anchors_per_location=1)[0].tolist() == [-8, -8, 16, 16]  # not clipped
+    with pytest.raises(ValueError, match="anchors_per_location: expected 1 or 6, got 3"):
+        make_anchors(320, anchors_per_location=3)
+
+
 def test_every_anchor_lies_in_the_image_and_has_an_area() -> None:
     for image_size in (64, 96, 320, 512):
         anchors = make_anchors(image_size)

@@ -116,6 +116,13 @@ def test_everything_that_fits_is_taken_and_classes_by_their_names() -> None:
         assert after[name].equal(before[name])
 
 
+def test_a_head_of_other_anchors_is_not_taken() -> None:
+    source = make_detector("fssd", "resnet18", 64, 3)
+    target = make_detector("fssd", "resnet18", 64, 18, anchors_per_location=1)  # as many channels
+    said = initialize_from(target, content_of(source, ["a", "b", "c"]), [f"class {index}" for index in range(18)])
+    assert "classes taken" not in said
+
+
 def test_a_checkpoint_of_which_nothing_fits_is_refused() -> None:
     with pytest.raises(ValueError, match="--init-from: no tensor of the checkpoint fits"):
         initialize_from(

@@ -29,8 +29,9 @@ from detector.data import read_voc
 from detector.detectors import make_detector
 from detector.evaluate import evaluate
 from detector.images import decode_image
-from detector.loss import BOX_LOSSES, detection_loss
+from detector.loss import BOX_LOSSES, CLS_LOSSES, detection_loss
 from detector.program import process_group
+from detector.rules import RULES
 from detector.run_log import read_log
 from detector.train import learning_rate
 
@@ -196,15 +197,45 @@ def test_the_strategy_changes_nothing_but_the_strategy(
         return detection_loss(cls_logits, box_deltas, anchors, match, *objects, **options)
 
     monkeypatch.setattr(detector.train, "detection_loss", record)
-    for current in ("iou", "mutual"):
-        detector.train.main(flags(voc, tmp_path / current, strategy=current, epochs=1))
-    static, guided = seen["iou"], seen["mutual"]
-    assert len(static) == len(guided) == 3
-    for one, other in zip(static, guided, strict=True):
-        for objects, same_objects in zip(one[2:5], other[2:5], strict=True):
-            assert torch.equal(objects, same_objects)  # the same images, augmented the same way, in the same order
-    assert torch.equal(static[0][0], guided[0][0]) and torch.equal(static[0][1], guided[0][1])  # the same first weights
-    assert any(not torch.equal(one[5], other[5]) for one, other in zip(static, guided, strict=True))
+    head = {"anchors-per-location": 1, "anchor-size": 8}
+    for current in RULES:
+        detector.train.main(flags(voc, tmp_path / current, strategy=current, epochs=1, **head))
+        assert load_detector(tmp_path / current, "cpu")[0].anchors.shape == (64 + 16 + 4 + 1, 4)
+    static = seen.pop("iou")
+    assert len(static) == 3
+    for guided in seen.values():
+        for one, other in zip(static, guided, strict=True):
+            for objects, same_objects in zip(one[2:5], other[2:5], strict=True):
+                assert torch.equal(objects, same_objects)  # the same images, augmented the same way, in the same order
+        for predictions, same_predictions in zip(static[0][:2], guided[0][:2], strict=True):
+            assert torch.equal(predictions, same_predictions)  # the same first weights
+        assert any(
+            not torch.equal(one[place], other[place])
+            for one, other in zip(static, guided, strict=True)
+            for place in (5, 6)
+        )
+
+
+@pytest.mark.parametrize("cls_loss", CLS_LOSSES)
+def test_soft_targets_are_learned(voc: Path, tmp_path: Path, cls_loss: str) -> None:
+    matching = {"strategy": "task_aligned", "cls-loss": cls_loss, "anchors-per-location": 1}
+    detector.train.main(flags(voc, tmp_path, epochs=12, **matching))
+    losses = [entry["cls_loss"] for entry in read_log(tmp_path / "log.jsonl") if "cls_loss" in entry]
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+def test_flags_of_the_matching_that_do_not_go_together_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (
+            "--strategy mutual --cls-loss soft_bce",
+            "--cls-loss soft_bce: needs soft targets, which --strategy mutual does not",
+        ),
+        ("--strategy simota", "expected --anchors-per-location 1 --anchor-size 8, got 6 and 24"),
+        ("--strategy dynamic_soft_label --anchors-per-location 1", "--anchor-size 8, got 1 and 24"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            detector.train.main(["--data", "absent", *words.split()])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_images(voc: Path, tmp_path: Path) -> None:
