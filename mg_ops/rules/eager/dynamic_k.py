@@ -62,11 +62,10 @@ def class_losses(scores: Tensor, are_probabilities: bool) -> ClassLosses:
 def sum_over_classes(values: Tensor) -> Tensor:
     """(M, C) -> (M,) in one order: class c goes to sum c modulo 16, then halves of the sums are added."""
     num_rows, num_classes = values.shape
-    padded = values.new_zeros(num_rows, -(-num_classes // CLASS_LANES) * CLASS_LANES)
-    padded[:, :num_classes] = values
     sums = values.new_zeros(num_rows, CLASS_LANES)
-    for part in padded.split(CLASS_LANES, dim=1):
-        sums = sums + part
+    for first in range(0, num_classes, CLASS_LANES):
+        part = values[:, first : first + CLASS_LANES]
+        sums[:, : part.shape[1]] += part
     while sums.shape[1] > 1:
         first, second = sums.chunk(2, dim=1)
         sums = first + second
@@ -112,11 +111,11 @@ def match_pairs(
     """One image: cls_match, soft_targets (A,), num_pos (G,); cost is of the pairs (M, G)."""
     num_anchors, num_objects, device = len(image.anchors), len(image.gt_boxes), image.anchors.device
     match = torch.full((num_anchors,), BACKGROUND, device=device)
-    targets = torch.zeros(num_anchors, device=device)
+    targets = image.anchors.new_zeros(num_anchors)
     num_candidates = len(pairs.anchors)
     if num_candidates > 0:
         # How many each object selects. Added one after the other, the largest first.
-        total = torch.zeros(len(pairs.objects), device=device)
+        total = pairs.iou.new_zeros(len(pairs.objects))
         for iou in torch.sort(pairs.iou, dim=0, descending=True).values[:k]:
             total = total + iou
         num_selected = total.floor().clamp(1, num_candidates)
