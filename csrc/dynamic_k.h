@@ -92,6 +92,30 @@ MG_OPS_INLINE bool is_near(Point point, float width, const Box& object, DynamicK
   return rule == DynamicKRule::kSoftLabel ? in_box : rule == DynamicKRule::kCenter ? in_square : in_box | in_square;
 }
 
+// The box around centers, and the widest of their anchors.
+struct CenterBounds {
+  Box box;
+  float widest;
+};
+
+MG_OPS_INLINE bool can_be_in_box(const Box& bounds, const Box& box) {
+  return (bounds.x1 < box.x2) & (bounds.x2 > box.x1) & (bounds.y1 < box.y2) & (bounds.y2 > box.y1);
+}
+
+// Whether one of these anchors can be near an object.
+MG_OPS_INLINE bool can_be_near(const CenterBounds& bounds, const Box& object, DynamicKRule rule, float center_radius) {
+  const bool in_box = can_be_in_box(bounds.box, object);
+  const bool in_square = can_be_in_box(bounds.box, center_square(object, center_radius * bounds.widest));
+  return rule == DynamicKRule::kSoftLabel ? in_box : rule == DynamicKRule::kCenter ? in_square : in_box | in_square;
+}
+
+// Whether one can be where a pair costs no penalty.
+MG_OPS_INLINE bool can_be_cheap(const CenterBounds& bounds, const Box& object, DynamicKRule rule, float center_radius) {
+  return can_be_near(bounds, object, rule, center_radius) &&
+         (rule != DynamicKRule::kBoxOrCenter || (can_be_near(bounds, object, DynamicKRule::kSoftLabel, center_radius) &&
+                                                 can_be_near(bounds, object, DynamicKRule::kCenter, center_radius)));
+}
+
 // What a pair costs for where the anchor is: never NaN.
 MG_OPS_INLINE float place_cost(Point point, float width, const Box& object, DynamicKRule rule, float center_radius,
                                float penalty) {
@@ -109,6 +133,12 @@ MG_OPS_INLINE float place_cost(Point point, float width, const Box& object, Dyna
 MG_OPS_INLINE uint32_t cost_order(float cost) {
   const uint32_t bits = float_bits(cost);
   return (bits >> 31) != 0 ? bits : bits ^ 0x7fffffffu;
+}
+
+// The order of the least cost of a pair without an IoU: anywhere, or where none can be cheap.
+MG_OPS_INLINE uint32_t order_without_iou(const DynamicKProblem& problem, bool may_be_cheap) {
+  const float penalty = may_be_cheap || problem.rule == DynamicKRule::kSoftLabel ? 0.0f : problem.penalty;
+  return cost_order(iou_cost(0.0f, problem.epsilon, problem.iou_weight) + penalty);
 }
 
 // How many anchors an object selects, given the sum of its largest IoUs.

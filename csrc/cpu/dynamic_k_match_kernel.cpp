@@ -16,8 +16,7 @@ namespace mg_ops {
 
 // The candidates of a tile of anchors.
 struct alignas(64) CandidateTile {
-  Box bounds;     // of their centers
-  float widest;   // of them
+  CenterBounds bounds;
   int32_t count;  // 0: there are none, and nothing else is set
   alignas(64) float x[kTileSize], y[kTileSize], width[kTileSize];
   float sum[kTileSize];  // over the classes; below 0: no candidate
@@ -103,39 +102,18 @@ static bool begin_dynamic_k(ImageWork& image_work, int64_t image) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The candidates
 
-// Whether an anchor whose center is within bounds, and that is no wider than this, can be near an object.
-template <DynamicKRule kRule>
-MG_OPS_INLINE bool can_be_near(const Box& bounds, float widest, const Box& object, float center_radius) {
-  const Box square = center_square(object, center_radius * widest);
-  const auto reaches = [&](const Box& box) {
-    return (bounds.x1 < box.x2) & (bounds.x2 > box.x1) & (bounds.y1 < box.y2) & (bounds.y2 > box.y1);
-  };
-  const bool box = reaches(object), center = reaches(square);
-  return kRule == DynamicKRule::kSoftLabel ? box : kRule == DynamicKRule::kCenter ? center : box | center;
-}
-
-// The same for the place that costs an object of its own nothing, or least.
-template <DynamicKRule kRule>
-MG_OPS_INLINE bool can_be_cheap(const CandidateTile& tile, const Box& object, float center_radius) {
-  return kRule != DynamicKRule::kBoxOrCenter
-             ? can_be_near<kRule>(tile.bounds, tile.widest, object, center_radius)
-             : can_be_near<DynamicKRule::kSoftLabel>(tile.bounds, tile.widest, object, center_radius) &&
-                   can_be_near<DynamicKRule::kCenter>(tile.bounds, tile.widest, object, center_radius);
-}
-
 // Sets bounds and the widest of the centers that are marked. Whether there is any.
 static bool bound_centers(CandidateTile& tile, const uint8_t* marked) {
-  tile.bounds = {kMaxFloat, kMaxFloat, -kMaxFloat, -kMaxFloat};
-  tile.widest = 0.0f;
+  Box box = {kMaxFloat, kMaxFloat, -kMaxFloat, -kMaxFloat};
+  float widest = 0.0f;
   tile.count = 0;
   for_marked(marked, [&](int64_t i) {
-    tile.bounds.x1 = min_float(tile.bounds.x1, tile.x[i]);
-    tile.bounds.y1 = min_float(tile.bounds.y1, tile.y[i]);
-    tile.bounds.x2 = max_float(tile.bounds.x2, tile.x[i]);
-    tile.bounds.y2 = max_float(tile.bounds.y2, tile.y[i]);
-    tile.widest = max_float(tile.widest, tile.width[i]);
+    box = {min_float(box.x1, tile.x[i]), min_float(box.y1, tile.y[i]), max_float(box.x2, tile.x[i]),
+           max_float(box.y2, tile.y[i])};
+    widest = max_float(widest, tile.width[i]);
     ++tile.count;
   });
+  tile.bounds = {box, widest};
   return tile.count > 0;
 }
 
@@ -157,7 +135,7 @@ static bool find_near(const DynamicKWork& work, const BoxTile& anchors, Candidat
   std::memset(near, 0, kTileSize);
   for (int32_t slot = 0; slot < work.num_slots; ++slot) {
     const Box object = object_of(work, slot);
-    if (!can_be_near<kRule>(tile.bounds, tile.widest, object, center_radius)) {
+    if (!can_be_near(tile.bounds, object, kRule, center_radius)) {
       continue;
     }
     for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
@@ -340,26 +318,22 @@ static void select_of_tile(const DynamicKWork& work, int32_t slot, int64_t tile_
   for_marked(wanted, [&](int64_t i) { best.add(claim_key(order[i], static_cast<uint32_t>(first + i))); });
 }
 
-// The order of what a pair without an IoU costs at least, at a place that is not cheap.
-MG_OPS_INLINE uint32_t order_without_iou(const DynamicKProblem& problem) {
-  const float penalty = problem.rule == DynamicKRule::kSoftLabel ? 0.0f : problem.penalty;
-  return cost_order(iou_cost(0.0f, problem.epsilon, problem.iou_weight) + penalty);
-}
-
 template <DynamicKRule kRule, bool kIsProbability>
 static void select_of_slot(const DynamicKWork& work, int32_t slot, BestKeys& best) {
   const DynamicKProblem& problem = problem_of(work);
   const Box object = object_of(work, slot);
   for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
-    if (work.candidates[tile].count > 0 && can_be_cheap<kRule>(work.candidates[tile], object, problem.center_radius)) {
+    if (work.candidates[tile].count > 0 &&
+        can_be_cheap(work.candidates[tile].bounds, object, kRule, problem.center_radius)) {
       select_of_tile<kRule, kIsProbability>(work, slot, tile, best);
     }
   }
   // The others, as long as the cheapest so far are dearer than what these may cost.
   best.settle();
-  const uint32_t without_iou = order_without_iou(problem);
+  const uint32_t without_iou = order_without_iou(problem, false);
   for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
-    if (work.candidates[tile].count == 0 || can_be_cheap<kRule>(work.candidates[tile], object, problem.center_radius)) {
+    if (work.candidates[tile].count == 0 ||
+        can_be_cheap(work.candidates[tile].bounds, object, kRule, problem.center_radius)) {
       continue;
     }
     const bool overlaps = overlap(work.predicted[tile].bounds, object);
@@ -423,7 +397,7 @@ static int32_t cheapest_slot(const DynamicKWork& work, uint32_t anchor, const Ca
   const DynamicKProblem& problem = problem_of(work);
   const float epsilon = problem.epsilon, penalty = problem.penalty, center_radius = problem.center_radius;
   const float iou_weight = problem.iou_weight;
-  const uint32_t without_iou = cost_order(iou_cost(0.0f, epsilon, iou_weight));
+  const uint32_t without_iou = order_without_iou(problem, true);
   alignas(64) float iou[kSlotBlock], of_iou[kSlotBlock], of_place[kSlotBlock];
   alignas(64) uint32_t order[kSlotBlock];
   for (int32_t begin = 0; begin < work.num_slots; begin += kSlotBlock) {
