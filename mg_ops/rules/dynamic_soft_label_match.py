@@ -115,4 +115,4 @@ def dynamic_soft_label_match(
         reads_scores=True,
         **call,
     )
-    return Match(cls_match, num_pos, soft_targets)
+    return Match(cls_match, num_pos, soft_targets.detach())

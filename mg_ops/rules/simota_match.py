@@ -128,4 +128,4 @@ def simota_match(
         reads_scores=True,
         **call,
     )
-    return Match(cls_match, num_pos, soft_targets)
+    return Match(cls_match, num_pos, soft_targets.detach())
