@@ -67,8 +67,8 @@ def sum_over_classes(values: Tensor) -> Tensor:
         part = values[:, first : first + CLASS_LANES]
         sums[:, : part.shape[1]] += part
     while sums.shape[1] > 1:
-        first, second = sums.chunk(2, dim=1)
-        sums = first + second
+        lower, upper = sums.chunk(2, dim=1)
+        sums = lower + upper
     return sums[:, 0]
 
 
