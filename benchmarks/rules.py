@@ -3,7 +3,8 @@
     python benchmarks/rules.py --boxes instances.json --boxes annotations/  # labels, on the boxes of real images
     python benchmarks/rules.py --time                                       # time, both taking turns
 
-Predictions are made as those of the benchmark (cases.py). A library that is not installed is left out.
+Predictions are made as those of the benchmark (cases.py). Rules of points are given the predicted boxes of square
+anchors of five strides. A library that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from torch import Tensor
 
 import mg_ops
 from benchmarks import upstream
-from benchmarks.cases import CASES, Batch, make_batches
+from benchmarks.cases import CASES, CODER, Batch, Case, make_batches, make_pyramid
 from benchmarks.objects import read_objects
 
 ONE_BATCH = 16  # images of a batch in the comparison of labels
@@ -38,6 +40,8 @@ class Image(NamedTuple):
     anchors: Tensor  # (A, 4)
     gt_boxes: Tensor  # (G, 4)
     gt_labels: Tensor  # (G,)
+    pred_boxes: Tensor  # (A, 4)
+    scores: Tensor  # (A, C) as the rule takes them
 
 
 class Upstream(NamedTuple):
@@ -48,6 +52,29 @@ class Upstream(NamedTuple):
     options: dict[str, Any]
     labels: Callable[[Image], Tensor]
     """(A,) what it gives the anchors of an image, numbered as a match is."""
+    of_points: bool = False
+    """Whether it reads predictions, and anchors stand for points."""
+    probabilities: bool = False
+    """Whether it reads them rather than logits."""
+
+
+POINT_STRIDES = (8, 16, 32)
+POINT_ANCHOR = 5.0  # side of the anchors whose predicted boxes the points are given, in strides
+
+
+def points_case(case: Case) -> Case:
+    """The case with one square anchor for each point of an anchor-free detector."""
+    return replace(case, make_anchors=partial(make_points, *case.image_size, POINT_ANCHOR), name=f"{case.name} points")
+
+
+def make_points(width: int, height: int, size: float) -> Tensor:
+    """(A, 4) a square of so many strides around each point."""
+    levels = []
+    for stride in POINT_STRIDES:
+        boxes = make_pyramid(width, height, [stride], 1.0, [1.0])[1::3]  # those of ratio 1
+        points = (boxes[:, :2] + boxes[:, 2:]) / 2
+        levels.append(mg_ops.anchors_from_points(points, torch.full((len(points),), float(stride)), size))
+    return torch.cat(levels)
 
 
 def torchvision_rules() -> Iterator[Upstream]:
@@ -83,10 +110,48 @@ def mmdet_rules() -> Iterator[Upstream]:
     yield Upstream("max_iou_match", "mmdetection SSD", options, labels(make(0.5, 0.5, gt_max_assign_all=False)))
 
 
+def mmdet_point_rules() -> Iterator[Upstream]:
+    """Those that read predictions."""
+    assigners = upstream.mmdet_assigners()
+
+    def labels(assigner: Any) -> Callable[[Image], Tensor]:
+        def assign(image: Image) -> Tensor:
+            predictions = upstream.instances(
+                bboxes=image.pred_boxes, scores=image.scores, priors=priors_of(image.anchors)
+            )
+            objects = upstream.instances(bboxes=image.gt_boxes, labels=image.gt_labels)
+            return upstream.labels_of_mmdet(assigner.assign(predictions, objects).gt_inds)
+
+        return assign
+
+    simota, soft_label = assigners["SimOTAAssigner"](), assigners["DynamicSoftLabelAssigner"]()
+    yield Upstream("simota_match", "mmdetection YOLOX", {}, labels(simota), of_points=True, probabilities=True)
+    yield Upstream("dynamic_soft_label_match", "mmdetection RTMDet", {}, labels(soft_label), of_points=True)
+
+
+def libreyolo_rules() -> Iterator[Upstream]:
+    """YOLOX's own; the objectness of an anchor is 1, so that its probabilities are roots of those of the classes."""
+    head = upstream.libreyolo_yolox_head()
+
+    def labels(image: Image) -> Tensor:
+        logits = (image.scores * image.scores).logit()
+        sure = torch.full_like(logits[:, :1], torch.inf)
+        boxes = image.gt_boxes, image.gt_labels, image.pred_boxes
+        return upstream.labels_of_yolox(head, priors_of(image.anchors), *boxes, logits, sure)[0]
+
+    options = {"candidates": "center", "center_radius": 1.5}
+    yield Upstream("simota_match", "LibreYOLO YOLOX", options, labels, of_points=True, probabilities=True)
+
+
+def priors_of(anchors: Tensor) -> Tensor:
+    """(A, 4) center and stride, twice."""
+    return torch.cat([(anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]], dim=1)
+
+
 def installed_rules(only: str | None) -> list[Upstream]:
     """All of them, or those that `only` is part of the name of; says which library is missing."""
     found: list[Upstream] = []
-    for rules in (torchvision_rules, mmdet_rules):
+    for rules in (torchvision_rules, mmdet_rules, mmdet_point_rules, libreyolo_rules):
         try:
             found += rules()
         except ImportError as error:
@@ -94,15 +159,31 @@ def installed_rules(only: str | None) -> list[Upstream]:
     return [one for one in found if only is None or only in f"{one.rule} {one.name}"]
 
 
-def match_batch(one: Upstream, batch: Batch) -> mg_ops.Match:
-    """Our rule for a batch."""
-    match: mg_ops.Match = getattr(mg_ops, one.rule)(**batch.arguments(), **one.options)
-    return match
+class Prepared(NamedTuple):
+    """A batch as a rule takes it, ours and a library's."""
+
+    arguments: dict[str, Any]
+    images: list[Image]
+
+    def match(self, one: Upstream) -> mg_ops.Match:
+        """Our rule for the batch."""
+        match: mg_ops.Match = getattr(mg_ops, one.rule)(**self.arguments, **one.options)
+        return match
 
 
-def images_of(batch: Batch) -> list[Image]:
-    """What a library is given of each image."""
-    return [Image(batch.anchors, *objects) for objects in zip(batch.boxes_list, batch.labels_list, strict=True)]
+def prepare(one: Upstream, batch: Batch, width: int, height: int) -> Prepared:
+    """The batch for a rule; that of a rule of points was made by `points_case`, in an image of this size."""
+    arguments, anchors = batch.arguments(), batch.anchors
+    pred_boxes, scores = CODER.decode(anchors=anchors, deltas=batch.deltas), batch.logits
+    if one.of_points:
+        anchors = make_points(width, height, 1.0)
+        scores = scores.sigmoid() if one.probabilities else scores
+        for name in ("cls_logits", "box_deltas", "box_coder"):
+            del arguments[name]
+        scores_name = "cls_probabilities" if one.probabilities else "cls_logits"
+        arguments |= {"anchors": anchors, "pred_boxes": pred_boxes, scores_name: scores}
+    objects = zip(batch.boxes_list, batch.labels_list, pred_boxes, scores, strict=True)
+    return Prepared(arguments, [Image(anchors, *of_image) for of_image in objects])
 
 
 def overlapped(batch: Batch) -> Tensor:
@@ -117,53 +198,58 @@ def compare_labels(rules: list[Upstream], paths: list[Path], most: int) -> None:
     print("|---|---|---|---|---|---|---|")
     for path in paths:
         source = [image for image in read_objects(path)[0][: most or None] if len(image.labels) > 0]
-        counts = {one.name: np.zeros(3, dtype=np.int64) for one in rules}
-        num_objects = left_out = 0
-        for first in range(0, len(source), ONE_BATCH):
-            part = source[first : first + ONE_BATCH]
-            case = replace(CASES["voc320"], batch_size=len(part), num_classes=80)
-            batch = make_batches(case, part, 1, first, "cpu")[0]
-            num_objects += len(batch.gt_boxes)
-            alone = ~overlapped(batch)
-            left_out += int(alone.sum())
-            for one in rules:
-                match = match_batch(one, batch)
-                for index, image in enumerate(images_of(batch)):
-                    kept = ~alone[batch.gt_offsets[index] : batch.gt_offsets[index + 1]]
-                    if not bool(kept.all()):
+        for one in rules:
+            num_images = num_objects = left_out = positives = differ = 0
+            for first in range(0, len(source), ONE_BATCH):
+                part = source[first : first + ONE_BATCH]
+                case = replace(CASES["voc320"], batch_size=len(part), num_classes=80)
+                case = points_case(case) if one.of_points else case
+                batch = make_batches(case, part, 1, first, "cpu")[0]
+                num_objects += len(batch.gt_boxes)
+                prepared = prepare(one, batch, *case.image_size)
+                match = prepared.match(one)
+                # Of the others each library has its own idea, and a rule of points none.
+                alone = torch.zeros(len(batch.gt_boxes), dtype=torch.bool) if one.of_points else ~overlapped(batch)
+                left_out += int(alone.sum())
+                for index, image in enumerate(prepared.images):
+                    if bool(alone[batch.gt_offsets[index] : batch.gt_offsets[index + 1]].any()):
                         continue
                     wanted = one.labels(image)
-                    differ = match.cls_match[index] != wanted
-                    counts[one.name] += [1, int((wanted >= 0).sum()), int(differ.sum())]
-        for one in rules:
-            images, positives, differ = counts[one.name]
+                    num_images += 1
+                    positives += int((wanted >= 0).sum())
+                    differ += int((match.cls_match[index] != wanted).sum())
             print(
-                f"| {path.stem} | {one.name} | {images:,} | {num_objects:,} | {left_out} | {positives:,} | {differ} |"
+                f"| {path.stem} | {one.name} | {num_images:,} | {num_objects:,} | {left_out} | {positives:,} "
+                f"| {differ} |"
             )
 
 
 def time_calls(rules: list[Upstream], turns: int) -> None:
     """Prints the time of a call for a batch, ours and each library's in turns; the median of their ratios."""
-    coco, dense = CASES["coco320"], replace(CASES["dense"], batch_size=1, objects_per_image=300)
+    coco, dense = CASES["coco320"], replace(CASES["dense"], batch_size=1)
     print("| batch | library | library | mg_ops | times as fast |")
     print("|---|---|---|---|---|")
-    for name, case in (("coco320", coco), ("300 objects an image", dense)):
-        batch = make_batches(case, None, 1, 0, "cpu")[0]
-        images = images_of(batch)
+    for name, case in (
+        ("coco320", coco),
+        ("100 objects an image", replace(dense, objects_per_image=100)),
+        ("300 objects an image", replace(dense, objects_per_image=300)),
+    ):
         for one in rules:
+            own_case = points_case(case) if one.of_points else case
+            prepared = prepare(one, make_batches(own_case, None, 1, 0, "cpu")[0], *case.image_size)
             seconds = []
             for turn in range(turns + 1):
                 start = perf_counter()
-                for image in images:
+                for image in prepared.images:
                     one.labels(image)
                 between = perf_counter()
                 for _ in range(CALLS_A_TURN):
-                    match_batch(one, batch)
+                    prepared.match(one)
                 if turn > 0:  # the first warms up
                     seconds.append((between - start, (perf_counter() - between) / CALLS_A_TURN))
             theirs, ours = np.median(np.array(seconds), axis=0)
             ratio = float(np.median([a / b for a, b in seconds]))
-            size = f"{len(images)} x {len(batch.anchors):,}"
+            size = f"{len(prepared.images)} x {len(prepared.images[0].anchors):,}"
             print(f"| {name}, {size} | {one.name} | {1e3 * theirs:.1f} ms | {1e3 * ours:.2f} ms | {ratio:.0f} |")
 
 

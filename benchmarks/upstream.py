@@ -1,17 +1,19 @@
 """The libraries whose rules are ours to reproduce, loaded as far as the rules go.
 
-mmdetection imports its compiled companion mmcv in every `__init__`; the assigners need none of it. So its packages are
-stood in for by empty ones that lead to its own files.
+mmdetection imports its compiled companion mmcv in every `__init__`, and LibreYOLO all of its models. The rules need
+none of that: their packages are stood in for by empty ones that lead to their own files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,18 +30,15 @@ MMDET_ASSIGNERS = {
 """Class -> module of mmdet.models.task_modules.assigners."""
 
 
-@functools.cache
-def mmdet_assigners() -> dict[str, Any]:
-    """What makes each of mmdetection's assigners, by the class's name; ImportError says what is not installed."""
-    spec = importlib.util.find_spec("mmdet")
+@contextlib.contextmanager
+def stand_ins(packages: list[str]) -> Iterator[None]:
+    """Empty packages of these names, the first the outermost, in the place of a library's; ImportError without it."""
+    name = packages[0]
+    spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("mmdet is not installed")
-    importlib.import_module("mmengine.structures")
+        raise ImportError(f"{name} is not installed")
     root = Path(spec.submodule_search_locations[0])
-    assigners = "mmdet.models.task_modules.assigners"
-    packages = ["mmdet", "mmdet.models", "mmdet.models.task_modules", assigners]
-    packages += ["mmdet.structures", "mmdet.structures.bbox", "mmdet.utils"]
-    before = {module: sys.modules[module] for module in list(sys.modules) if module.split(".")[0] == "mmdet"}
+    before = {module: sys.modules[module] for module in list(sys.modules) if module.split(".")[0] == name}
     for module in before:
         del sys.modules[module]
     try:
@@ -47,6 +46,21 @@ def mmdet_assigners() -> dict[str, Any]:
             stand_in = ModuleType(package)
             stand_in.__path__ = [str(root.joinpath(*package.split(".")[1:]))]
             sys.modules[package] = stand_in
+        yield
+    finally:
+        for module in [module for module in sys.modules if module.split(".")[0] == name]:
+            del sys.modules[module]
+        sys.modules.update(before)
+
+
+@functools.cache
+def mmdet_assigners() -> dict[str, Any]:
+    """What makes each of mmdetection's assigners, by the class's name; ImportError says what is not installed."""
+    assigners = "mmdet.models.task_modules.assigners"
+    packages = ["mmdet", "mmdet.models", "mmdet.models.task_modules", assigners]
+    packages += ["mmdet.structures", "mmdet.structures.bbox", "mmdet.utils"]
+    with stand_ins(packages):
+        importlib.import_module("mmengine.structures")
         sys.modules["mmdet.utils"].ConfigType = dict  # type: ignore[attr-defined]
         bbox: Any = sys.modules["mmdet.structures.bbox"]
         bbox.bbox_overlaps = importlib.import_module("mmdet.structures.bbox.bbox_overlaps").bbox_overlaps
@@ -60,10 +74,13 @@ def mmdet_assigners() -> dict[str, Any]:
             )
             for name, module in MMDET_ASSIGNERS.items()
         }
-    finally:
-        for module in [module for module in sys.modules if module.split(".")[0] == "mmdet"]:
-            del sys.modules[module]
-        sys.modules.update(before)
+
+
+@functools.cache
+def libreyolo_yolox_head() -> Any:
+    """The class of LibreYOLO's head of YOLOX, which has the original's rule; ImportError where it is not installed."""
+    with stand_ins(["libreyolo", "libreyolo.models", "libreyolo.models.yolox", "libreyolo.training"]):
+        return importlib.import_module("libreyolo.models.yolox.nn").YOLOXHead
 
 
 def instances(**tensors: Any) -> Any:
@@ -74,3 +91,43 @@ def instances(**tensors: Any) -> Any:
 def labels_of_mmdet(inds: Any) -> Any:
     """Indices that count objects from 1, with 0 for background and -1 for ignored, as a match numbers them."""
     return torch.where(inds > 0, inds - 1, torch.where(inds == 0, BACKGROUND, IGNORED))
+
+
+def labels_of_yolox(
+    head: Any,
+    priors: torch.Tensor,
+    gt_boxes: torch.Tensor,
+    gt_labels: torch.Tensor,
+    pred_boxes: torch.Tensor,
+    cls_logits: torch.Tensor,
+    objectness: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A,) the labels that YOLOX's head gives one image, numbered as a match is, and the IoUs of its positives.
+
+    Args:
+        head: its class.
+        priors: (A, 4) centers, and strides twice.
+        gt_boxes: (G, 4), at least one.
+        gt_labels: (G,).
+        pred_boxes: (A, 4).
+        cls_logits: (A, C).
+        objectness: (A, 1) its logits.
+    """
+
+    def center_and_size(boxes: torch.Tensor) -> torch.Tensor:
+        return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
+
+    this = SimpleNamespace(num_classes=cls_logits.shape[1])
+    this.get_geometry_constraint = functools.partial(head.get_geometry_constraint, this)
+    this.simota_matching = functools.partial(head.simota_matching, this)
+    strides = priors[:, 2]
+    shifts = priors[:, :2] / priors[:, 2:] - 0.5
+    _, positive, ious, objects, _ = head.get_assignments(
+        *(this, 0, len(gt_boxes), center_and_size(gt_boxes), gt_labels, center_and_size(pred_boxes)),
+        *(strides[None], shifts[None, :, 0], shifts[None, :, 1], cls_logits[None], objectness[None]),
+    )
+    labels = torch.full((len(priors),), BACKGROUND)
+    labels[positive] = objects
+    overlaps = torch.zeros(len(priors))
+    overlaps[positive] = ious
+    return labels, overlaps

@@ -46,16 +46,8 @@ MG_OPS_INLINE float bits_float(uint32_t bits) {
 // Finite: neither infinite nor NaN.
 MG_OPS_INLINE bool is_finite(float x) { return (float_bits(x) & 0x7f800000u) != 0x7f800000u; }
 
-// e**x. inf above 88.73, 0 below -104, subnormals in between, NaN for NaN.
-MG_OPS_INLINE float det_exp(float x) {
-  x = x > 89.0f ? 89.0f : x;  // written so that NaN passes through
-  x = x < -104.5f ? -104.5f : x;
-  // Adding 1.5 * 2^23 rounds to an integer n and leaves n in the low bits, so no float-to-int conversion of a NaN
-  // occurs.
-  const float shifted = x * 1.442695041f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  // r = x - n ln 2, with ln 2 in two parts; n * 0.693359375 is exact.
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+// 2**n * e**r, with n in the low bits of `shifted` (which is 1.5 * 2^23 + n) and r within half of ln 2.
+MG_OPS_INLINE float det_exp_reduced(float r, float shifted) {
   float p = 0.0013814540579915047f;
   p = p * r + 0.00836874544620514f;
   p = p * r + 0.04166838899254799f;
@@ -70,14 +62,20 @@ MG_OPS_INLINE float det_exp(float x) {
   return (p * scale_1) * scale_2;
 }
 
-// log2(x) of a finite x > 0, subnormals included; exactly +0 at 1.
-MG_OPS_INLINE float det_log2(float x) {
-  const bool subnormal = x < kMinNormal;
-  const float scaled = subnormal ? x * 8388608.0f : x;  // 2^23
-  const uint32_t bits = float_bits(scaled);
-  // x = 2^exponent * m, m in [sqrt(1/2), sqrt(2)); 0x3f3504f3 is sqrt(1/2).
-  const int32_t exponent = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
-  const float f = bits_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+// e**x. inf above 88.73, 0 below -104, subnormals in between, NaN for NaN.
+MG_OPS_INLINE float det_exp(float x) {
+  x = x > 89.0f ? 89.0f : x;  // written so that NaN passes through
+  x = x < -104.5f ? -104.5f : x;
+  // Adding 1.5 * 2^23 rounds to an integer n and leaves n in the low bits, so no float-to-int conversion of a NaN
+  // occurs.
+  const float shifted = x * 1.442695041f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  // r = x - n ln 2, with ln 2 in two parts; n * 0.693359375 is exact.
+  return det_exp_reduced((x - n * 0.693359375f) - n * -2.12194440e-4f, shifted);
+}
+
+// exponent + log2(1 + f), with f from sqrt(1/2) - 1 to sqrt(2) - 1.
+MG_OPS_INLINE float det_log2_reduced(float f, int32_t exponent) {
   float p = -0.07634482532739639f;
   p = p * f + 0.12761959433555603f;
   p = p * f + -0.1316036432981491f;
@@ -89,7 +87,18 @@ MG_OPS_INLINE float det_log2(float x) {
   const float f2 = f * f;
   const float tail = p * (f2 * f) - f2 * 0.5f;  // ln(1 + f) - f
   const float log2_m = f * 1.442695041f + tail * 1.442695041f;
-  return log2_m + static_cast<float>(subnormal ? exponent - 23 : exponent);
+  return log2_m + static_cast<float>(exponent);
+}
+
+// log2(x) of a finite x > 0, subnormals included; exactly +0 at 1.
+MG_OPS_INLINE float det_log2(float x) {
+  const bool subnormal = x < kMinNormal;
+  const float scaled = subnormal ? x * 8388608.0f : x;  // 2^23
+  const uint32_t bits = float_bits(scaled);
+  // x = 2^exponent * m, m in [sqrt(1/2), sqrt(2)); 0x3f3504f3 is sqrt(1/2).
+  const int32_t exponent = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
+  const float f = bits_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+  return det_log2_reduced(f, subnormal ? exponent - 23 : exponent);
 }
 
 // 1 / (1 + e**-x), without overflow on either side. NaN for NaN.

@@ -1,5 +1,5 @@
-// Powers and angles that give the same bits everywhere; mg_ops/rules/eager/arithmetic.py spells out the same
-// operations.
+// Powers, logarithms and angles that give the same bits everywhere; mg_ops/rules/eager/arithmetic.py spells out the
+// same operations.
 #pragma once
 
 #include <cmath>
@@ -59,6 +59,23 @@ MG_OPS_INLINE float det_atan(float x) {
   p = p * z + 0.199777106478f;
   p = p * z + -0.333329491539f;
   return ((p * z) * x + x) + base;
+}
+
+// ln(1 + x) of x from -1 to 1, exact to the last bits near 0; meaningless at -1.
+MG_OPS_INLINE float det_log1p(float x) {
+  const uint32_t bits = float_bits(1.0f + x);
+  const int32_t exponent = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
+  const float f = bits_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+  return det_log2_reduced(exponent == 0 ? x : f, exponent) * 0.69314718f;
+}
+
+// 10**x. inf above 38.54, 0 below -45.4, NaN for NaN.
+MG_OPS_INLINE float det_exp10(float x) {
+  x = x > 38.65f ? 38.65f : x;
+  x = x < -45.5f ? -45.5f : x;
+  const float shifted = x * 3.321928095f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  return det_exp_reduced(((x - n * 0.30078125f) - n * 2.48745664e-4f) * 2.302585093f, shifted);
 }
 
 }  // namespace mg_ops

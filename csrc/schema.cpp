@@ -90,6 +90,18 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
       "bool by_ciou, bool inside_first, int conflict, float minimum_side, float center_margin, "
       "float epsilon, float crowd_overlap) -> (Tensor, Tensor, Tensor)");
 
+  // SimOTA and dynamic soft label matching return the same. candidates: 0 box_or_center, 1 center.
+  m.def(
+      "simota_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
+      "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
+      "float[]? box_coder, bool scores_are_probabilities, int k, float center_radius, float iou_weight, "
+      "float cls_weight, int candidates, float crowd_overlap) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dynamic_soft_label_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
+      "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
+      "float[]? box_coder, bool scores_are_probabilities, int k, float soft_center_radius, float iou_weight, "
+      "float crowd_overlap) -> (Tensor, Tensor, Tensor)");
+
   // Why the CUDA kernels of this library do not run on a device: "" where they do. Without a CUDA backend in the
   // library the operator has no kernel.
   m.def("cuda_device_error(int device_index) -> str");

@@ -6,8 +6,10 @@ from mg_ops.boxes import BoxCoder, anchors_from_points, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
 from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
+from mg_ops.rules.dynamic_soft_label_match import DynamicSoftLabelMatcher, dynamic_soft_label_match
 from mg_ops.rules.max_iou_match import MaxIouMatcher, max_iou_match
 from mg_ops.rules.result import Match
+from mg_ops.rules.simota_match import SimOtaMatcher, simota_match
 from mg_ops.rules.task_aligned_match import TaskAlignedMatcher, task_aligned_match
 from mg_ops.targets import Targets, encode_class_targets, encode_targets
 
@@ -15,21 +17,25 @@ __all__ = [
     "BACKGROUND",
     "IGNORED",
     "BoxCoder",
+    "DynamicSoftLabelMatcher",
     "Match",
     "MatchSummary",
     "MaxIouMatcher",
     "MutualMatch",
     "MutualMatcher",
+    "SimOtaMatcher",
     "Targets",
     "TaskAlignedMatcher",
     "anchors_from_points",
     "backends",
     "box_iou",
+    "dynamic_soft_label_match",
     "encode_class_targets",
     "encode_targets",
     "losses",
     "max_iou_match",
     "mutual_match",
+    "simota_match",
     "summarize",
     "task_aligned_match",
 ]

@@ -41,7 +41,11 @@ def exp(x: Tensor) -> Tensor:
     # Adding 1.5 * 2^23 rounds to an integer n and leaves n in the low bits.
     shifted = x * 1.442695041 + 12582912.0
     n = shifted - 12582912.0
-    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    return exp_reduced((x - n * 0.693359375) - n * -2.12194440e-4, shifted)
+
+
+def exp_reduced(r: Tensor, shifted: Tensor) -> Tensor:
+    """2**n * e**r, with n in the low bits of `shifted` and r within half of ln 2."""
     p = torch.full_like(r, 0.0013814540579915047)
     for coefficient in (0.00836874544620514, 0.04166838899254799, 0.1666652113199234, 0.4999999403953552):
         p = p * r + coefficient
@@ -61,6 +65,11 @@ def log2(x: Tensor) -> Tensor:
     # x = 2^exponent * m with m in [sqrt(1/2), sqrt(2)); 0x3f3504f3 is sqrt(1/2).
     exponent = (bits - 0x3F3504F3) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    return log2_reduced(f, torch.where(subnormal, exponent - 23, exponent))
+
+
+def log2_reduced(f: Tensor, exponent: Tensor) -> Tensor:
+    """exponent + log2(1 + f), with f from sqrt(1/2) - 1 to sqrt(2) - 1."""
     p = torch.full_like(f, -0.07634482532739639)
     for coefficient in (
         0.12761959433555603,
@@ -75,7 +84,7 @@ def log2(x: Tensor) -> Tensor:
     f2 = f * f
     tail = p * (f2 * f) - f2 * 0.5  # ln(1 + f) - f
     log2_m = f * 1.442695041 + tail * 1.442695041
-    return log2_m + torch.where(subnormal, exponent - 23, exponent).float()
+    return log2_m + exponent.float()
 
 
 def sigmoid(x: Tensor) -> Tensor:

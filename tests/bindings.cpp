@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../csrc/assignment.h"
+#include "../csrc/power.h"
 
 namespace {
 
@@ -37,6 +38,14 @@ py::array_t<float> det_exp(const Array<float>& x) {
 
 py::array_t<float> det_log2(const Array<float>& x) {
   return map_elements<float, float>(x, [](float v) { return mg_ops::det_log2(v); });
+}
+
+py::array_t<float> det_log1p(const Array<float>& x) {
+  return map_elements<float, float>(x, [](float v) { return mg_ops::det_log1p(v); });
+}
+
+py::array_t<float> det_exp10(const Array<float>& x) {
+  return map_elements<float, float>(x, [](float v) { return mg_ops::det_exp10(v); });
 }
 
 py::array_t<float> det_sigmoid(const Array<float>& x) {
@@ -139,6 +148,8 @@ PYBIND11_MODULE(mg_ops_headers, module) {
   module.attr("IGNORED") = mg_ops::kIgnored;
   module.def("det_exp", &det_exp, py::arg("x"));
   module.def("det_log2", &det_log2, py::arg("x"));
+  module.def("det_log1p", &det_log1p, py::arg("x"));
+  module.def("det_exp10", &det_exp10, py::arg("x"));
   module.def("det_sigmoid", &det_sigmoid, py::arg("x"));
   module.def("class_probability", &class_probability, py::arg("scores"), py::arg("is_probability"));
   module.def("amplified_exponent", &amplified_exponent, py::arg("log2_q"), py::arg("p"), py::arg("sigma"));

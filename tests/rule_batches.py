@@ -41,6 +41,26 @@ def random_task_aligned_options(random: np.random.Generator) -> dict[str, Any]:
     }
 
 
+def random_simota_options(random: np.random.Generator) -> dict[str, Any]:
+    return {
+        "k": int(random.choice([10, 1, 2, 3, 128])),
+        "center_radius": float(random.choice([2.5, 1.5, 0.0, 0.3, 10.0, 1e30])),
+        "iou_weight": float(random.choice([3.0, 3.0, 1.0, 0.0, 1e4, 1e38])),
+        "cls_weight": float(random.choice([1.0, 1.0, 0.0, 0.1, 1e3, 1e38])),
+        "candidates": str(random.choice(["box_or_center", "center"])),
+        "crowd_overlap": float(random.choice([0.5, 0.1, 1.0])),
+    }
+
+
+def random_dynamic_soft_label_options(random: np.random.Generator) -> dict[str, Any]:
+    return {
+        "k": int(random.choice([13, 1, 2, 3, 128])),
+        "soft_center_radius": float(random.choice([3.0, 3.0, 0.0, 1.0, 1e30])),
+        "iou_weight": float(random.choice([3.0, 3.0, 1.0, 0.0, 1e4, 1e38])),
+        "crowd_overlap": float(random.choice([0.5, 0.1, 1.0])),
+    }
+
+
 class Rule(NamedTuple):
     """A rule as tests see it."""
 
@@ -51,6 +71,10 @@ class Rule(NamedTuple):
 
 RULES = {
     "max_iou_match": Rule(mg_ops.max_iou_match, mg_ops.MaxIouMatcher, random_max_iou_options),
+    "simota_match": Rule(mg_ops.simota_match, mg_ops.SimOtaMatcher, random_simota_options),
+    "dynamic_soft_label_match": Rule(
+        mg_ops.dynamic_soft_label_match, mg_ops.DynamicSoftLabelMatcher, random_dynamic_soft_label_options
+    ),
     "task_aligned_match": Rule(mg_ops.task_aligned_match, mg_ops.TaskAlignedMatcher, random_task_aligned_options),
 }
 

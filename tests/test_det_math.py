@@ -1,6 +1,6 @@
-"""exp, log2 and sigmoid: close to float64 over the whole float32 range, and the same bits in C++ and eager PyTorch.
+"""exp, log2, sigmoid and their relatives: close to float64 over all of float32, and the same bits in C++ and PyTorch.
 
-The C++ is that of csrc/det_math.h, box.h and assignment.h, through the bindings of tests/bindings.cpp.
+The C++ is that of csrc/det_math.h, power.h, box.h and assignment.h, through the bindings of tests/bindings.cpp.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from conftest import DEVICES
 
 from mg_ops import reference
+from mg_ops.rules.eager import arithmetic
 
 try:
     import mg_ops_headers as headers
@@ -37,6 +38,8 @@ FUNCTIONS: dict[str, tuple[Callable, Callable]] = {
     "exp": (headers.det_exp, reference.exp),
     "log2": (headers.det_log2, reference.log2),
     "sigmoid": (headers.det_sigmoid, reference.sigmoid),
+    "log1p": (headers.det_log1p, arithmetic.log1p),
+    "exp10": (headers.det_exp10, arithmetic.exp10),
 }
 
 
@@ -72,13 +75,15 @@ def relative_error(value: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return np.abs(value.astype(np.float64) - exact) / np.abs(exact)
 
 
-def assert_close_where_normal(value: np.ndarray, exact: np.ndarray, x: np.ndarray) -> None:
-    """Within MAX_ERROR where the exact value is a normal float32; within 1.5 steps where it is subnormal."""
+def assert_close_where_normal(
+    value: np.ndarray, exact: np.ndarray, x: np.ndarray, max_error: float = MAX_ERROR
+) -> None:
+    """Within max_error where the exact value is a normal float32; within 1.5 steps where it is subnormal."""
     normal = (np.abs(exact) >= MIN_NORMAL) & (np.abs(exact) <= MAX_FLOAT)
     if normal.any():
         error = relative_error(value[normal], exact[normal])
         worst = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
-        assert error[worst] <= MAX_ERROR, (
+        assert error[worst] <= max_error, (
             f"f({x[normal][worst]!r}) = {value[normal][worst]!r}, error {error[worst]:.3g}"
         )
     small = np.abs(exact) < MIN_NORMAL
@@ -139,6 +144,23 @@ def test_sigmoid_is_close_to_float64() -> None:
             assert ((value >= 0) & (value <= 1)).all()
 
 
+def test_log1p_is_close_to_float64() -> None:
+    """Of small x too, of which 1 + x keeps few bits; of others the rounding of that sum is part of the error."""
+    for x in floats_of_every_kind():
+        x = x[(x > -1) & (x <= 1)]
+        assert_close_where_normal(headers.det_log1p(x), np.log1p(x.astype(np.float64)), x, 4e-7)
+    x = np.array([0.0, -0.0, 1e-45], dtype=np.float32)
+    np.testing.assert_array_equal(headers.det_log1p(x), x)
+
+
+def test_exp10_is_close_to_float64() -> None:
+    for x in floats_of_every_kind():
+        x = x[(x > -37) & (x < 38.5)]
+        assert_close_where_normal(headers.det_exp10(x), 10 ** x.astype(np.float64), x)
+    x = np.array([0.0, 39.0, np.inf, -46.0, -np.inf, np.nan], dtype=np.float32)
+    np.testing.assert_array_equal(headers.det_exp10(x), [1, np.inf, np.inf, 0, 0, np.nan])
+
+
 def test_sigmoid_of_special_values() -> None:
     x = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 100, -200, MAX_FLOAT, -MAX_FLOAT], dtype=np.float32)
     np.testing.assert_array_equal(headers.det_sigmoid(x), [0.5, 0.5, 1, 0, np.nan, 1, 0, 1, 0])
@@ -161,6 +183,8 @@ def test_reference_has_the_same_bits(name: str, device: str) -> None:
     for x in floats_of_every_kind():
         if name == "log2":
             x = x[np.isfinite(x) & (x > 0)]
+        elif name == "log1p":
+            x = x[(x > -1) & (x <= 1)]
         expected = in_headers(x)
         value = in_reference(torch.from_numpy(x).to(device)).cpu().numpy()
         assert (np.isnan(expected) == np.isnan(value)).all()

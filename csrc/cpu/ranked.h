@@ -68,6 +68,13 @@ class BestKeys {
     }
   }
 
+  // Raises the floor as far as it goes.
+  void settle() {
+    if (size_ >= k_) {
+      shrink();
+    }
+  }
+
   // Writes them in any order; returns how many there are.
   int32_t take(uint64_t* keys) {
     if (size_ > k_) {

@@ -110,18 +110,18 @@ MG_OPS_DEVICE void add_keys(WarpBest& best, Word64* keys, uint32_t k, Word64 key
 }
 
 // The k best anchors of an object, by one block: calls visit(key, rank) by some thread for each of them.
-// is_near(bounds) is asked of a group, a lane each; key_of(anchor, floor) is claim_key(quality, anchor), or 0 where
-// that is no candidate or not above the floor. Returns how many there are. Every thread of the block must call it.
+// is_near(group) is asked a lane each; key_of(anchor, floor) is claim_key(quality, anchor), or 0 where that is no
+// candidate or not above the floor. Returns how many there are. Every thread of the block must call it.
 template <class IsNear, class KeyOf, class Visit>
-MG_OPS_DEVICE uint32_t for_best(const MatchProblem& problem, const RankedScratch& scratch, uint32_t k,
-                                SelectedShared& shared, IsNear is_near, KeyOf key_of, Visit visit) {
+MG_OPS_DEVICE uint32_t for_best_of_groups(const MatchProblem& problem, uint32_t k, SelectedShared& shared,
+                                          IsNear is_near, KeyOf key_of, Visit visit) {
   WarpBest best{0, 0};
   Word64* keys = shared.keys[warp_index()];
   const uint32_t num_groups = count_groups(problem);
   // Neighboring groups go to different warps: the near ones lie together.
   for (uint32_t first = 0; first < num_groups; first += kThreads) {
     const uint32_t own = first + static_cast<uint32_t>(lane_index() * kWarps + warp_index());
-    const bool near = own < num_groups && is_near(scratch.groups[own]);
+    const bool near = own < num_groups && is_near(own);
     for (uint32_t left = __ballot_sync(kAllLanes, near); left != 0; left &= left - 1) {
       const uint32_t lane = static_cast<uint32_t>(__ffs(static_cast<int>(left))) - 1;
       const uint32_t group = first + lane * kWarps + static_cast<uint32_t>(warp_index());
@@ -154,6 +154,14 @@ MG_OPS_DEVICE uint32_t for_best(const MatchProblem& problem, const RankedScratch
     }
   }
   return count < k ? count : k;
+}
+
+// The same where is_near(bounds) is asked of the centers of a group.
+template <class IsNear, class KeyOf, class Visit>
+MG_OPS_DEVICE uint32_t for_best(const MatchProblem& problem, const RankedScratch& scratch, uint32_t k,
+                                SelectedShared& shared, IsNear is_near, KeyOf key_of, Visit visit) {
+  return for_best_of_groups(
+      problem, k, shared, [&](uint32_t group) { return is_near(scratch.groups[group]); }, key_of, visit);
 }
 
 }  // namespace mg_ops::cuda::rules

@@ -11,8 +11,13 @@ from torch import Tensor
 from mg_ops import reference
 from mg_ops.checks import check_offsets, check_operator_inputs, check_thresholds
 from mg_ops.reference import split_arguments
-from mg_ops.rules.eager import max_iou_match, task_aligned_match
-from mg_ops.rules.options import check_max_iou_options, check_task_aligned_options
+from mg_ops.rules.eager import dynamic_soft_label_match, max_iou_match, simota_match, task_aligned_match
+from mg_ops.rules.options import (
+    check_dynamic_soft_label_options,
+    check_max_iou_options,
+    check_simota_options,
+    check_task_aligned_options,
+)
 
 INPUTS = (
     "Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
@@ -89,6 +94,20 @@ RULES = {
         "int conflict, float minimum_side, float center_margin, float epsilon, float crowd_overlap",
         check_task_aligned_options,
         task_aligned_match.task_aligned_match,
+        (torch.int64, torch.float32),
+        num_counts=1,
+    ),
+    "simota_match": Rule(
+        "int k, float center_radius, float iou_weight, float cls_weight, int candidates, float crowd_overlap",
+        check_simota_options,
+        simota_match.simota_match,
+        (torch.int64, torch.float32),
+        num_counts=1,
+    ),
+    "dynamic_soft_label_match": Rule(
+        "int k, float soft_center_radius, float iou_weight, float crowd_overlap",
+        check_dynamic_soft_label_options,
+        dynamic_soft_label_match.dynamic_soft_label_match,
         (torch.int64, torch.float32),
         num_counts=1,
     ),

@@ -14,6 +14,8 @@ MAX_EXPONENT = 64.0
 
 LOW_QUALITY = ("none", "keep_owner", "take_all", "take_first")
 """What an object does with its best anchors; the operator takes the place in this list."""
+SIMOTA_CANDIDATES = ("box_or_center", "center")
+"""What of an object a candidate is near; likewise."""
 
 
 def check_max_iou_options(
@@ -77,3 +79,39 @@ def check_task_aligned_options(
         check_from_zero("epsilon", epsilon, MAX_FLOAT, length),
         check_threshold("crowd_overlap", crowd_overlap),
     )
+
+
+def check_simota_options(
+    k: object,
+    center_radius: object,
+    iou_weight: object,
+    cls_weight: object,
+    candidates: int,
+    crowd_overlap: object,
+) -> tuple[int, float, float, float, int, float]:
+    """Raises unless they are the options of the operator `simota_match`; returns them, the numbers as floats."""
+    return (
+        check_count("k", k, 1, MAX_K),
+        check_not_negative("center_radius", center_radius),
+        check_not_negative("iou_weight", iou_weight),
+        check_not_negative("cls_weight", cls_weight),
+        check_count("candidates", candidates, 0, len(SIMOTA_CANDIDATES) - 1),
+        check_threshold("crowd_overlap", crowd_overlap),
+    )
+
+
+def check_dynamic_soft_label_options(
+    k: object, soft_center_radius: object, iou_weight: object, crowd_overlap: object
+) -> tuple[int, float, float, float]:
+    """Raises unless they are the options of `dynamic_soft_label_match`; returns them, the numbers as floats."""
+    return (
+        check_count("k", k, 1, MAX_K),
+        check_not_negative("soft_center_radius", soft_center_radius),
+        check_not_negative("iou_weight", iou_weight),
+        check_threshold("crowd_overlap", crowd_overlap),
+    )
+
+
+def check_not_negative(name: str, value: object) -> float:
+    """Raises unless value is a finite number of at least 0; returns the float."""
+    return check_from_zero(name, value, MAX_FLOAT, "a finite number of at least 0")

@@ -2,6 +2,7 @@
 // through ctypes (tests/cuda_on_cpu/rules.py mirrors RuleCall).
 #include "cuda_on_cpu.h"
 // The built-ins come first.
+#include "../../csrc/cuda/dynamic_k_match_kernels.cuh"
 #include "../../csrc/cuda/max_iou_match_kernels.cuh"
 #include "../../csrc/cuda/task_aligned_match_kernels.cuh"
 
@@ -119,6 +120,43 @@ extern "C" int task_aligned_match_on_cpu(RuleCall* call, char* message, int mess
     launch_task_aligned_match(launched, launch);
   };
   return report([&] { launch_rule(*call, problem, launch_kernels); }, message, message_bytes);
+}
+
+static int run_dynamic_k(mg_ops::cuda::rules::dynamic_k::LaunchedDynamicK& problem, RuleCall* call, char* message,
+                         int message_bytes) {
+  using namespace mg_ops::cuda::rules::dynamic_k;
+  set_constants(problem);
+  problem.soft_targets = call->soft_targets;
+  const auto launch_kernels = [](const LaunchedDynamicK& launched, auto launch) {
+    launch_dynamic_k_match(launched, launch);
+  };
+  return report([&] { launch_rule(*call, problem, launch_kernels); }, message, message_bytes);
+}
+
+extern "C" int simota_match_on_cpu(RuleCall* call, char* message, int message_bytes) {
+  mg_ops::cuda::rules::dynamic_k::LaunchedDynamicK problem{};
+  read_inputs(problem, *call);
+  const float* option = call->options;
+  problem.k = static_cast<int32_t>(*option++);
+  problem.center_radius = *option++;
+  problem.iou_weight = *option++;
+  problem.cls_weight = *option++;
+  problem.rule = static_cast<mg_ops::DynamicKRule>(*option++);
+  problem.crowd_overlap = *option++;
+  return run_dynamic_k(problem, call, message, message_bytes);
+}
+
+extern "C" int dynamic_soft_label_match_on_cpu(RuleCall* call, char* message, int message_bytes) {
+  mg_ops::cuda::rules::dynamic_k::LaunchedDynamicK problem{};
+  read_inputs(problem, *call);
+  const float* option = call->options;
+  problem.rule = mg_ops::DynamicKRule::kSoftLabel;
+  problem.k = static_cast<int32_t>(*option++);
+  problem.center_radius = *option++;
+  problem.iou_weight = *option++;
+  problem.cls_weight = 1.0f;
+  problem.crowd_overlap = *option++;
+  return run_dynamic_k(problem, call, message, message_bytes);
 }
 
 extern "C" int threads_of_a_block() { return mg_ops::cuda::kThreads; }

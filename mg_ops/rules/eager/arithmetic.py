@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mg_ops.reference import exp, log2
+from mg_ops.reference import exp, exp_reduced, log2, log2_reduced
 
 
 def square_root(x: Tensor) -> Tensor:
@@ -38,3 +38,25 @@ def arctangent(x: Tensor) -> Tensor:
     for coefficient in (-0.138776856032, 0.199777106478, -0.333329491539):
         p = p * z + coefficient
     return ((p * z) * x + x) + base
+
+
+def log1p(x: Tensor) -> Tensor:
+    """ln(1 + x) in float32 of x from -1 to 1, exact to the last bits near 0; meaningless at -1."""
+    bits = (1.0 + x).view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23
+    f = torch.where(exponent == 0, x, (bits - (exponent << 23)).view(torch.float32) - 1.0)
+    return log2_reduced(f, exponent) * 0.69314718
+
+
+def log(x: Tensor) -> Tensor:
+    """ln(x) in float32 of finite x > 0."""
+    return log2(x) * 0.69314718
+
+
+def exp10(x: Tensor) -> Tensor:
+    """10**x in float32. inf above 38.54, 0 below -45.4, NaN for NaN."""
+    x = torch.where(x > 38.65, 38.65, x)
+    x = torch.where(x < -45.5, -45.5, x)
+    shifted = x * 3.321928095 + 12582912.0
+    n = shifted - 12582912.0
+    return exp_reduced(((x - n * 0.30078125) - n * 2.48745664e-4) * 2.302585093, shifted)
