@@ -6,6 +6,7 @@ from mg_ops.boxes import BoxCoder, anchors_from_points, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
 from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
+from mg_ops.rules.atss_match import AtssMatcher, atss_match
 from mg_ops.rules.max_iou_match import MaxIouMatcher, max_iou_match
 from mg_ops.rules.result import Match
 from mg_ops.rules.task_aligned_match import TaskAlignedMatcher, task_aligned_match
@@ -14,6 +15,7 @@ from mg_ops.targets import Targets, encode_class_targets, encode_targets
 __all__ = [
     "BACKGROUND",
     "IGNORED",
+    "AtssMatcher",
     "BoxCoder",
     "Match",
     "MatchSummary",
@@ -23,6 +25,7 @@ __all__ = [
     "Targets",
     "TaskAlignedMatcher",
     "anchors_from_points",
+    "atss_match",
     "backends",
     "box_iou",
     "encode_class_targets",

@@ -11,8 +11,13 @@ from torch import Tensor
 from mg_ops import reference
 from mg_ops.checks import check_offsets, check_operator_inputs, check_thresholds
 from mg_ops.reference import split_arguments
-from mg_ops.rules.eager import max_iou_match, task_aligned_match
-from mg_ops.rules.options import check_max_iou_options, check_task_aligned_options
+from mg_ops.rules.eager import atss_match, max_iou_match, task_aligned_match
+from mg_ops.rules.options import (
+    check_atss_options,
+    check_level_sum,
+    check_max_iou_options,
+    check_task_aligned_options,
+)
 
 INPUTS = (
     "Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
@@ -35,6 +40,8 @@ class Rule(NamedTuple):
     """Of the results (B, A)."""
     num_counts: int
     """How many results (N,) int32 follow."""
+    check_sizes: Callable[..., object] = lambda num_anchors, *options: None
+    """Raises on an option that does not fit the number of anchors."""
 
     @property
     def signature(self) -> str:
@@ -53,6 +60,7 @@ class Rule(NamedTuple):
         inputs, options = split_arguments(arguments)
         check_operator_inputs(inputs)
         self.check_options(*options)
+        self.check_sizes(inputs.anchors.shape[0], *options)
 
     def fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Shapes and dtypes of the results, for torch.compile and torch.export; also where some tensors are "meta"."""
@@ -91,6 +99,14 @@ RULES = {
         task_aligned_match.task_aligned_match,
         (torch.int64, torch.float32),
         num_counts=1,
+    ),
+    "atss_match": Rule(
+        "int[] level_sizes, int k, float? center_margin, float crowd_overlap",
+        check_atss_options,
+        atss_match.atss_match,
+        (torch.int64,),
+        num_counts=1,
+        check_sizes=lambda num_anchors, level_sizes, *_: check_level_sum(num_anchors, level_sizes),
     ),
 }
 """Operator -> what it is."""
