@@ -45,6 +45,13 @@ constexpr uint32_t kInfiniteDistance = 0x7f800000u;
 // Of the distance of two points this far from each other along each axis, infinite where one of them is not finite.
 MG_OPS_INLINE uint32_t distance_order(float x, float y) { return float_bits(square_root(x * x + y * y)); }
 
+// A bound of that to any point inside of a box. The same operations round the same way: it holds to the last bit.
+MG_OPS_INLINE uint32_t least_distance_order(Point center, const Box& bounds) {
+  const float x = max_float(max_float(bounds.x1 - center.x, center.x - bounds.x2), 0.0f);
+  const float y = max_float(max_float(bounds.y1 - center.y, center.y - bounds.y2), 0.0f);
+  return distance_order(x, y);
+}
+
 // One integer that compares as (distance, then index): the smaller key wins.
 MG_OPS_INLINE uint64_t nearest_key(uint32_t distance, uint32_t index) {
   return (static_cast<uint64_t>(distance) << 32) | index;

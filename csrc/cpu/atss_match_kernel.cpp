@@ -192,9 +192,7 @@ static void find_nearest(const AtssWork& work, int32_t level, const Point& cente
     const float *right = work.right + part, *bottom = work.bottom + part;
     uint32_t least = ~uint32_t{0};
     for (int64_t i = 0; i < count; ++i) {  // vector loop
-      const float x = max_float(max_float(left[i] - center.x, center.x - right[i]), 0.0f);
-      const float y = max_float(max_float(top[i] - center.y, center.y - bottom[i]), 0.0f);
-      bound[i] = distance_order(x, y);
+      bound[i] = least_distance_order(center, {left[i], top[i], right[i], bottom[i]});
       least = bound[i] < least ? bound[i] : least;
     }
     const auto visit = [&](int64_t i) {
