@@ -31,9 +31,12 @@ inline size_t place_scratch(LaunchedAtss& problem, char* memory) {
   return placing.bytes;
 }
 
+// One integer that compares as (distance, then index): the larger key wins. Neither 0 nor ~0 is one.
+MG_OPS_DEVICE Word64 near_key(uint32_t distance, uint32_t index) { return claim_key(0xfffffffeu - distance, index); }
+
 // The candidates of an object, level by level, the nearest first.
 struct Candidates {
-  Word64 keys[kMaxCandidates];  // claim_key(~distance_order, anchor)
+  Word64 keys[kMaxCandidates];  // near_key of each
   float iou[kMaxCandidates];
 };
 
@@ -140,7 +143,7 @@ MG_OPS_DEVICE void visit_group(const LaunchedAtss& problem, int32_t level, uint3
   const uint32_t anchor = anchor_of(problem, level, group);
   const Point point = load_point(problem, anchor);
   const uint32_t distance = distance_order(point.x - center.x, point.y - center.y);
-  merge_keys(nearest, anchor < problem.num_anchors ? claim_key(~distance, anchor) : 0);
+  merge_keys(nearest, anchor < problem.num_anchors ? near_key(distance, anchor) : 0);
 }
 
 // The largest of the lanes' keys, 0 if none has any. Every lane must call it.
@@ -150,12 +153,12 @@ MG_OPS_DEVICE Word64 largest_key(Word64 key) {
   return (static_cast<Word64>(order) << 32) | low;
 }
 
-// Finds the candidates of a level by one warp. Groups compare by claim_key(~least distance, group).
+// Finds the candidates of a level by one warp. Groups compare by near_key of their least distance.
 MG_OPS_DEVICE void find_nearest(const LaunchedAtss& problem, int32_t level, Point center, WarpNearest& nearest) {
   const uint32_t begin = static_cast<uint32_t>(problem.group_begin[level]);
   const uint32_t end = static_cast<uint32_t>(problem.group_begin[level + 1]);
   const auto group_key = [&](uint32_t group) -> Word64 {
-    return group < end ? claim_key(~least_distance_order(center, problem.groups[group]), group) : 0;
+    return group < end ? near_key(least_distance_order(center, problem.groups[group]), group) : 0;
   };
   // The nearest groups, until there are as many anchors as wanted.
   Word64 last_visited = ~Word64{0};
