@@ -44,6 +44,7 @@ CALL_SECONDS = 520.0
 CUDA_TESTS = (
     "tests/test_gpu.py",
     "tests/test_agrees_with_torchvision.py",
+    "tests/test_atss_match.py",
     "tests/test_bounds_change_nothing.py",
     "tests/test_cpp_equals_reference.py",
     "tests/test_every_clause_of_the_definition.py",

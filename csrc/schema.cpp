@@ -80,6 +80,12 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
       "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
       "float[]? box_coder, bool scores_are_probabilities, float iou_positive, float iou_ignored, "
       "int low_quality, float iou_low_quality, float crowd_overlap) -> (Tensor, Tensor)");
+  // ATSS reads no predictions. level_sizes: A in all, of at most 16 levels; k: 1 to 128; center_margin: None for none.
+  m.def(
+      "atss_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
+      "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
+      "float[]? box_coder, bool scores_are_probabilities, int[] level_sizes, int k, float? center_margin, "
+      "float crowd_overlap) -> (Tensor, Tensor)");
 
   // Task-aligned matching returns soft_targets (B, A) float32 between the two. k_after_conflict 0: no such step.
   // inside_first: an object selects from the anchors inside it, else from all. conflict: 0 selecting, 1 inside, 2 all.

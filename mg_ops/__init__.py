@@ -6,6 +6,7 @@ from mg_ops.boxes import BoxCoder, anchors_from_points, box_iou
 from mg_ops.diagnostics import MatchSummary, summarize
 from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
+from mg_ops.rules.atss_match import AtssMatcher, atss_match
 from mg_ops.rules.dynamic_soft_label_match import DynamicSoftLabelMatcher, dynamic_soft_label_match
 from mg_ops.rules.max_iou_match import MaxIouMatcher, max_iou_match
 from mg_ops.rules.result import Match
@@ -16,6 +17,7 @@ from mg_ops.targets import Targets, encode_class_targets, encode_targets
 __all__ = [
     "BACKGROUND",
     "IGNORED",
+    "AtssMatcher",
     "BoxCoder",
     "DynamicSoftLabelMatcher",
     "Match",
@@ -27,6 +29,7 @@ __all__ = [
     "Targets",
     "TaskAlignedMatcher",
     "anchors_from_points",
+    "atss_match",
     "backends",
     "box_iou",
     "dynamic_soft_label_match",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,12 +62,22 @@ def random_dynamic_soft_label_options(random: np.random.Generator) -> dict[str, 
     }
 
 
+def random_atss_options(random: np.random.Generator) -> dict[str, Any]:
+    return {
+        "k": int(random.choice([9, 9, 1, 2, 4, 36, 128])),
+        "center_margin": random.choice([0.01, 0.01, None, None, 0.0, 1e-9, 3.0]),
+        "crowd_overlap": float(random.choice([0.5, 0.1, 1.0])),
+    }
+
+
 class Rule(NamedTuple):
     """A rule as tests see it."""
 
     function: Callable[..., mg_ops.Match]
     matcher: Callable[..., Any]
     random_options: Callable[[np.random.Generator], dict[str, Any]]
+    by_level: bool = False
+    """Whether it takes `level_sizes`."""
 
 
 RULES = {
@@ -76,18 +87,32 @@ RULES = {
         mg_ops.dynamic_soft_label_match, mg_ops.DynamicSoftLabelMatcher, random_dynamic_soft_label_options
     ),
     "task_aligned_match": Rule(mg_ops.task_aligned_match, mg_ops.TaskAlignedMatcher, random_task_aligned_options),
+    "atss_match": Rule(mg_ops.atss_match, mg_ops.AtssMatcher, random_atss_options, by_level=True),
 }
 
 
-def without_options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `mg_ops.mutual_match` less its options: what every rule takes."""
-    return {name: value for name, value in arguments.items() if name not in OPTIONS_OF_MUTUAL_MATCH}
+def arguments_of(rule: str, arguments: dict[str, Any], random: np.random.Generator | None = None) -> dict[str, Any]:
+    """Arguments of `mg_ops.mutual_match` as the rule takes them: less the options, and with sizes of its levels.
+
+    Args:
+        random: cuts the anchors into levels; None: three quarters of them, most of the others, the rest.
+    """
+    arguments = {name: value for name, value in arguments.items() if name not in OPTIONS_OF_MUTUAL_MATCH}
+    if RULES[rule].by_level:
+        num_anchors = len(arguments["anchors"])
+        ends = [0, num_anchors * 3 // 4, num_anchors * 15 // 16, num_anchors]
+        if random is not None:
+            cuts = random.integers(0, num_anchors + 1, random.choice([0, 1, 2, 3, 4, 15]))
+            ends = [0, *sorted(cuts.tolist()), num_anchors]
+        arguments["level_sizes"] = [end - begin for begin, end in itertools.pairwise(ends)]
+    return arguments
 
 
 def random_rule_arguments(rule: str, seed: int, *, large: bool = False) -> dict[str, Any]:
     """Arguments of one call of the rule, all from the seed."""
     random = np.random.default_rng([seed, *rule.encode()])
-    return without_options(random_batch(seed, large=large).arguments) | RULES[rule].random_options(random)
+    arguments = arguments_of(rule, random_batch(seed, large=large).arguments, random)
+    return arguments | RULES[rule].random_options(random)
 
 
 def assert_same_match(match: mg_ops.Match, expected: mg_ops.Match, what: object = "") -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import pickle
 from typing import Any
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from object_forms import FORMS, in_form
 from operators import operator_arguments
 from random_batches import to_device
-from rule_batches import RULES, assert_same_match, random_rule_arguments, without_options
+from rule_batches import RULES, arguments_of, assert_same_match, random_rule_arguments
 from small_batches import small_batches
 
 import mg_ops
@@ -55,7 +56,13 @@ def reference(rule: str, arguments: dict[str, Any]) -> mg_ops.Match:
 
 
 def usual_arguments(rule: str, num_images: int = 2, num_anchors: int = 200, num_objects: int = 5) -> dict[str, Any]:
-    return without_options(detector_batch(num_images, num_anchors, num_objects))
+    return arguments_of(rule, detector_batch(num_images, num_anchors, num_objects))
+
+
+def take_options(rule: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Takes those that the matcher is made with out of the arguments of a call."""
+    names = {field.name for field in dataclasses.fields(RULES[rule].matcher)}
+    return {name: arguments.pop(name) for name in names & arguments.keys()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +87,8 @@ def test_large_random_batches(rule: str, compiled_target: Target) -> None:
 @settings(max_examples=fuzz_cases(300))
 @given(arguments=small_batches(), seed=st.integers(0, 2**32))
 def test_small_batches(rule: str, compiled_target: Target, arguments: dict[str, Any], seed: int) -> None:
-    arguments = without_options(arguments) | RULES[rule].random_options(np.random.default_rng(seed))
+    random = np.random.default_rng(seed)
+    arguments = arguments_of(rule, arguments, random) | RULES[rule].random_options(random)
     assert_same_match(call(rule, arguments, compiled_target), reference(rule, arguments), arguments)
 
 
@@ -109,7 +117,7 @@ def test_thread_count_does_not_matter(
 @pytest.mark.parametrize("kind", WORST)
 def test_worst_cases(rule: str, compiled_target: Target, kind: str) -> None:
     """When thousands of anchors compete for one object, and when all of them tie."""
-    arguments = without_options(worst_batch(kind, 3000))
+    arguments = arguments_of(rule, worst_batch(kind, 3000))
     for seed in range(5):
         options = RULES[rule].random_options(np.random.default_rng(seed))
         expected = reference(rule, arguments | options)
@@ -140,14 +148,15 @@ def test_blocks_as_on_a_gpu(rule: str) -> None:
 def test_small_batches_by_the_cuda_kernels(
     rule: str, small_blocks: emulated.RuleEmulator, arguments: dict[str, Any], seed: int
 ) -> None:
-    arguments = without_options(arguments) | RULES[rule].random_options(np.random.default_rng(seed))
+    random = np.random.default_rng(seed)
+    arguments = arguments_of(rule, arguments, random) | RULES[rule].random_options(random)
     match = small_blocks.run(rule, RULES[rule].function, **arguments, seed=seed)
     assert_same_match(match, reference(rule, arguments), arguments)
 
 
 @pytest.mark.parametrize("kind", WORST)
 def test_worst_cases_by_the_cuda_kernels(rule: str, emulator: emulated.RuleEmulator, kind: str) -> None:
-    arguments = without_options(worst_batch(kind, 500))
+    arguments = arguments_of(rule, worst_batch(kind, 500))
     for seed in range(3):
         options = RULES[rule].random_options(np.random.default_rng(seed))
         match = emulator.run(rule, RULES[rule].function, **arguments, **options, seed=seed)
@@ -195,10 +204,9 @@ def test_every_option_of_the_matcher_is_one_of_the_function(rule: str) -> None:
 
 
 def test_an_argument_that_is_none_is_refused_by_name(rule: str) -> None:
-    options = {field.name for field in dataclasses.fields(RULES[rule].matcher)}
-    arguments = {name: value for name, value in usual_arguments(rule).items() if name not in options}
-    arguments |= {"pred_boxes": None, "box_deltas": None}
-    for call in (RULES[rule].function, RULES[rule].matcher()):
+    arguments = usual_arguments(rule) | {"pred_boxes": None, "box_deltas": None, "box_coder": None}
+    options = take_options(rule, arguments)
+    for call in (functools.partial(RULES[rule].function, **options), RULES[rule].matcher(**options)):
         with pytest.raises(TypeError, match=rf"^{rule}\(\) got an unexpected keyword argument 'sores'$"):
             call(**arguments | {"sores": 1})
     with pytest.raises(TypeError, match=rf"^check: expected it where .*{RULES[rule].matcher.__name__}\(check=\.\.\.\)"):
@@ -206,11 +214,10 @@ def test_an_argument_that_is_none_is_refused_by_name(rule: str) -> None:
 
 
 def test_the_matcher_gives_what_the_function_gives(rule: str, target: Target) -> None:
-    names = {field.name for field in dataclasses.fields(RULES[rule].matcher)}
     for seed in range(fuzz_cases(30)):
         arguments = to_device(random_rule_arguments(rule, seed), target.device) | {"backend": target.backend}
         expected = RULES[rule].function(**arguments)
-        options = {name: arguments.pop(name) for name in names & arguments.keys()}
+        options = take_options(rule, arguments)
         assert_same_match(RULES[rule].matcher(**options)(**arguments), expected, f"seed {seed}")
 
 
@@ -228,10 +235,12 @@ def test_the_matcher_is_a_value(rule: str) -> None:
 def test_it_takes_a_mutual_matchers_place(rule: str, target: Target) -> None:
     """Changing the rule is changing the line that makes the matcher: the call, the targets and the summary stay."""
     arguments = to_device(usual_arguments(rule), target.device)
-    coder = arguments.pop("box_coder")
+    options = take_options(rule, arguments) | {"backend": target.backend}
+    coder = options["box_coder"]
     objects = {name: arguments[name] for name in ("gt_boxes", "gt_labels")}
-    for make in (mg_ops.MutualMatcher, RULES[rule].matcher):
-        match = make(box_coder=coder, backend=target.backend)(**arguments)
+    of_mutual = mg_ops.MutualMatcher(box_coder=coder, backend=target.backend)
+    for matcher in (of_mutual, RULES[rule].matcher(**options)):
+        match = matcher(**arguments)
         targets = mg_ops.encode_targets(match, arguments["anchors"], **objects, box_coder=coder)
         assert torch.equal(targets.loc_labels >= 0, match.loc_positive)
         summary = mg_ops.summarize(match, arguments["gt_boxes"])
@@ -329,7 +338,7 @@ def test_the_operator_checks_its_arguments(rule: str, target: Target) -> None:
     for place in range(9, len(arguments)):
         if isinstance(arguments[place], bool):
             continue  # -1 is True
-        with pytest.raises((RuntimeError, TypeError, ValueError), match="expected"):
+        with pytest.raises((RuntimeError, TypeError, ValueError), match=r"[Ee]xpected"):
             operator(*arguments[:place], -1, *arguments[place + 1 :])
 
 
@@ -350,7 +359,7 @@ def test_opcheck(rule: str, target: Target) -> None:
 def test_a_matcher_compiles(rule: str, target: Target) -> None:
     """fullgraph=True, with changing numbers of objects."""
     arguments = to_device(usual_arguments(rule), target.device)
-    matcher = RULES[rule].matcher(box_coder=arguments.pop("box_coder"), backend=target.backend)
+    matcher = RULES[rule].matcher(**take_options(rule, arguments), backend=target.backend)
     torch._dynamo.reset()
     compiled = torch.compile(matcher.__call__, fullgraph=True, backend="aot_eager")
     for count in (5, 2, 1):

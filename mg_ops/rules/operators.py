@@ -11,9 +11,17 @@ from torch import Tensor
 from mg_ops import reference
 from mg_ops.checks import check_offsets, check_operator_inputs, check_thresholds
 from mg_ops.reference import split_arguments
-from mg_ops.rules.eager import dynamic_soft_label_match, max_iou_match, simota_match, task_aligned_match
+from mg_ops.rules.eager import (
+    atss_match,
+    dynamic_soft_label_match,
+    max_iou_match,
+    simota_match,
+    task_aligned_match,
+)
 from mg_ops.rules.options import (
+    check_atss_options,
     check_dynamic_soft_label_options,
+    check_level_sum,
     check_max_iou_options,
     check_simota_options,
     check_task_aligned_options,
@@ -40,6 +48,8 @@ class Rule(NamedTuple):
     """Of the results (B, A)."""
     num_counts: int
     """How many results (N,) int32 follow."""
+    check_sizes: Callable[..., object] = lambda num_anchors, *options: None
+    """Raises on an option that does not fit the number of anchors."""
 
     @property
     def signature(self) -> str:
@@ -58,6 +68,7 @@ class Rule(NamedTuple):
         inputs, options = split_arguments(arguments)
         check_operator_inputs(inputs)
         self.check_options(*options)
+        self.check_sizes(inputs.anchors.shape[0], *options)
 
     def fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Shapes and dtypes of the results, for torch.compile and torch.export; also where some tensors are "meta"."""
@@ -110,6 +121,14 @@ RULES = {
         dynamic_soft_label_match.dynamic_soft_label_match,
         (torch.int64, torch.float32),
         num_counts=1,
+    ),
+    "atss_match": Rule(
+        "int[] level_sizes, int k, float? center_margin, float crowd_overlap",
+        check_atss_options,
+        atss_match.atss_match,
+        (torch.int64,),
+        num_counts=1,
+        check_sizes=lambda num_anchors, level_sizes, *_: check_level_sum(num_anchors, level_sizes),
     ),
 }
 """Operator -> what it is."""

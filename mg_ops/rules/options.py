@@ -10,6 +10,8 @@ MAX_K = 128
 """The most anchors that an object selects; csrc/ranked.h."""
 CONFLICT = ("selecting", "inside", "all")
 """Which objects a contested anchor may belong to; the operator takes the place in this list."""
+MAX_LEVELS = 16
+"""Of the rule that selects by feature level; csrc/atss.h."""
 MAX_EXPONENT = 64.0
 
 LOW_QUALITY = ("none", "keep_owner", "take_all", "take_first")
@@ -115,3 +117,41 @@ def check_dynamic_soft_label_options(
 def check_not_negative(name: str, value: object) -> float:
     """Raises unless value is a finite number of at least 0; returns the float."""
     return check_from_zero(name, value, MAX_FLOAT, "a finite number of at least 0")
+
+
+def check_level_sizes(value: object) -> tuple[int, ...]:
+    """Raises unless they are numbers of anchors, one a level; returns them."""
+    if not isinstance(value, Sequence):
+        raise TypeError(f"level_sizes: expected a list of numbers of anchors, one a level, got {describe(value)}")
+    if len(value) > MAX_LEVELS:
+        raise ValueError(f"level_sizes: expected at most {MAX_LEVELS} levels, got {len(value)}")
+    for level, size in enumerate(value):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"level_sizes[{level}]: expected an integer, got {describe(size)}")
+        if size < 0:
+            raise ValueError(f"level_sizes[{level}]: expected at least 0, got {size}")
+    return tuple(value)
+
+
+def check_atss_options(
+    level_sizes: object, k: object, center_margin: object, crowd_overlap: object
+) -> tuple[tuple[int, ...], int, float | None, float]:
+    """Raises unless they are the options of the operator `atss_match`; returns them, the numbers as floats."""
+    if center_margin is not None:
+        expected = "None or a finite number of at least 0"
+        center_margin = check_from_zero("center_margin", center_margin, MAX_FLOAT, expected)
+    return (
+        check_level_sizes(level_sizes),
+        check_count("k", k, 1, MAX_K),
+        center_margin,
+        check_threshold("crowd_overlap", crowd_overlap),
+    )
+
+
+def check_level_sum(num_anchors: int, level_sizes: Sequence[int]) -> None:
+    """Raises ValueError unless the levels' anchors are all anchors."""
+    if sum(level_sizes) != num_anchors:
+        raise ValueError(
+            f"level_sizes: expected a sum of {num_anchors}, the number of anchors, got {sum(level_sizes)} "
+            f"of {len(level_sizes)} levels"
+        )

@@ -7,7 +7,7 @@ match = emulator.run("max_iou_match", mg_ops.max_iou_match, anchors, gt_boxes, g
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class RuleCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch_size", "num_anchors", "num_classes", "num_gt")),
         *((name, ctypes.c_int32) for name in ("decode", "scores_are_probabilities")),
         ("coder", ctypes.c_float * 5),
-        ("options", ctypes.c_float * 16),
+        ("options", ctypes.c_float * 32),
         *((name, ctypes.c_void_p) for name in ("cls_match", "soft_targets", "num_pos")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_int64) for name in ("scratch_bytes", "launches")),
@@ -69,6 +69,17 @@ def float_input(tensor: Tensor) -> FloatInput:
 def integer_input(tensor: Tensor) -> IntegerInput:
     array = integers(tensor)
     return IntegerInput(array.data, array.strides[0], array.type != 0)
+
+
+def numbers_of(options: Iterable[Any]) -> list[float]:
+    """Options as numbers: None as NaN, a list as its length and what is in it."""
+    numbers: list[float] = []
+    for option in options:
+        if isinstance(option, (list, tuple)):
+            numbers += [len(option), *option]
+        else:
+            numbers.append(float("nan") if option is None else option)
+    return numbers
 
 
 class RuleEmulator:
@@ -109,7 +120,7 @@ class RuleEmulator:
             *(batch_size, num_anchors, num_classes, len(gt_boxes)),
             *(box_coder is not None, inputs.scores_are_probabilities),
             (ctypes.c_float * 5)(*(box_coder or [1.0] * 5)),
-            (ctypes.c_float * 16)(*options),
+            (ctypes.c_float * 32)(*numbers_of(options)),
             *(cls_match.data_ptr(), soft_targets.data_ptr(), num_pos.data_ptr()),
             seed,
         )

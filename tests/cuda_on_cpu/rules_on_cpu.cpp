@@ -2,6 +2,7 @@
 // through ctypes (tests/cuda_on_cpu/rules.py mirrors RuleCall).
 #include "cuda_on_cpu.h"
 // The built-ins come first.
+#include "../../csrc/cuda/atss_match_kernels.cuh"
 #include "../../csrc/cuda/dynamic_k_match_kernels.cuh"
 #include "../../csrc/cuda/max_iou_match_kernels.cuh"
 #include "../../csrc/cuda/task_aligned_match_kernels.cuh"
@@ -19,7 +20,7 @@ struct RuleCall {
   int64_t batch_size, num_anchors, num_classes, num_gt;
   int32_t decode, scores_are_probabilities;
   mg_ops::BoxCoder coder;
-  float options[16];  // in the operator's order
+  float options[32];  // in the operator's order; a list begins with its length, None is NaN
   int64_t* cls_match;
   float* soft_targets;  // null: the rule has none
   int32_t* num_pos;
@@ -157,6 +158,23 @@ extern "C" int dynamic_soft_label_match_on_cpu(RuleCall* call, char* message, in
   problem.cls_weight = 1.0f;
   problem.crowd_overlap = *option++;
   return run_dynamic_k(problem, call, message, message_bytes);
+}
+
+extern "C" int atss_match_on_cpu(RuleCall* call, char* message, int message_bytes) {
+  using namespace mg_ops::cuda::rules::atss;
+  LaunchedAtss problem{};
+  read_inputs(problem, *call);
+  const float* option = call->options;
+  problem.num_levels = static_cast<int32_t>(*option++);
+  for (int32_t level = 0; level < problem.num_levels; ++level) {
+    problem.level_begin[level + 1] = problem.level_begin[level] + static_cast<int32_t>(*option++);
+  }
+  problem.k = static_cast<int32_t>(*option++);
+  problem.center_margin = *option++;
+  problem.test_centers = problem.center_margin == problem.center_margin;
+  problem.crowd_overlap = *option++;
+  const auto launch_kernels = [](const LaunchedAtss& launched, auto launch) { launch_atss_match(launched, launch); };
+  return report([&] { launch_rule(*call, problem, launch_kernels); }, message, message_bytes);
 }
 
 extern "C" int threads_of_a_block() { return mg_ops::cuda::kThreads; }
