@@ -114,7 +114,8 @@ BOX = {"image_id": 1, "category_id": 3, "bbox": [1, 1, 9, 9]}
 BAD_ANNOTATIONS = [
     *(BOX | {"image_id": n} for n in (1, 2, 3)),
     *(*[{"image_id": 1, "category_id": 3}] * 5, *[BOX | {"bbox": [1, 2, None, 4], "id": 1}] * 3),
-    *(None, 7, {"category_id": 3, "bbox": [1, 1, 5, 5]}),
+    *(None, 7, {"category_id": 3, "bbox": [1, 1, 5, 5]}, BOX | {"image_id": 77}),
+    *(BOX | {"category_id": 99}, BOX | {"bbox": [1, 1, 0, 5]}, BOX | {"bbox": [1, 1, float("inf"), 5]}),
 ]
 NO_FILE, OTHERS = "image file missing: skipped", "image listed twice with other objects: left out"
 NO_CATEGORIES = "no list of categories: classes are named by their ids"
@@ -132,6 +133,11 @@ NO_CATEGORIES = "no list of categories: classes are named by their ids"
             {"images": {1: {"file_name": FIRST}}, "annotations": {n: BOX | {"image_id": n // 2 + 1} for n in range(4)}},
             *([1, 3], 4, CLASSES, {"image listed twice: the second skipped": 1}),
         ),
+        (  # one entry twice
+            {"images": {1: {"id": 1, "file_name": FIRST}}},
+            *([1, 3], 4, CLASSES),
+            {"image listed twice: the second skipped": 1, "annotation of an image that is not listed: left out": 2},
+        ),
         ({"images": {1: {"file_name": FIRST}}}, [3], 2, CLASSES, {OTHERS: 1}),
         ({"images": {1: {"file_name": f"../train/{FIRST}"}}}, [3], 2, CLASSES, {OTHERS: 1}),
         (
@@ -139,8 +145,10 @@ NO_CATEGORIES = "no list of categories: classes are named by their ids"
             *([1, 2, 3], 3, CLASSES),
             {
                 "object without a name or a box: left out": 5,
-                "object with a coordinate that is not a number: left out": 3,
-                "annotation of an image that is not listed: left out": 3,
+                "object with a coordinate that is not a number: left out": 4,
+                "annotation of an image that is not listed: left out": 4,
+                "object of the unknown class 99: left out": 1,
+                "object without area inside its image: left out": 1,
             },
         ),
         (
@@ -163,7 +171,7 @@ NO_CATEGORIES = "no list of categories: classes are named by their ids"
         ),
         *(
             ({"images": {0: {"file_name": no}}}, [2, 3], 4, CLASSES, {NO_FILE: 1})
-            for no in ("x" * 300 + ".jpg", "a\0b")
+            for no in ("gone.jpg", "x" * 300 + ".jpg", "a\0b.jpg")
         ),
     ],
 )
