@@ -204,6 +204,7 @@ def test_objects_in_any_form(loss: Loss) -> None:
     assert loss(*arguments, gt_boxes, gt_offsets).item() == expected
     assert loss(*arguments, padded).item() == expected
     assert loss(*arguments, targets).item() == expected
+    assert loss(*arguments, [{"boxes": boxes} for boxes in batch.gt_boxes]).item() == expected
     assert loss(*arguments, centers, gt_box_format="cxcywh").item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -251,6 +251,8 @@ def test_a_rule_that_reads_no_labels_needs_none(target: Target, form: str, dtype
         first = 0 if is_object is None else int(is_object[0].nonzero()[0])
         assert found.cls_match.tolist() == [[first, -1, -2], [-1, -1, -1]]
         assert found.num_pos.sum() == 1 and found.num_pos.shape == ((2,) if is_object is None else is_object.shape)
+    summary = mg_ops.summarize(found, **to_device(without_labels(objects), target.device))
+    assert summary.num_objects[0] == summary.cls_positives[0] == 1
 
 
 def test_labels_that_are_missing_or_of_some_images_alone_are_refused() -> None:
