@@ -49,7 +49,7 @@ CUDA_TESTS = (
     "tests/test_cpp_equals_reference.py",
     "tests/test_every_clause_of_the_definition.py",
     "tests/test_examples.py",
-    "tests/test_losses_on_gpu.py",
+    "tests/test_losses.py",
     "tests/test_matcher.py",
     "tests/test_max_iou_match.py",
     "tests/test_object_forms.py",

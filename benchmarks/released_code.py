@@ -28,7 +28,7 @@ sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
 from benchmarks import measure, report  # noqa: E402
-from benchmarks.cases import CASES, CODER, Batch, make_batches  # noqa: E402
+from benchmarks.cases import CASES, Batch, make_batches  # noqa: E402
 from benchmarks.machine import begin, check_options, make_parser, write  # noqa: E402
 from benchmarks.methods import match  # noqa: E402
 
@@ -96,21 +96,9 @@ def released_targets(answer: tuple[Tensor, Tensor, Tensor, Tensor]) -> Targets:
 
 def our_targets(batch: Batch) -> Targets:
     """Of mg_ops."""
-    answer = match(batch)
-    targets = mg_ops.encode_targets(
-        answer,
-        batch.anchors,
-        batch.gt_boxes,
-        batch.gt_labels,
-        batch.gt_offsets,
-        num_classes=batch.logits.shape[-1],
-        box_coder=CODER,
-    )
-    learns_box = answer.loc_match >= 0
-    boxes = torch.zeros_like(targets.box_targets)
-    for image, found in enumerate(batch.boxes_list):
-        boxes[image, learns_box[image]] = found[answer.loc_match[image, learns_box[image]]]
-    return Targets(targets.class_targets, learns_box, boxes)
+    answer, objects = match(batch), (batch.gt_boxes, batch.gt_labels, batch.gt_offsets)
+    targets = mg_ops.encode_targets(answer, batch.anchors, *objects, num_classes=batch.logits.shape[-1])
+    return Targets(targets.class_targets, answer.loc_positive, targets.box_targets)
 
 
 def count_differences(ours: Targets, theirs: Targets) -> dict[str, int]:
@@ -158,7 +146,7 @@ def cases_table(cases: dict[str, dict[str, Any]]) -> report.Table:
         ratio = report.format_number(seconds[0] / seconds[-1])
         rows.append([name, classes, boxes, *map(report.format_seconds, seconds), ratio])
     text = "objects packed; medians, each method at its best number of threads"
-    return report.Table("The code released with the paper", text, [*header, "times as fast"], rows, set(), [])
+    return report.Table("The code released with the paper", text, [*header, "times as fast"], rows, [])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,10 +17,8 @@ LOOP = "loop"
 
 def format_quantity(value: float, unit: str) -> str:
     """Three digits, a prefix and the unit: "1.73 ms", "4.2 MB", "0 B"."""
-    steps = [("m", 1e-3), ("u", 1e-6)] if unit == "s" else [("G", 1e9), ("M", 1e6), ("k", 1e3)]
-    prefix, scale = next(
-        (step for step in [*([("", 1.0)] if unit == "s" else []), *steps] if value >= step[1]), ("", 1)
-    )
+    steps = {"": 1.0, "m": 1e-3, "u": 1e-6} if unit == "s" else {"G": 1e9, "M": 1e6, "k": 1e3}
+    prefix, scale = next((step for step in steps.items() if value >= step[1]), ("", 1.0))
     return f"{format_number(value / scale)} {prefix}{unit}"
 
 
@@ -54,35 +52,27 @@ class Table(NamedTuple):
     """What it is about, above it."""
     header: list[str]
     rows: list[list[str]]
-    bold: set[int]
-    """Rows of mg_ops."""
     notes: list[str]
 
 
 def print_table(table: Table, console: Console) -> None:
     """To the terminal."""
-    from rich import box
-    from rich.table import Table as Layout
+    from rich.markdown import Markdown
 
-    console.print(f"\n[bold]{table.title}[/]  {table.text}")
-    layout = Layout(box=box.SIMPLE_HEAD)
-    for index, head in enumerate(table.header):
-        layout.add_column(head, justify="right" if index else "left", no_wrap=index == 0)
-    for index, row in enumerate(table.rows):
-        layout.add_row(*row, style="bold green" if index in table.bold else None)
-    console.print(layout)
-    for note in table.notes:
-        console.print(f"  [dim]{note}[/]")
+    console.print(Markdown("\n".join(table_as_markdown(table))))
 
 
 def table_as_markdown(table: Table) -> list[str]:
     """Lines of a page."""
-    lines = [f"#### {table.title}", "", f"{table.text}.", "", f"| {' | '.join(table.header)} |"]
-    lines.append(f"|---{'|---:' * (len(table.header) - 1)}|")
-    for index, row in enumerate(table.rows):
-        first = f"**{row[0]}**" if index in table.bold else row[0]
-        lines.append(f"| {' | '.join([first, *row[1:]])} |")
+    rule = f"---{'|---:' * (len(table.header) - 1)}"
+    lines = [f"| {' | '.join(row)} |" for row in table.rows]
+    lines = [f"#### {table.title}", "", f"{table.text}.", "", f"| {' | '.join(table.header)} |", f"|{rule}|", *lines]
     return [*lines, "", *(f"- {note}" for note in table.notes), ""]
+
+
+def format_label(label: str, subject: bool) -> str:
+    """The first cell of a row; bold for mg_ops."""
+    return f"**{label}**" if subject else label
 
 
 def case_table(name: str, case: dict[str, Any]) -> Table:
@@ -91,15 +81,13 @@ def case_table(name: str, case: dict[str, Any]) -> Table:
     on_gpu = any("cuda" in method for method in case["methods"].values())
     header = ["", "median", "quartiles", "against (a)"]
     header += ["on the device", "/ floor", "launches", "waits"] if on_gpu else ["threads"]
-    rows, bold, notes = [], set(), []
+    rows, notes = [], []
     for method in case["methods"].values():
         if method["skipped"]:
             notes.append(f"{method['label']}: skipped, {method['skipped']}")
             continue
-        if method["subject"]:
-            bold.add(len(rows))
         spread, ratio, cuda = method["quartile_seconds"], method["loop_over_this"], method.get("cuda", {})
-        row = [method["label"], format_seconds(method["median_seconds"])]
+        row = [format_label(method["label"], method["subject"]), format_seconds(method["median_seconds"])]
         row.append(" to ".join(map(format_seconds, spread)) if spread else "one call")
         row.append(format_number(ratio) if ratio else "")
         if on_gpu:
@@ -115,7 +103,7 @@ def case_table(name: str, case: dict[str, Any]) -> Table:
     text = f"B = {sizes['B']} images, A = {sizes['A']:,} anchors, C = {sizes['C']} classes; "
     text += f"{format_number(objects['mean'])} objects per image, at most {objects['max']:,} ({case['objects_from']}). "
     text += f"Checked first: {case['checked']}"
-    return Table(name, text, [*header, "extra memory", "equal"], rows, bold, notes)
+    return Table(name, text, [*header, "extra memory", "equal"], rows, notes)
 
 
 def swept_cases(cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -127,9 +115,9 @@ def swept_cases(cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 def sweep_table(swept: list[dict[str, Any]]) -> Table:
     """Time and memory of each method against the number of objects."""
     sizes, counts = swept[0]["sizes"], [f"{case['sizes']['N']:,}" for case in swept]
-    rows, bold, reasons = [], set(), {}
+    rows, reasons = [], {}
     for name, of_first in swept[0]["methods"].items():
-        cells = [of_first["label"]]
+        cells = [format_label(of_first["label"], of_first["subject"])]
         for case, count in zip(swept, counts, strict=True):
             method = case["methods"][name]
             if method["skipped"]:
@@ -138,12 +126,11 @@ def sweep_table(swept: list[dict[str, Any]]) -> Table:
             else:
                 cells.append(f"{format_seconds(method['median_seconds'])}, {format_memory(method)}")
         if set(cells[1:]) != {"skipped"}:
-            bold |= {len(rows)} if of_first["subject"] else set()
             rows.append(cells)
     notes = [f"{', '.join(where)} objects, {reason}" for reason, where in reasons.items()]
     text = f"One image, A = {sizes['A']:,}, C = {sizes['C']}: median time, and peak memory beyond inputs and outputs"
     header = ["", *(f"{count} objects" for count in counts)]
-    return Table("Against the number of objects", text, header, rows, bold, notes)
+    return Table("Against the number of objects", text, header, rows, notes)
 
 
 def verdict_lines(cases: dict[str, dict[str, Any]]) -> list[str]:
@@ -186,8 +173,8 @@ def plot_sweep(swept: list[dict[str, Any]], machine: dict[str, Any], path: Path)
                     width, front = (3, 5) if name == ours else (1.6, 3)
                     heights = [_height(method, unit) for method in methods]
                     label = methods[0]["label"]
-                    axes.plot(counts, heights, "o-", label=label, color=color, linewidth=width, zorder=front)
-            axes.set(xscale="log", yscale="log", xlabel="objects in the image")
+                    axes.loglog(counts, heights, "o-", label=label, color=color, linewidth=width, zorder=front)
+            axes.set_xlabel("objects in the image")
             axes.set_title(title, loc="left", fontweight="bold")
             axes.set_xticks(counts, [f"{count:,}" for count in counts])
             axes.minorticks_off()

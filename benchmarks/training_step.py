@@ -171,20 +171,19 @@ def measure_detector(
 
 def detector_table(detector: str, content: dict[str, Any], options: argparse.Namespace) -> report.Table:
     """A row per matching."""
-    rows, bold = [], set()
+    rows = []
     for name, row in content["matchings"].items():
-        if name.startswith("mg_ops"):
-            bold.add(len(rows))
         peak = "-" if row["peak_bytes"] is None else report.format_quantity(row["peak_bytes"], "B")
         times = [report.format_seconds(value) for value in [*row["phases"].values(), row["step_seconds"]]]
         share = f"{100 * row['phases']['matching'] / row['step_seconds']:.1f}%"
-        rows.append([name, *times, share, report.format_number(row["images_per_second"]), peak])
+        label = report.format_label(name, name.startswith("mg_ops"))
+        rows.append([label, *times, share, report.format_number(row["images_per_second"]), peak])
     text = (
         f"{options.batch} images of {options.image_size} x {options.image_size}, {content['anchors']:,} anchors each; "
         f"medians of {options.steps} steps; memory of the {'GPU' if options.device == 'cuda' else 'whole process'}"
     )
     header = ["", *PHASES, "step", "matching's share", "images/s", "peak memory"]
-    return report.Table(detector, text, header, rows, bold, [])
+    return report.Table(detector, text, header, rows, [])
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -261,11 +261,13 @@ def check_packed_objects(
     batch_size: int,
     device: torch.device,
     labels_kind: str = "integer",
+    labels_optional: bool = False,
 ) -> None:
     """Raises unless they are (N, 4), (N,), (B + 1,) and (N,) or None on this device."""
     gt_boxes = check_tensor("gt_boxes", gt_boxes, "floating point", ("N", 4), device)
     num_gt = gt_boxes.shape[0]
-    check_tensor("gt_labels", gt_labels, labels_kind, (num_gt,), device)
+    if gt_labels is not None or not labels_optional:
+        check_tensor("gt_labels", gt_labels, labels_kind, (num_gt,), device)
     check_tensor("gt_offsets", gt_offsets, "integer", (batch_size + 1,), device)
     if gt_crowd is not None:
         check_tensor("gt_crowd", gt_crowd, "bool", (num_gt,), device)
@@ -275,14 +277,19 @@ def check_packed_objects(
 def check_objects(
     gt_boxes: object, gt_labels: object, gt_offsets: object, gt_crowd: object, batch_size: int, device: torch.device
 ) -> None:
-    """Raises unless they are the objects of a batch in a form that `mg_ops.mutual_match` takes, on this device."""
+    """Raises unless they are the objects of a batch in a form that `mg_ops.mutual_match` takes, on this device.
+
+    Labels are checked where they are given.
+    """
     if isinstance(gt_boxes, Tensor):
         if gt_offsets is None:
             raise ValueError(
                 "gt_offsets: packed gt_boxes (N, 4) need gt_offsets (B + 1,); "
                 "without offsets pass gt_boxes as a list of B tensors (G, 4), or padded (B, M, 4)"
             )
-        check_packed_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device, "label")
+        check_packed_objects(
+            gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device, "label", labels_optional=True
+        )
         if isinstance(gt_offsets, Tensor) and device.type == "cpu" and not torch.compiler.is_compiling():
             check_offsets(gt_offsets, gt_boxes.shape[0])
         return
@@ -291,22 +298,27 @@ def check_objects(
             "gt_offsets: only packed gt_boxes (N, 4) take offsets, got gt_boxes as a list; pass gt_offsets=None"
         )
     boxes = check_list("gt_boxes", gt_boxes, batch_size)
-    labels = check_list("gt_labels", gt_labels, batch_size)
+    labels = None if gt_labels is None else check_list("gt_labels", gt_labels, batch_size)
     crowd = None if gt_crowd is None else check_list("gt_crowd", gt_crowd, batch_size)
     num_gt = 0
     for image in range(batch_size):
-        if isinstance(boxes[image], Tensor) and boxes[image].dim() == 1 and boxes[image].numel() == 0:
-            raise ValueError(
-                f"gt_boxes[{image}]: expected shape (G, 4), got {describe(boxes[image])}; "
-                "for an image without objects pass .reshape(-1, 4)"
-            )
-        check_tensor(f"gt_boxes[{image}]", boxes[image], "floating point", ("G", 4), device)
-        num_objects = boxes[image].shape[0]
-        check_tensor(f"gt_labels[{image}]", labels[image], "label", (num_objects,), device)
+        num_objects = check_boxes_of_image(image, boxes[image], device).shape[0]
+        if labels is not None:
+            check_tensor(f"gt_labels[{image}]", labels[image], "label", (num_objects,), device)
         if crowd is not None:
             check_tensor(f"gt_crowd[{image}]", crowd[image], "bool", (num_objects,), device)
         num_gt += num_objects
     check_count("gt_boxes", num_gt)
+
+
+def check_boxes_of_image(image: int, boxes: object, device: torch.device | None) -> Tensor:
+    """Raises unless they are the boxes (G, 4) of one image in a list of them."""
+    if isinstance(boxes, Tensor) and boxes.dim() == 1 and boxes.numel() == 0:
+        raise ValueError(
+            f"gt_boxes[{image}]: expected shape (G, 4), got {describe(boxes)}; "
+            "for an image without objects pass .reshape(-1, 4)"
+        )
+    return check_tensor(f"gt_boxes[{image}]", boxes, "floating point", ("G", 4), device)
 
 
 def check_list(name: str, value: object, batch_size: int) -> Sequence[Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mg_ops.checks import check_count, check_list, check_num_classes, check_tensor, describe
+from mg_ops.checks import check_num_classes, check_tensor, describe
 from mg_ops.matcher import GroundTruth
 from mg_ops.matching import MutualMatch, check_counts
 from mg_ops.objects import holds_dictionaries, pack_objects
@@ -118,10 +118,16 @@ def summarize(
     batch_size, num_anchors = match.cls_match.shape
     device = match.cls_match.device
     check_tensor("match.loc_match", match.loc_match, "integer", (batch_size, num_anchors), device)
-    if gt_labels is None and not in_dictionaries:
-        gt_labels = _no_labels(gt_boxes, gt_mask, batch_size)
     objects = pack_objects(
-        gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
+        gt_boxes,
+        gt_labels,
+        gt_offsets,
+        gt_crowd,
+        gt_mask,
+        gt_box_format,
+        batch_size=batch_size,
+        device=device,
+        labels_reader=None if num_classes is None else "num_classes",
     )
     boxes, labels, offsets = objects.gt_boxes, objects.gt_labels, objects.gt_offsets
     num_gt = boxes.shape[0]
@@ -176,23 +182,6 @@ def _check_size_limits(size_limits: object) -> tuple[float, float]:
     if not 0 <= size_limits[0] <= size_limits[1]:
         raise ValueError(wanted)
     return size_limits[0], size_limits[1]
-
-
-def _no_labels(gt_boxes: Any, gt_mask: Tensor | None, batch_size: int) -> Tensor | list[Tensor]:
-    """A label 0 for each object."""
-    if isinstance(gt_boxes, Tensor) and gt_boxes.dim() == 3:
-        if gt_mask is None:
-            raise ValueError("gt_mask: of padded gt_boxes (B, M, 4), pass gt_mask or gt_labels to tell the padding")
-        return torch.zeros(gt_boxes.shape[:2], dtype=torch.int64, device=gt_boxes.device)
-
-    def zeros(name: str, boxes: Tensor) -> Tensor:
-        check_tensor(name, boxes, "floating point", ("G", 4), None)
-        check_count(name, len(boxes))
-        return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-
-    if isinstance(gt_boxes, Tensor):
-        return zeros("gt_boxes", gt_boxes)
-    return [zeros(f"gt_boxes[{i}]", boxes) for i, boxes in enumerate(check_list("gt_boxes", gt_boxes, batch_size))]
 
 
 def _count_positives(match: Tensor, starts: Tensor, num_gt: int) -> Tensor:

@@ -17,7 +17,7 @@ from mg_ops.boxes import BoxCoder, check_box_coder
 from mg_ops.checks import MAX_FLOAT, check_bool, check_number, check_tensor, describe, join_levels
 from mg_ops.loss_definitions import BOX_LOSSES, box_loss, class_loss
 from mg_ops.matcher import GroundTruth, Levels
-from mg_ops.objects import holds_dictionaries, pack_objects
+from mg_ops.objects import pack_objects
 
 
 def focal_loss(
@@ -402,14 +402,17 @@ def _box_loss(
     check_tensor("loc_match", loc_match, "int64", (batch_size, num_anchors), device)
     if weights is not None:
         weights = check_tensor("weights", weights, "floating point", (batch_size, num_anchors), device).detach()
-    # The losses read no labels.
-    labels: Any = None
-    if isinstance(gt_boxes, Tensor):
-        labels = torch.zeros(gt_boxes.shape[:-1], dtype=torch.int64, device=gt_boxes.device)
-    elif isinstance(gt_boxes, (list, tuple)) and not holds_dictionaries(gt_boxes, None):
-        labels = [torch.zeros(len(boxes), dtype=torch.int64, device=device) for boxes in gt_boxes]
+    # The match says which objects count: padding need not be told.
+    is_padded = isinstance(gt_boxes, Tensor) and gt_boxes.dim() == 3
     objects = pack_objects(
-        gt_boxes, labels, gt_offsets, gt_box_format=gt_box_format, batch_size=batch_size, device=device
+        gt_boxes,
+        None,
+        gt_offsets,
+        gt_mask=torch.ones(gt_boxes.shape[:2], dtype=torch.bool, device=gt_boxes.device) if is_padded else None,
+        gt_box_format=gt_box_format,
+        batch_size=batch_size,
+        device=device,
+        labels_reader=None,
     )
     total: Tensor = (torch.ops.mg_ops.box_loss.default if _is_fused(backend, device) else box_loss)(
         predictions,

@@ -20,7 +20,7 @@ from mg_ops.checks import (
     join_levels,
 )
 from mg_ops.matcher import Call, GroundTruth, Levels, Matcher, PerObject
-from mg_ops.objects import Objects, pack_objects
+from mg_ops.objects import Objects, as_packed, pack_objects
 from mg_ops.reference import IGNORED
 from mg_ops.rules.operators import RULES
 from mg_ops.rules.result import Match
@@ -166,8 +166,9 @@ def mutual_match(
     - packed, (N, 4) and (N,), with gt_offsets (B + 1,): image b has the objects gt_offsets[b] to gt_offsets[b + 1].
       Objects past gt_offsets[B] do not count, so buffers of a fixed capacity can be reused.
 
-    A prediction that the strategy does not read need not be passed: "iou" reads none, "localize_to_classify" the boxes,
-    "classify_to_localize" the scores. Anchors and predictions may be lists of one tensor per feature level.
+    What the strategy does not read need not be passed: "iou" reads no predictions, "localize_to_classify" the boxes,
+    "classify_to_localize" the scores; and the labels are read with the scores alone. Without labels gt_mask must tell
+    what is padding. Anchors and predictions may be lists of one tensor per feature level.
 
     Args:
         anchors: (A, 4) floating, the anchor boxes.
@@ -200,9 +201,9 @@ def mutual_match(
 
     Raises:
         TypeError: a wrong type or dtype; the message names the argument.
-        ValueError: a wrong shape, device, length or number, a prediction that is missing or given twice, a tensor whose
-            memory has been freed, packed offsets (on the CPU) that do not start at 0, decrease or exceed N, or with
-            `check=True` a bad value.
+        ValueError: a wrong shape, device, length or number, a prediction that is missing or given twice, labels that
+            are missing, a tensor whose memory has been freed, packed offsets (on the CPU) that do not start at 0,
+            decrease or exceed N, or with `check=True` a bad value.
         RuntimeError: the backend asked for cannot be used; the message says why.
 
     Examples:
@@ -262,9 +263,9 @@ def call_operator(
         given_objects: as given.
         options: what follows the inputs in the operator's signature.
         check_options: raises on a wrong one.
-        reader: who reads the predictions, for an error message.
+        reader: who reads predictions and labels, for an error message.
         reads_boxes: whether predicted boxes must be given.
-        reads_scores: likewise.
+        reads_scores: whether scores, and the labels, which say which of them is read, must be given.
         call: the function's other arguments.
 
     Returns:
@@ -287,6 +288,7 @@ def call_operator(
         raise ValueError(f"pred_boxes: {reader} reads the predicted boxes; pass pred_boxes or box_deltas")
     if reads_scores and scores is None:
         raise ValueError(f"cls_logits: {reader} reads the scores; pass cls_logits or cls_probabilities")
+    labels_reader = reader if reads_scores else None
 
     # The operator checks its arguments. Only where it, or what comes before it, fails are they looked at one by one,
     # for an error that says which one is wrong, and how.
@@ -298,7 +300,7 @@ def call_operator(
         num_images = None if given is None else given.shape[0]
         if check_bool("check", check) and num_images is not None:
             check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
-        objects = _pack(*of_objects, batch_size=num_images, device=device)
+        objects = _pack(*of_objects, batch_size=num_images, device=device, labels_reader=labels_reader)
         if num_images is None:
             num_images = objects.gt_offsets.shape[0] - 1
         if check:
@@ -324,7 +326,7 @@ def call_operator(
             check_levels_are_of_one_image(anchors, scores_name, scores)
             check_levels_are_of_one_image(anchors, boxes_name, boxes)
             batch_size, device = check_predictions(all_anchors, boxes, scores, boxes_name, scores_name)
-            pack_objects(*of_objects, batch_size=batch_size, device=device)
+            pack_objects(*of_objects, batch_size=batch_size, device=device, labels_reader=labels_reader)
             check_options()
         except (TypeError, ValueError) as fault:
             raise fault from None
@@ -351,17 +353,26 @@ def _pack(
     gt_box_format: str,
     batch_size: int | None,
     device: torch.device,
+    labels_reader: str | None,
 ) -> Objects:
     """`pack_objects`, but that packed ones are left to the operator's own checks."""
     if (
         isinstance(gt_offsets, Tensor)
         and isinstance(gt_boxes, Tensor)
-        and isinstance(gt_labels, Tensor)
-        and not gt_labels.is_floating_point()
+        and (labels_reader is None if gt_labels is None else isinstance(gt_labels, Tensor))
+        and (gt_labels is None or not gt_labels.is_floating_point())
         and gt_mask is None
         and gt_box_format == "xyxy"
     ):
-        return Objects(gt_boxes, gt_labels, gt_offsets, gt_crowd)
+        return as_packed(gt_boxes, gt_labels, gt_offsets, gt_crowd)
     return pack_objects(
-        gt_boxes, gt_labels, gt_offsets, gt_crowd, gt_mask, gt_box_format, batch_size=batch_size, device=device
+        gt_boxes,
+        gt_labels,
+        gt_offsets,
+        gt_crowd,
+        gt_mask,
+        gt_box_format,
+        batch_size=batch_size,
+        device=device,
+        labels_reader=labels_reader,
     )

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mg_ops.checks import DTYPES, MAX_COUNT, check_count, check_objects, check_tensor, describe, is_readable
+from mg_ops.checks import (
+    DTYPES,
+    MAX_COUNT,
+    check_boxes_of_image,
+    check_count,
+    check_objects,
+    check_tensor,
+    describe,
+    is_readable,
+)
 
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
 """Of objects' boxes, by torchvision's names: corners; a corner and the size; the center and the size."""
@@ -29,6 +38,8 @@ class Objects(NamedTuple):
     """(N,) bool, false for padding; None where there is none."""
     padded_shape: tuple[int, int] | None = None
     """(B, M) of padded objects, N = B * M."""
+    has_labels: bool = True
+    """Whether labels were given; else `gt_labels` are zeros without memory of their own."""
 
 
 def pack_objects(
@@ -41,6 +52,7 @@ def pack_objects(
     *,
     batch_size: int | None,
     device: torch.device,
+    labels_reader: str | None,
 ) -> Objects:
     """Packs objects of any form; packed ones come back as they are, but for the format of their boxes.
 
@@ -53,11 +65,16 @@ def pack_objects(
         gt_box_format: likewise.
         batch_size: B; None where only the objects tell.
         device: where all of them must be.
+        labels_reader: who reads the labels, for an error message; None where nobody does, and none need be given.
 
     Raises:
         TypeError, ValueError: naming the argument, and of a list the image.
     """
     check_box_format(gt_box_format)
+    if not isinstance(gt_boxes, Tensor) and holds_dictionaries(gt_boxes, gt_labels):
+        gt_boxes, gt_labels, gt_crowd = _split_targets(gt_boxes, gt_labels, gt_offsets, gt_crowd, labels_reader)
+    if gt_labels is None and labels_reader is not None:
+        raise ValueError(f"gt_labels: {labels_reader} reads the labels; pass them in the form of gt_boxes")
     if isinstance(gt_boxes, Tensor):
         if gt_boxes.dim() == 3 and gt_offsets is None:
             objects = _pack_padded(gt_boxes, gt_labels, gt_crowd, gt_mask, batch_size, device)
@@ -66,16 +83,21 @@ def pack_objects(
             if batch_size is None:
                 batch_size = max(0, len(gt_offsets) - 1) if isinstance(gt_offsets, Tensor) and gt_offsets.dim() else 0
             check_objects(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
-            objects = Objects(gt_boxes, gt_labels, gt_offsets, gt_crowd)
+            objects = as_packed(gt_boxes, gt_labels, gt_offsets, gt_crowd)
     else:
         _refuse_mask(gt_mask)
-        if holds_dictionaries(gt_boxes, gt_labels):
-            gt_boxes, gt_labels, gt_crowd = _split_targets(gt_boxes, gt_labels, gt_offsets, gt_crowd)
         objects = _pack_lists(gt_boxes, gt_labels, gt_offsets, gt_crowd, batch_size, device)
     if objects.gt_labels.is_floating_point() or gt_box_format != "xyxy":
         boxes = objects.gt_boxes if gt_box_format == "xyxy" else _to_corners(objects.gt_boxes, gt_box_format)
         objects = objects._replace(gt_boxes=boxes, gt_labels=_whole_labels(objects.gt_labels))
     return objects
+
+
+def as_packed(gt_boxes: Tensor, gt_labels: Tensor | None, gt_offsets: Tensor, gt_crowd: Tensor | None) -> Objects:
+    """Objects without padding, with or without labels."""
+    if gt_labels is None:
+        return Objects(gt_boxes, _no_labels(gt_boxes), gt_offsets, gt_crowd, has_labels=False)
+    return Objects(gt_boxes, gt_labels, gt_offsets, gt_crowd)
 
 
 def check_box_format(value: object) -> None:
@@ -96,24 +118,36 @@ def _refuse_mask(gt_mask: object) -> None:
         raise ValueError("gt_mask: only padded gt_boxes (B, M, 4) take a mask of their padding; pass gt_mask=None")
 
 
-def _split_targets(targets: Sequence[Any], gt_labels: object, gt_offsets: object, gt_crowd: object) -> tuple[Any, ...]:
+def _no_labels(gt_boxes: Tensor) -> Tensor:
+    """(N,) zeros without memory of their own."""
+    return torch.zeros((), dtype=torch.int64, device=gt_boxes.device).expand(gt_boxes.shape[0])
+
+
+def _split_targets(
+    targets: Sequence[Any], gt_labels: object, gt_offsets: object, gt_crowd: object, labels_reader: str | None
+) -> tuple[Any, ...]:
     """The lists of boxes, labels and crowd flags in a list of dictionaries, as torchvision and DETR have them."""
     for name, value in (("gt_labels", gt_labels), ("gt_offsets", gt_offsets), ("gt_crowd", gt_crowd)):
         if value is not None:
             raise ValueError(f"{name}: gt_boxes is a list of dictionaries, which hold it; pass {name}=None")
+    # Where they are not read, all have labels or none has.
+    has_labels = labels_reader is not None or any(isinstance(t, dict) and "labels" in t for t in targets)
+    needed = {"boxes", "labels"} if has_labels else {"boxes"}
     for image, target in enumerate(targets):
-        if not isinstance(target, dict) or not {"boxes", "labels"} <= target.keys():
+        if not isinstance(target, dict) or not needed <= target.keys():
             got = f"one with {sorted(map(str, target))}" if isinstance(target, dict) else describe(target)
-            raise TypeError(f'gt_boxes[{image}]: expected a dictionary with "boxes" and "labels", got {got}')
-    boxes, labels = [target["boxes"] for target in targets], [target["labels"] for target in targets]
+            wanted = '"boxes" and "labels"' if has_labels else '"boxes"'
+            raise TypeError(f"gt_boxes[{image}]: expected a dictionary with {wanted}, got {got}")
+    boxes = [target["boxes"] for target in targets]
+    labels = [target["labels"] for target in targets] if has_labels else None
     if not any("iscrowd" in target for target in targets):
         return boxes, labels, None
     crowd = []
     for image, target in enumerate(targets):
         flags = target.get("iscrowd")
         if flags is None:
-            of_image = check_tensor(f"gt_labels[{image}]", labels[image], "label", ("G",), None)
-            crowd.append(torch.zeros_like(of_image, dtype=torch.bool))
+            of_image = check_boxes_of_image(image, boxes[image], None)
+            crowd.append(torch.zeros(of_image.shape[0], dtype=torch.bool, device=of_image.device))
         else:
             crowd.append(check_tensor(f'gt_boxes[{image}]["iscrowd"]', flags, "flag", ("G",), None).bool())
     return boxes, labels, crowd
@@ -135,13 +169,13 @@ def _pack_lists(
     if device.type != "cpu":
         packed_offsets = packed_offsets.to(device, non_blocking=True)
     if batch_size == 0:
-        no_labels = torch.empty((0,), dtype=torch.int64, device=device)
-        return Objects(torch.empty((0, 4), device=device), no_labels, packed_offsets, None)
+        return as_packed(torch.empty((0, 4), device=device), None, packed_offsets, None)
     packed_crowd = None if gt_crowd is None else _concatenate(gt_crowd, torch.bool)
-    labels = [_whole_labels(labels) if labels.is_floating_point() else labels for labels in gt_labels]
-    return Objects(
-        _concatenate(gt_boxes, torch.float32), _concatenate(labels, torch.int64), packed_offsets, packed_crowd
-    )
+    packed_labels = None
+    if gt_labels is not None:
+        labels = [_whole_labels(labels) if labels.is_floating_point() else labels for labels in gt_labels]
+        packed_labels = _concatenate(labels, torch.int64)
+    return as_packed(_concatenate(gt_boxes, torch.float32), packed_labels, packed_offsets, packed_crowd)
 
 
 def _pack_padded(
@@ -151,16 +185,20 @@ def _pack_padded(
     batch = "B" if batch_size is None else batch_size
     gt_boxes = check_tensor("gt_boxes", gt_boxes, "floating point", (batch, "M", 4), device)
     shape = gt_boxes.shape[0], gt_boxes.shape[1]
-    labels = check_tensor("gt_labels", gt_labels, "label", shape, device)
+    if gt_labels is None and gt_mask is None:
+        raise ValueError("gt_mask: of padded gt_boxes (B, M, 4), pass gt_mask or gt_labels to tell the padding")
+    if gt_labels is not None:
+        gt_labels = check_tensor("gt_labels", gt_labels, "label", shape, device)
     check_count("gt_boxes", shape[0] * shape[1])
     if gt_mask is not None:
         check_tensor("gt_mask", gt_mask, "bool", shape, device)
     if gt_crowd is not None:
         gt_crowd = check_tensor("gt_crowd", gt_crowd, "bool", shape, device).flatten()
-    is_object = labels >= 0 if gt_mask is None else gt_mask
+    is_object = gt_labels >= 0 if gt_mask is None else gt_mask
     boxes = torch.where(is_object.unsqueeze(-1), gt_boxes, 0.0).flatten(0, 1)
     offsets = torch.arange(shape[0] + 1, device=device) * shape[1]
-    return Objects(boxes, labels.flatten(), offsets, gt_crowd, is_object.flatten(), shape)
+    labels = _no_labels(boxes) if gt_labels is None else gt_labels.flatten()
+    return Objects(boxes, labels, offsets, gt_crowd, is_object.flatten(), shape, gt_labels is not None)
 
 
 def _whole_labels(labels: Tensor) -> Tensor:
@@ -205,7 +243,7 @@ def _fit(boxes: Any, labels: Any, crowd: Any, batch_size: int, device: torch.dev
             and sum(counts) <= MAX_COUNT
             and shapes == [(count, 4) for count in counts]
             and _are_alike(boxes, "floating point", device)
-            and _are_columns(labels, counts, "label", device)
+            and (labels is None or _are_columns(labels, counts, "label", device))
             and (crowd is None or _are_columns(crowd, counts, "bool", device))
         )
     except (AttributeError, IndexError, TypeError, RuntimeError):

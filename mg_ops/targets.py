@@ -142,6 +142,7 @@ def _objects_of(
         gt_box_format,
         batch_size=cls_match.shape[0],
         device=cls_match.device,
+        labels_reader="encode_targets",
     )
     check_counts(match, objects.gt_boxes.shape[0], cls_match.device)
     return objects

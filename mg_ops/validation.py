@@ -151,7 +151,7 @@ def _check_objects(objects: Objects, anchors: Tensor, num_classes: int | None) -
             if objects.gt_crowd is not None and bool(objects.gt_crowd[index]):
                 continue
             label = int(objects.gt_labels[index])
-            if num_classes is not None and not 0 <= label < num_classes:
+            if objects.has_labels and num_classes is not None and not 0 <= label < num_classes:
                 hint = "; labels number the classes of the scores from 0" if label == num_classes else ""
                 hint = "; a floating label that is no whole number counts as -1" if label == -1 else hint
                 raise ValueError(f"gt_labels: {place}: expected a label in [0, {num_classes}), got {label}{hint}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from object_forms import in_form
 from torch import Tensor
 
 import mg_ops
@@ -112,20 +113,12 @@ class Case:
     def packed_objects(self, device: str = "cpu", slack: int = 0) -> dict[str, Tensor]:
         """The same objects packed, with gt_offsets; `slack` more follow that gt_offsets[B] leaves out."""
         listed = self.listed_objects(device)
-        offsets = [0]
-        for boxes in listed["gt_boxes"]:
-            offsets.append(offsets[-1] + len(boxes))
+        packed, _ = in_form("packed", listed["gt_boxes"], listed["gt_labels"], listed.get("gt_crowd"))
         # What the slack holds must not matter: boxes that would win everything if they counted.
-        winner = self.anchors[0] if self.anchors else strip(0, 1)
-        more = torch.tensor([winner] * slack, dtype=torch.float32, device=device).reshape(slack, 4)
-        packed = {
-            "gt_boxes": torch.cat([*listed["gt_boxes"], more]),
-            "gt_labels": torch.cat([*listed["gt_labels"], torch.zeros(slack, dtype=torch.int64, device=device)]),
-            "gt_offsets": torch.tensor(offsets, device=device),
-        }
-        if "gt_crowd" in listed:
-            packed["gt_crowd"] = torch.cat([*listed["gt_crowd"], torch.ones(slack, dtype=torch.bool, device=device)])
-        return packed
+        winner = torch.tensor(self.anchors[0] if self.anchors else strip(0, 1), device=device)
+        more = {"gt_boxes": winner.expand(slack, 4), "gt_labels": packed["gt_labels"].new_zeros(slack)}
+        more["gt_crowd"] = torch.ones(slack, dtype=torch.bool, device=device)
+        return packed | {name: torch.cat([packed[name], more[name]]) for name in packed.keys() & more.keys()}
 
     def expected(self, slack: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """cls_match (B, A), loc_match (B, A), num_pos (N,), num_total (N,) on the CPU; `slack` objects count 0."""

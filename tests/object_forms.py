@@ -68,6 +68,15 @@ def in_form(
     return padded, is_object
 
 
+def without_labels(objects: dict[str, Any]) -> dict[str, Any]:
+    """Objects in one of the forms, less their labels."""
+    objects = {name: value for name, value in objects.items() if name != "gt_labels"}
+    if isinstance(objects["gt_boxes"], list) and isinstance(next(iter(objects["gt_boxes"]), None), dict):
+        targets = objects["gt_boxes"]
+        objects["gt_boxes"] = [{key: value for key, value in of.items() if key != "labels"} for of in targets]
+    return objects
+
+
 def known_or_beyond(labels: Sequence[Tensor]) -> list[Tensor]:
     """Negative labels, which mean padding in some forms, as another unknown one."""
     return [torch.where(of_image < 0, 2**31 - 1, of_image) for of_image in labels]

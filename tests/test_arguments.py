@@ -184,6 +184,10 @@ CONFUSIONS: Rows = [
     ({"cls_logits": None}, "cls_logits: strategy 'mutual' reads the scores; pass cls_logits or cls_probabilities"),
     ({"cls_logits": None, "strategy": "classify_to_localize"}, "cls_logits: strategy 'classify_to_localize'"),
 ]
+NO_LABELS: Rows = [
+    ({"gt_labels": None}, "gt_labels: strategy 'mutual' reads the labels; pass them in the form of gt_boxes"),
+    ({"gt_labels": None, "strategy": "classify_to_localize"}, "gt_labels: strategy 'classify_to_localize' reads"),
+]
 LEVELS = {name: listed()[name].split(1, dim=-2) for name in ("pred_boxes", "anchors", "cls_logits")}
 LIST = "expected a list of 2 tensors"
 LISTED_TENSORS = given(
@@ -193,12 +197,15 @@ LISTED_TENSORS = given(
 )
 LISTED_TYPES: Rows = [
     ({"anchors": [[0, 0, 1, 1]]}, "anchors[0]: expected a floating point tensor, got list"),
-    *(({name: value}, f"{name}: {LIST}...got ") for name in ("gt_boxes", "gt_labels") for value in (None, 5)),
+    *(
+        ({name: value}, f"{name}: {LIST}...got ")
+        for name, value in (("gt_boxes", None), ("gt_boxes", 5), ("gt_labels", 5))
+    ),
     ({"gt_labels": tensor([0, 1, 3])}, f"gt_labels: {LIST}...got a torch.int64"),
     ({"gt_crowd": zeros(3).bool()}, f"gt_crowd: {LIST}"),
-    (LEVELS | {"gt_labels": None}, f"gt_labels: {LIST}"),  # levels that are right are not blamed for it
 ]
 LISTED_VALUES: Rows = [
+    (LEVELS | {"gt_labels": None}, NO_LABELS[0][1]),  # levels that are right are not blamed for it
     ({"gt_boxes": [zeros(2, 4), zeros(0)]}, "gt_boxes[1]: expected shape (G, 4), got ...(0,)...; ....reshape(-1, 4)"),
     ({"gt_labels": [tensor([0]), tensor([1, 3])]}, "gt_labels[0]: expected shape (2,), got ...(1,)"),  # as many in all
     ({"anchors": [zeros(A, 4)] * 2}, "anchors: expected one tensor per feature level, ... pass those of one"),
@@ -250,7 +257,7 @@ PADDED_TENSORS = given(
 )
 PADDED_TYPES: Rows = [
     ({"gt_boxes": listed()["gt_boxes"]}, f"gt_labels: {LIST}, ...got a torch.int64"),
-    *(({"gt_labels": value}, "gt_labels: expected a label tensor, got ") for value in (None, [tensor([0])] * 2)),
+    ({"gt_labels": [tensor([0])] * 2}, "gt_labels: expected a label tensor, got list"),
 ]
 PADDED_VALUES: Rows = [
     ({"gt_boxes": zeros(1, B, 2, 4)}, "gt_offsets: packed gt_boxes"),
@@ -259,7 +266,7 @@ PADDED_VALUES: Rows = [
 TARGET = {"boxes": zeros(1, 4), "labels": tensor([0])}
 DICTIONARY_TYPES: Rows = [
     ({"gt_boxes": [TARGET, TARGET["boxes"]]}, 'gt_boxes[1]: expected a dictionary with "boxes" and "labels"'),
-    ({"gt_boxes": [TARGET["boxes"], TARGET]}, f"gt_labels: {LIST}"),
+    ({"gt_boxes": [TARGET["boxes"], TARGET], "gt_labels": [tensor([0])] * 2}, "gt_boxes[1]: expected a floating point"),
     ({"gt_boxes": [TARGET, {"boxes": 1, "class": 1}]}, "gt_boxes[1]: expected a ..., got one with ['boxes', 'class']"),
     (
         {"gt_boxes": [TARGET, TARGET | {"iscrowd": zeros(1)}]},
@@ -301,6 +308,7 @@ TARGET_VALUES: Rows = [
     ({"anchors": zeros(A + 1, 4)}, "match.cls_match: expected shape (B, 4), got ...(2, 3)"),
     ({"gt_boxes": [zeros(1, 4)] * 2, "gt_labels": [zeros(1).long()] * 2}, "match: made for 3 objects"),
     ({"gt_boxes": [zeros(3, 4)]}, f"gt_boxes: {LIST}"),
+    ({"gt_labels": None}, "gt_labels: encode_targets reads the labels"),
 ]
 LIMITS = "size_limits: expected two numbers, 0 <= small <= large, got "
 SUMMARY_TYPES: Rows = [
@@ -322,10 +330,16 @@ TABLE: dict[str, Entry] = {
         listed,
         LISTED_TENSORS,
         LISTED_TYPES + OPTION_TYPES,
-        LISTED_VALUES + OPTION_VALUES + CONFUSIONS,
+        LISTED_VALUES + OPTION_VALUES + CONFUSIONS + NO_LABELS,
     ),
-    "packed": (mg_ops.mutual_match, packed, PACKED_TENSORS, [], PACKED_VALUES + FUNCTION_OF_PACKED + CONFUSIONS),
-    "padded": (mg_ops.mutual_match, padded, PADDED_TENSORS, PADDED_TYPES, PADDED_VALUES + CONFUSIONS),
+    "packed": (
+        mg_ops.mutual_match,
+        packed,
+        PACKED_TENSORS,
+        [],
+        PACKED_VALUES + FUNCTION_OF_PACKED + CONFUSIONS + NO_LABELS,
+    ),
+    "padded": (mg_ops.mutual_match, padded, PADDED_TENSORS, PADDED_TYPES, PADDED_VALUES + CONFUSIONS + NO_LABELS),
     "dictionaries": (mg_ops.mutual_match, dictionaries, ([], []), DICTIONARY_TYPES, DICTIONARY_VALUES + CONFUSIONS),
     "BoxCoder": (mg_ops.BoxCoder, dict, ([], []), CODER_TYPES, CODER_VALUES),
     "box_iou": (

@@ -142,18 +142,6 @@ def test_what_is_not_annotations_is_refused_by_name(tmp_path: Path, name: str, c
         read_objects(tmp_path / "nowhere")
 
 
-def test_one_bad_file_or_object_does_not_cost_the_others(tmp_path: Path) -> None:
-    (tmp_path / "a.xml").write_text(VOC.replace("<ymax>40</ymax>", "<ymax>forty</ymax>"))
-    (tmp_path / "b.xml").write_text("<annotation>")
-    (tmp_path / "c.xml").write_text(VOC)
-    images, _, notes = read_objects(tmp_path)
-    assert [len(image.labels) for image in images] == [1, 2]
-    assert notes.splitlines() == [
-        "  1 x object with a coordinate that is not a number: left out (a.xml object 0)",
-        "  1 x annotation file that is not XML: image skipped (b.xml)",
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Cases and baselines
 

@@ -20,7 +20,6 @@ from conftest import fuzz_cases
 from detector_batches import WORST, detector_batch, worst_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operators import operator_arguments
 from random_batches import random_batch
 from small_batches import small_batches
 
@@ -163,23 +162,9 @@ def test_every_float16_is_converted_exactly(small_blocks: cuda_on_cpu.Emulator) 
 # What a GPU must never do
 
 
-@pytest.mark.parametrize(
-    "offsets",
-    [
-        *([-5, 2, 4, 6], [0, 2, 4, 1000], [1, 3, 3, 5], [7, 8, 9, 10], [0, 0, 0, 0], [-9, -8, -7, -6]),  # clamped
-        *([5, 1, 6, 0], [0, 6, 0, 6], [6, 5, 4, 3], [2**62, -(2**62), 3, 2**62]),  # kept from decreasing
-    ],
-    ids=str,
-)
-def test_wrong_offsets_are_read_as_the_reference_does(small_blocks: cuda_on_cpu.Emulator, offsets: list[int]) -> None:
+def test_wrong_offsets_are_read_as_the_reference_does(small_blocks: cuda_on_cpu.Emulator) -> None:
     """CPU tensors with such offsets raise; on a GPU nothing may be read or written out of bounds."""
-    arguments = list(operator_arguments(**detector_batch(3, 70, 2)))
-    arguments[5] = torch.tensor(offsets)
-    assert_same(small_blocks.operator(*arguments), mg_ops.reference.mutual_match(*arguments), offsets)
-
-
-def test_random_wrong_offsets(small_blocks: cuda_on_cpu.Emulator) -> None:
-    cuda_on_cpu.check_wrong_offsets(small_blocks, range(7000, 7000 + fuzz_cases(20)))
+    cuda_on_cpu.check_wrong_offsets(small_blocks, range(7000, 7000 + fuzz_cases(30)))
 
 
 def test_launches_and_memory(small_blocks: cuda_on_cpu.Emulator) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,130 +70,133 @@ def test_names_and_sizes() -> None:
 # COCO
 
 
-def change_coco(root: Path, change: Callable[[dict[str, Any]], Any], count: int = 2) -> Path:
+def patch(content: Any, change: dict[Any, Any]) -> None:
+    """Changes parts of JSON: by key, or place in a list, what they become or what changes in them; ... is no entry."""
+    for key, value in change.items():
+        if value is ...:
+            del content[key]
+        elif isinstance(value, dict):
+            patch(content[key], value)
+        else:
+            content[key] = value
+
+
+def change_coco(root: Path, change: dict[str, Any], count: int = 2) -> Path:
     """A COCO folder of `count` training images, each with a disc (category 3) and a square (7), its file changed."""
     write_coco(root, {"train": count})
     file = root / "annotations" / "instances_train.json"
     content = json.loads(file.read_text())
-    change(content)
+    patch(content, change)
     file.write_text(json.dumps(content))
     return root
 
 
-def changed_coco(root: Path, change: Callable[[dict[str, Any]], Any], count: int = 2) -> AnnotatedImages:
+def changed_coco(root: Path, change: dict[str, Any], count: int = 2) -> AnnotatedImages:
     return read_coco(change_coco(root, change, count), "train")
 
 
 def test_flags_and_numbers_that_are_text(tmp_path: Path) -> None:
-    def as_text(content: dict[str, Any]) -> None:
-        for entry in content["annotations"]:
-            entry.update(iscrowd="0", image_id=str(entry["image_id"]), category_id=f"{entry['category_id']}")
-            entry["bbox"] = [str(value) for value in entry["bbox"]]
-            entry["area"] = f"{entry['area']}"
-        for image in content["images"]:
-            image.update(width=str(image["width"]), height=str(image["height"]))
-
     plain = read_coco(write_coco(tmp_path / "plain", {"train": 2}), "train")
-    data = changed_coco(tmp_path / "text", as_text)
+    root = write_coco(tmp_path / "text", {"train": 2})
+    file = root / "annotations" / "instances_train.json"
+    # Every number.
+    file.write_text(re.sub(r"(?<=[ \[])(\d+)(?=[,}\]])", r'"\1"', file.read_text()))
+    data = read_coco(root, "train")
     assert data.defects.counts() == {}
     for one, other in zip(data.images, plain.images, strict=True):
         assert one.image_id == other.image_id and one.boxes.equal(other.boxes) and one.labels.equal(other.labels)
         assert not one.crowd.any() and one.areas.equal(other.areas)
 
 
-def test_images_that_share_an_id_are_both_left_out_and_so_are_their_annotations(tmp_path: Path) -> None:
-    def merge(content: dict[str, Any]) -> None:
-        content["images"][1]["id"] = content["images"][0]["id"]
-
-    data = changed_coco(tmp_path, merge, count=3)
-    assert [image.image_id for image in data.images] == [3]
-    # The second image's own id is no longer listed.
-    assert data.defects.counts() == {
-        "images that share an id: left out": 2,
-        "annotation of an image that is not listed: left out": 2,
-    }
-
-
-def test_one_image_file_under_two_ids(tmp_path: Path) -> None:
-    """With the same objects it is read once; with others nobody knows which are right."""
-
-    def repeat(content: dict[str, Any]) -> None:
-        content["images"][1]["file_name"] = content["images"][0]["file_name"]
-        first, _, third = (
-            [entry for entry in content["annotations"] if entry["image_id"] == number] for number in (1, 2, 3)
-        )
-        second = [entry | {"id": 90 + number, "image_id": 2} for number, entry in enumerate(first)]
-        content["annotations"] = [*first, *second, *third]
-
-    data = changed_coco(tmp_path / "same", repeat, count=3)
-    assert [image.image_id for image in data.images] == [1, 3]
-    assert data.defects.counts() == {"image listed twice: the second skipped": 1}
-
-    def other(content: dict[str, Any]) -> None:
-        content["images"][1]["file_name"] = content["images"][0]["file_name"]
-
-    def other_path(content: dict[str, Any]) -> None:
-        content["images"][1]["file_name"] = f"../train/{content['images'][0]['file_name']}"
-
-    for name, change in (("other", other), ("path", other_path)):
-        data = changed_coco(tmp_path / name, change, count=3)
-        assert [image.image_id for image in data.images] == [3]
-        assert data.defects.counts() == {"image listed twice with other objects: left out": 1}
+FIRST = "000000000001.jpg"
+CLASSES = {3: "disc", 7: "square"}
+BOX = {"image_id": 1, "category_id": 3, "bbox": [1, 1, 9, 9]}
+BAD_ANNOTATIONS = [
+    *(BOX | {"image_id": n} for n in (1, 2, 3)),
+    *(*[{"image_id": 1, "category_id": 3}] * 5, *[BOX | {"bbox": [1, 2, None, 4], "id": 1}] * 3),
+    *(None, 7, {"category_id": 3, "bbox": [1, 1, 5, 5]}, BOX | {"image_id": 77}),
+    *(BOX | {"category_id": 99}, BOX | {"bbox": [1, 1, 0, 5]}, BOX | {"bbox": [1, 1, float("inf"), 5]}),
+]
+NO_FILE, OTHERS = "image file missing: skipped", "image listed twice with other objects: left out"
+NO_CATEGORIES = "no list of categories: classes are named by their ids"
 
 
-def test_every_bad_annotation_is_counted_also_without_an_id(tmp_path: Path) -> None:
-    def spoil(content: dict[str, Any]) -> None:
-        for entry in content["annotations"]:
-            del entry["id"]
-        content["annotations"] += [{"image_id": 1, "category_id": 3} for _ in range(5)]
-        content["annotations"] += [
-            {"image_id": 1, "category_id": 3, "bbox": [1, 2, None, 4], "id": 1} for _ in range(3)
-        ]
-        content["annotations"] += [None, 7, {"category_id": 3, "bbox": [1, 1, 5, 5]}]
+@pytest.mark.parametrize(
+    ("change", "image_ids", "num_objects", "classes", "defects"),
+    [
+        (  # the second image's own id is no longer listed
+            {"images": {1: {"id": 1}}},
+            *([3], 2, CLASSES),
+            {"images that share an id: left out": 2, "annotation of an image that is not listed: left out": 2},
+        ),
+        (  # one file under two ids: with the same objects it is read once; with others nobody knows which are right
+            {"images": {1: {"file_name": FIRST}}, "annotations": {n: BOX | {"image_id": n // 2 + 1} for n in range(4)}},
+            *([1, 3], 4, CLASSES, {"image listed twice: the second skipped": 1}),
+        ),
+        (  # one entry twice
+            {"images": {1: {"id": 1, "file_name": FIRST}}},
+            *([1, 3], 4, CLASSES),
+            {"image listed twice: the second skipped": 1, "annotation of an image that is not listed: left out": 2},
+        ),
+        ({"images": {1: {"file_name": FIRST}}}, [3], 2, CLASSES, {OTHERS: 1}),
+        ({"images": {1: {"file_name": f"../train/{FIRST}"}}}, [3], 2, CLASSES, {OTHERS: 1}),
+        (
+            {"annotations": BAD_ANNOTATIONS},
+            *([1, 2, 3], 3, CLASSES),
+            {
+                "object without a name or a box: left out": 5,
+                "object with a coordinate that is not a number: left out": 4,
+                "annotation of an image that is not listed: left out": 4,
+                "object of the unknown class 99: left out": 1,
+                "object without area inside its image: left out": 1,
+            },
+        ),
+        (
+            {"annotations": {n: {"iscrowd": 1} for n in range(6)}},
+            *([1, 2, 3], 0, CLASSES, {"image with nothing but crowd regions": 3}),
+        ),
+        (
+            {"categories": [{"id": "7", "name": 1}, {"id": 3}, {"name": "lost"}]},
+            *([1, 2, 3], 6, {3: "3", 7: "1"}),
+            {"category without a name: named by its id": 1, "category without an id: left out": 1},
+        ),
+        ({"categories": ...}, [1, 2, 3], 6, {3: "3", 7: "7"}, {NO_CATEGORIES: 1}),
+        (
+            {"categories": ..., "annotations": {n: {"category_id": n % 2} for n in range(6)}},
+            *([1, 2, 3], 6, {0: "0", 1: "1"}, {NO_CATEGORIES: 1}),
+        ),
+        (
+            {"categories": {0: {"name": "square"}}},
+            *([1, 2, 3], 6, {3: "square"}, {"category ids that share the name 'square': one class": 1}),
+        ),
+        *(
+            ({"images": {0: {"file_name": no}}}, [2, 3], 4, CLASSES, {NO_FILE: 1})
+            for no in ("gone.jpg", "x" * 300 + ".jpg", "a\0b.jpg")
+        ),
+    ],
+)
+def test_what_is_wrong_in_cocos_file_is_left_out_and_counted(
+    change: dict[str, Any],
+    image_ids: list[int],
+    num_objects: int,
+    classes: dict[int, str],
+    defects: dict[str, int],
+    tmp_path: Path,
+) -> None:
+    data = changed_coco(tmp_path, change, count=3)
+    assert [image.image_id for image in data.images] == image_ids and data.num_objects() == num_objects
+    assert dict(zip(data.category_ids, data.class_names, strict=True)) == classes
+    assert data.defects.counts() == defects
 
-    data = changed_coco(tmp_path, spoil)
-    assert data.defects.counts() == {
-        "object without a name or a box: left out": 5,
-        "object with a coordinate that is not a number: left out": 3,
-        "annotation of an image that is not listed: left out": 3,
-    }
-    assert data.num_objects() == 4
 
-
-def test_crowds_are_no_objects(tmp_path: Path) -> None:
-    data = changed_coco(tmp_path, lambda content: [entry.update(iscrowd=1) for entry in content["annotations"]])
-    assert data.num_objects() == 0
+def test_crowds_are_counted_apart(tmp_path: Path) -> None:
+    data = changed_coco(tmp_path, {"annotations": {n: {"iscrowd": 1} for n in range(4)}})
     assert data.summary().startswith("train: 2 images, 0 objects, 4 crowd regions, 2 classes")
-    assert data.defects.counts() == {"image with nothing but crowd regions": 2}
 
 
-def test_categories_of_every_kind(tmp_path: Path) -> None:
-    def names(content: dict[str, Any]) -> None:
-        content["categories"] = [{"id": "7", "name": 1}, {"id": 3}, {"name": "lost"}]
-
-    data = changed_coco(tmp_path / "numbers", names)
-    assert data.class_names == ["3", "1"] and data.category_ids == [3, 7]
-    assert data.defects.counts() == {
-        "category without a name: named by its id": 1,
-        "category without an id: left out": 1,
-    }
-
-    data = changed_coco(tmp_path / "none", lambda content: content.pop("categories"))
-    assert data.class_names == ["3", "7"]
-    assert data.defects.counts() == {"no list of categories: classes are named by their ids": 1}
-
-    def same_name(content: dict[str, Any]) -> None:
-        content["categories"][0]["name"] = content["categories"][1]["name"]
-
-    data = changed_coco(tmp_path / "same", same_name)
-    assert data.class_names == ["square"] and data.num_objects() == 4
-    assert data.defects.counts() == {"category ids that share the name 'square': one class": 1}
-
-    def same_id(content: dict[str, Any]) -> None:
-        content["categories"][0]["id"] = content["categories"][1]["id"]
-
+def test_a_category_id_of_two_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"categories\[1\]: id 7 is 'square' and 'disc'"):
-        changed_coco(tmp_path / "clash", same_id)
+        changed_coco(tmp_path, {"categories": {0: {"id": 7}}})
 
 
 @pytest.mark.parametrize(
@@ -364,13 +367,8 @@ def test_one_voc_file_in_an_encoding_that_fails_costs_only_itself(tmp_path: Path
 
 
 def test_boxes_that_are_fractions_are_refused(tmp_path: Path) -> None:
-    def divide(content: dict[str, Any]) -> None:
-        for entry in content["annotations"]:
-            x, y, w, h = entry["bbox"]
-            entry["bbox"] = [x / 128, y / 96, w / 128, h / 96]
-
     with pytest.raises(ValueError, match="expected boxes in pixels, and all 4 lie between 0 and 1"):
-        changed_coco(tmp_path / "coco", divide)
+        changed_coco(tmp_path / "coco", {"annotations": {n: {"bbox": [0.1, 0.2, 0.5, 0.6]} for n in range(4)}})
     root = write_voc(tmp_path / "voc", {"train": 1})
     write_voc_annotation(root / "Annotations" / "image_000.xml", (128, 96), [voc_object("disc", (0.1, 0.1, 0.5, 0.6))])
     with pytest.raises(ValueError, match="expected boxes in pixels"):
@@ -378,15 +376,10 @@ def test_boxes_that_are_fractions_are_refused(tmp_path: Path) -> None:
 
 
 def test_objects_under_a_pixel_of_the_input_are_counted(tmp_path: Path) -> None:
-    def add(content: dict[str, Any]) -> None:
-        # At 64 x 64 pixels a box of 2 x 2 in 128 x 96 is 1 x 1.33, one of 1.9 x 40 is under a pixel wide.
-        content["annotations"] = [
-            {"image_id": 1, "category_id": 3, "bbox": [10, 10, 2, 2]},
-            {"image_id": 1, "category_id": 3, "bbox": [10, 10, 1.9, 40]},
-            {"image_id": 1, "category_id": 3, "bbox": [10, 10, 1, 1], "iscrowd": 1},
-        ]
-
-    data = changed_coco(tmp_path, add, count=1)
+    # At 64 x 64 pixels a box of 2 x 2 in 128 x 96 is 1 x 1.33, one of 1.9 x 40 is under a pixel wide.
+    boxes = [BOX | {"bbox": [10, 10, 2, 2]}, BOX | {"bbox": [10, 10, 1.9, 40]}]
+    boxes.append(BOX | {"bbox": [10, 10, 1, 1], "iscrowd": 1})
+    data = changed_coco(tmp_path, {"annotations": boxes}, count=1)
     note_small_objects(data, 64)
     assert data.defects.counts() == {
         "object under a pixel of the input of 64: not trained on unless augmentation enlarges it": 1
@@ -395,11 +388,8 @@ def test_objects_under_a_pixel_of_the_input_are_counted(tmp_path: Path) -> None:
 
 
 def test_an_image_without_a_size_is_measured_the_right_way_up(tmp_path: Path) -> None:
-    def turn(content: dict[str, Any]) -> None:
-        del content["images"][0]["width"]
-
-    root = change_coco(tmp_path, turn, count=1)
-    path = root / "train" / "000000000001.jpg"
+    root = change_coco(tmp_path, {"images": {0: {"width": ...}}}, count=1)
+    path = root / "train" / FIRST
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(path) as image:
@@ -407,13 +397,6 @@ def test_an_image_without_a_size_is_measured_the_right_way_up(tmp_path: Path) ->
         image.save(path, exif=exif)
     (image,) = read_coco(root, "train").images
     assert (image.width, image.height) == (96, 128)
-
-
-@pytest.mark.parametrize("name", ["x" * 300 + ".jpg", "a\0b.jpg"])
-def test_a_name_that_no_file_can_have_costs_only_its_image(tmp_path: Path, name: str) -> None:
-    data = changed_coco(tmp_path, lambda content: content["images"][0].update(file_name=name))
-    assert [image.image_id for image in data.images] == [2]
-    assert data.defects.counts() == {"image file missing: skipped": 1}
 
 
 def test_a_name_in_a_list_or_in_an_annotation_that_no_file_can_have_costs_only_itself(tmp_path: Path) -> None:
@@ -457,18 +440,8 @@ def test_an_image_in_two_lists_of_one_folder_is_read_once(tmp_path: Path, folder
     assert len(read_voc(tmp_path, f"{folder}/train".lstrip("/")).images) == 2
 
 
-def test_without_a_list_of_categories_the_id_0_is_a_class_too(tmp_path: Path) -> None:
-    def renumber(content: dict[str, Any]) -> None:
-        del content["categories"]
-        for entry in content["annotations"]:
-            entry["category_id"] = {3: 0, 7: 1}[entry["category_id"]]
-
-    data = changed_coco(tmp_path, renumber)
-    assert data.class_names == ["0", "1"] and data.num_objects() == 4
-
-
 def test_a_size_that_no_image_has_is_read_from_the_image(tmp_path: Path) -> None:
-    data = changed_coco(tmp_path, lambda content: content["images"][0].update(width=1e30))
+    data = changed_coco(tmp_path, {"images": {0: {"width": 1e30}}})
     note_small_objects(data, 64)
     assert (data.images[0].width, data.images[0].height) == (128, 96)
     assert data.defects.counts() == {"annotation without the image's size: read from the image": 1}

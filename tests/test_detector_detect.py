@@ -97,17 +97,6 @@ def test_each_image_is_decoded_once_and_drawn_off_the_main_thread(
     assert all((tmp_path / "out" / record["picture"]).is_file() for record in records)
 
 
-def test_results_do_not_depend_on_workers_and_batches(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
-    expected = run(checkpoint, tmp_path / "0", photos, workers=0, batch=6)
-    assert all(record["objects"] and (record["width"], record["height"]) == (64, 48) for record in expected)
-    for workers, batch in ((1, 2), (3, 1)):
-        found = run(checkpoint, tmp_path / f"{workers}", photos, workers=workers, batch=batch)
-        for record, other in zip(expected, found, strict=True):
-            assert [o["class"] for o in record["objects"]] == [o["class"] for o in other["objects"]]
-            boxes, other_boxes = ([o["box"] for o in r["objects"]] for r in (record, other))
-            np.testing.assert_allclose(boxes, other_boxes, atol=1e-3)
-
-
 def test_results_are_written_as_they_come(
     photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

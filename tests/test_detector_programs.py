@@ -665,19 +665,6 @@ def run_detect(checkpoint: Path, out: Path, *inputs: Path) -> tuple[int, list[di
     return failed, json.loads((out / "detections.json").read_text())
 
 
-def test_every_image_gets_a_picture_of_its_own(voc: Path, checkpoint: Path, tmp_path: Path) -> None:
-    images = tmp_path / "in"
-    images.mkdir()
-    with Image.open(voc / "JPEGImages" / "image_000.png") as image:
-        for suffix in ("jpg", "bmp", "webp", "png", "jpeg"):
-            image.convert("RGB").save(images / f"a.{suffix}")
-        image.convert("RGB").save(images / "a-2.jpg")
-    failed, records = run_detect(checkpoint, tmp_path / "out", images)
-    pictures = [record["picture"] for record in records]
-    assert failed == 0 and len(set(pictures)) == 6
-    assert sorted(pictures) == sorted(f"images/{path.name}" for path in (tmp_path / "out" / "images").iterdir())
-
-
 def test_a_picture_too_wide_for_jpeg_is_a_png(checkpoint: Path, tmp_path: Path) -> None:
     images = tmp_path / "in"
     images.mkdir()

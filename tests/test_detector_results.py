@@ -42,13 +42,13 @@ def test_detect_annotates_every_image_it_can_read_and_names_those_it_cannot(
 
 
 def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
-    for folder in ("a", "b", "c"):
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (8, 8)).save(tmp_path / folder / "x.png")
-    placed = detect.find_images([tmp_path / folder for folder in ("a", "b", "c")])
-    assert [str(place) for _, place in placed] == ["x.png", "x-2.png", "x-3.png"]
-    with pytest.raises(ValueError, match="there is no"):
-        detect.find_images([tmp_path / "absent"])
+    """In several folders, or of several kinds in one."""
+    for name in ("a/x.png", "b/x.png", "c/x.png", "d/y.bmp", "d/y.jpeg", "d/y.jpg", "d/y-2.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    placed = [str(place) for _, place in detect.find_images([tmp_path / folder for folder in "abcd"])]
+    assert placed[:3] == ["x.png", "x-2.png", "x-3.png"]
+    assert len(set(placed)) == 7
 
 
 @pytest.mark.parametrize(

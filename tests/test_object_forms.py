@@ -12,7 +12,7 @@ import pytest
 import torch
 from comparison import assert_same
 from conftest import Target, fuzz_cases
-from object_forms import FORMS, in_form, known_or_beyond, of_padded
+from object_forms import FORMS, in_form, known_or_beyond, of_padded, without_labels
 from random_batches import random_batch, to_device
 
 import mg_ops
@@ -204,8 +204,9 @@ def test_levels_of_a_pyramid_are_one_tensor(target: Target) -> None:
 
 @pytest.mark.parametrize("strategy", ["iou", "localize_to_classify", "classify_to_localize"])
 @pytest.mark.parametrize("form", FORMS)
-def test_predictions_that_the_strategy_does_not_read_may_be_left_out(target: Target, strategy: str, form: str) -> None:
-    """Then the objects tell how many images there are. What would be read is what test_arguments.py demands."""
+def test_what_the_strategy_does_not_read_may_be_left_out(target: Target, strategy: str, form: str) -> None:
+    """Without predictions the objects tell how many images there are. What would be read is what test_arguments.py
+    demands."""
     unread = {
         "iou": ("pred_boxes", "box_deltas", "box_coder", "cls_logits", "cls_probabilities"),
         "localize_to_classify": ("cls_logits", "cls_probabilities"),
@@ -222,3 +223,59 @@ def test_predictions_that_the_strategy_does_not_read_may_be_left_out(target: Tar
         expected = mg_ops.mutual_match(**arguments, **objects)
         left = {name: value for name, value in arguments.items() if name not in unread}
         assert_same(mg_ops.mutual_match(**left, **objects), expected, batch)
+        if strategy != "classify_to_localize" and form != "padded, labels tell":
+            assert_same(mg_ops.mutual_match(**left, **without_labels(objects)), expected, batch)
+            assert_same(mg_ops.mutual_match(**arguments, **without_labels(objects)), expected, batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels that nobody reads
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_rule_that_reads_no_labels_needs_none(target: Target, form: str, dtype: torch.dtype) -> None:
+    """With their values checked and without, and an image that has no object."""
+    boxes = [torch.tensor([BOX, OTHER], dtype=dtype), torch.zeros(0, 4, dtype=dtype)]
+    crowd = [torch.tensor([False, True]), torch.zeros(0, dtype=torch.bool)]
+    objects, is_object = in_form(form, boxes, [torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64)], crowd)
+    arguments = {"anchors": ANCHORS.to(target.device), "backend": target.backend}
+    arguments |= to_device(without_labels(objects), target.device)
+    if form == "padded, labels tell":
+        with pytest.raises(ValueError, match=r"^gt_mask: of padded gt_boxes \(B, M, 4\), pass gt_mask or gt_labels to"):
+            mg_ops.max_iou_match(**arguments)
+        return
+    logits = torch.zeros(2, 3, 0, device=target.device)  # of no classes, which no label could be one of
+    for more in ({}, {"check": True}, {"check": True, "cls_logits": logits}):
+        found = mg_ops.max_iou_match(**arguments, **more)
+        first = 0 if is_object is None else int(is_object[0].nonzero()[0])
+        assert found.cls_match.tolist() == [[first, -1, -2], [-1, -1, -1]]
+        assert found.num_pos.sum() == 1 and found.num_pos.shape == ((2,) if is_object is None else is_object.shape)
+    summary = mg_ops.summarize(found, **to_device(without_labels(objects), target.device))
+    assert summary.num_objects[0] == summary.cls_positives[0] == 1
+
+
+def test_labels_that_are_missing_or_of_some_images_alone_are_refused() -> None:
+    """What is not read must be right where it is given."""
+    target = {"boxes": torch.tensor([BOX]), "labels": torch.tensor([0])}
+    for objects, error, message in (
+        (
+            {"gt_boxes": [target, {"boxes": target["boxes"]}]},
+            TypeError,
+            r"gt_boxes\[1\]: .* \"boxes\" and \"labels\", got",
+        ),
+        ({"gt_boxes": [{"labels": target["labels"]}]}, TypeError, r"gt_boxes\[0\]: expected a dictionary with"),
+        (
+            {"gt_boxes": [{"box": target["boxes"]}]},
+            TypeError,
+            r"gt_boxes\[0\]: expected a dictionary with \"boxes\", got",
+        ),
+        ({"gt_boxes": [target["boxes"]], "gt_labels": [torch.zeros(2)]}, ValueError, r"gt_labels\[0\]: expected shape"),
+        (
+            {"gt_boxes": [{"boxes": torch.zeros(0)}, {"boxes": target["boxes"], "iscrowd": torch.ones(1).int()}]},
+            ValueError,
+            r"gt_boxes\[0\]: .*reshape",
+        ),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            mg_ops.max_iou_match(ANCHORS, **objects)

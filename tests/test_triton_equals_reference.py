@@ -1,7 +1,8 @@
 """The Triton backend returns the integers of the reference: compiled on a GPU, in Triton's interpreter on CPU tensors.
 
 The interpreter is chosen for a whole process (TRITON_INTERPRET=1), so tests/test_triton_interpreted.py starts one for
-this file. It runs programs one after the other: races show on a GPU only.
+this file. It runs programs one after the other: races show on a GPU only. Streams, graphs and synchronization are in
+test_gpu.py.
 """
 
 from __future__ import annotations
@@ -367,66 +368,6 @@ def test_polynomials_have_the_bits_of_the_reference() -> None:
         assert same.all(), (
             f"{name}({x[~same][0].item()!r}) = {value[~same][0].item()!r}, not {expected[~same][0].item()!r}"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# On a GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
-def test_a_captured_graph_replays_other_objects() -> None:
-    """Same buffers, same capacity, other objects, other counts."""
-    batches = [
-        packed_batch(objects, num_anchors=3000, seed=seed) for seed, objects in enumerate(([5, 2], [1, 9], [0, 0]))
-    ]
-    capacity = 12
-    for batch in batches:
-        slack = capacity - len(batch["gt_labels"])
-        batch["gt_boxes"] = torch.cat([batch["gt_boxes"], torch.full((slack, 4), torch.nan)])
-        batch["gt_labels"] = torch.cat([batch["gt_labels"], torch.zeros(slack, dtype=torch.int64)])
-    buffers = to_device(batches[0], "cuda")
-    mg_ops.mutual_match(**buffers, backend="triton")  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        match = mg_ops.mutual_match(**buffers, backend="triton")
-    for batch in batches[::-1] + batches:
-        for name, value in batch.items():
-            buffers[name].copy_(value)
-        graph.replay()
-        assert_same(match, mg_ops.mutual_match(**batch, backend="eager"), "replay")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
-def test_a_call_never_synchronizes() -> None:
-    arguments = packed_batch([5, 2])
-    expected = mg_ops.mutual_match(**arguments, backend="eager")
-    arguments = to_device(arguments, "cuda")
-    mg_ops.mutual_match(**arguments, backend="triton")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        match = mg_ops.mutual_match(**arguments, backend="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert_same(match, expected, "no synchronization")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
-def test_a_call_runs_on_the_current_stream() -> None:
-    arguments = packed_batch([5, 2], num_anchors=3000)
-    expected = mg_ops.mutual_match(**arguments, backend="eager")
-    arguments = to_device(arguments, "cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # only this stream waits for it, and for what follows
-        arguments["cls_logits"].mul_(-1).mul_(-1)
-        match = mg_ops.mutual_match(**arguments, backend="triton")
-    stream.synchronize()
-    assert_same(match, expected, "stream")
 
 
 def test_the_operator_is_what_torch_expects() -> None:

@@ -1,15 +1,13 @@
-"""What can be counted of the Triton backend without a GPU: registers, instructions, lists, and what a launch costs.
+"""What can be counted of the Triton backend without a GPU: registers, instructions, and what a launch costs.
 
     PYTHONPATH=.:tests python tests/triton_counts.py registers
     PYTHONPATH=.:tests python tests/triton_counts.py launch
-    PYTHONPATH=.:tests python tests/triton_counts.py lists
 
 Triton compiles for a GPU that is not here; `launch` runs a whole call, with a driver that launches nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import statistics
 import subprocess
@@ -25,9 +23,7 @@ import triton  # type: ignore[import-untyped]
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
-import mg_ops
 from mg_ops.triton import mutual_match
-from mg_ops.triton.mutual_match_kernels import listed_orders
 
 KERNELS = ("claim", "settle", "own", "rank")
 CHIPS = {
@@ -128,39 +124,5 @@ def print_launch_cost() -> None:
     print(f"without launches: {measure()}")
 
 
-def print_list_lengths(images: int = 2) -> None:
-    """Of the benchmark's batches: what objects own before best pairs are made, and how much of it is listed."""
-    from benchmarks.cases import CASES, CODER, make_batches
-
-    listed_iou, _ = listed_orders(0.4)
-    least = torch.tensor(listed_iou, dtype=torch.int32).view(torch.float32)
-    for name in ("coco320", "coco800", "dense"):
-        batch = make_batches(dataclasses.replace(CASES[name], batch_size=images), None, 1, 0, "cpu")[0]
-        counts: dict[str, list[torch.Tensor]] = {}
-        for image, (gt_boxes, gt_labels) in enumerate(zip(batch.boxes_list, batch.labels_list, strict=True)):
-            if len(gt_boxes) == 0:
-                continue
-            q_anchor = mg_ops.box_iou(batch.anchors, gt_boxes)
-            by_regressed = mg_ops.box_iou(CODER.decode(anchors=batch.anchors, deltas=batch.deltas[image]), gt_boxes)
-            by_amplified = q_anchor ** (1 - batch.logits[image][:, gt_labels].sigmoid() / 2)
-            by_amplified[q_anchor == 0] = 0
-            for what, quality, chosen in (("cls", by_regressed, 0.4), ("loc", by_amplified, 0.5)):
-                value, owner = quality.max(1)
-                anchor_value, anchor_owner = q_anchor.max(1)
-                for label, owners in (
-                    ("owned", owner[value > 0]),
-                    ("listed", owner[value >= least]),
-                    ("chosen", anchor_owner[anchor_value >= chosen]),
-                ):
-                    counts.setdefault(f"{what} {label}", []).append(torch.bincount(owners, minlength=len(gt_boxes)))
-        found = {label: torch.cat(parts).double() for label, parts in counts.items()}
-        for what in ("cls", "loc"):
-            owned, listed, chosen = (found[f"{what} {label}"] for label in ("owned", "listed", "chosen"))
-            print(
-                f"{name} {what}: {len(owned)} objects; owned {owned.mean():.0f}, most {owned.max():.0f}; listed "
-                f"{listed.mean():.0f}, most {listed.max():.0f}; lists of all {int((listed <= chosen).sum())}"
-            )
-
-
 if __name__ == "__main__":
-    {"registers": print_registers, "launch": print_launch_cost, "lists": print_list_lengths}[sys.argv[1]]()
+    {"registers": print_registers, "launch": print_launch_cost}[sys.argv[1]]()

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from object_forms import FORMS, in_form
+from object_forms import FORMS, in_form, without_labels
 from random_batches import SPECIAL, boxes_around, odd_strides, sprinkle
 from torch import Tensor
 
@@ -312,7 +312,7 @@ def spoil_target(random: Random, target: dict[str, Any]) -> Any:
         return {key: value for key, value in target.items() if key != name}
     if kind == 1:
         return anything(random)
-    return target | {name: spoil_tensor(random, target.get(name, torch.zeros(len(target["labels"])).bool()))}
+    return target | {name: spoil_tensor(random, target.get(name, torch.zeros(len(target["boxes"])).bool()))}
 
 
 def spoil(random: Random, value: Any, choices: list[Any]) -> Any:
@@ -398,8 +398,9 @@ def clean_objects(arguments: Arguments) -> Objects:
     boxes, labels, offsets, crowd = (arguments.get(name) for name in OBJECTS[:4])
     if isinstance(boxes, (list, tuple)) and boxes and isinstance(boxes[0], dict):
         flags = [target.get("iscrowd") for target in boxes]
-        boxes, labels = ([target[name] for target in boxes] for name in ("boxes", "labels"))
-        crowd = [torch.zeros(len(c)) if f is None else f for f, c in zip(flags, labels, strict=True)]
+        labels = [target["labels"] for target in boxes] if "labels" in boxes[0] else None
+        boxes = [target["boxes"] for target in boxes]
+        crowd = [torch.zeros(len(b)) if f is None else f for f, b in zip(flags, boxes, strict=True)]
     if isinstance(boxes, Tensor) and offsets is None:
         shape: tuple[int, ...] = (boxes.shape[0], boxes.shape[1])
         mask = arguments.get("gt_mask")
@@ -520,6 +521,9 @@ class Case(NamedTuple):
 
 def mutual_match_case(random: Random, backends: Sequence[str]) -> Case:
     right = {**right_match_call(random), "backend": str(random.choice(backends))}
+    labels_tell = isinstance(right["gt_boxes"], Tensor) and right["gt_offsets"] is right["gt_mask"] is None
+    if random.random() < 0.2 and not STRATEGIES[right["strategy"]][1] and not labels_tell:  # what is padding
+        right |= {"gt_labels": None} | without_labels({"gt_boxes": right["gt_boxes"]})
     choices = {"strategy": [*STRATEGIES, "Mutual"], "check": [True, False], "gt_box_format": [*BOX_FORMATS, "xyxyxy"]}
     choices |= {"backend": [None, "cuda", "tpu", *mg_ops.backends()]}
     arguments = spoil_some(random, right, choices)

@@ -76,11 +76,10 @@ def draw_leads(leads: Sequence[Lead], path: Path) -> None:
                 if not values:
                     continue
                 mean, error = mean_and_error(values)
-                if error is not None:
-                    bar = [mean - error, mean + error]
-                    axes.plot(bar, [height] * 2, color="#00798c", linewidth=3.5, solid_capstyle="butt", zorder=3)
                 axes.plot(values, [height] * len(values), "o", color="#555555", alpha=0.55, markersize=4.5, zorder=4)
-                axes.plot(mean, height, "D", color="#00798c", markersize=8, zorder=5)
+                axes.errorbar(
+                    mean, height, xerr=error, fmt="D", color="#00798c", markersize=8, elinewidth=3.5, zorder=5
+                )
             axes.set_title(title, loc="left", fontweight="bold")
             axes.grid(axis="x", color="#dddddd", linewidth=0.8)
             axes.tick_params(axis="y", length=0)

@@ -39,7 +39,7 @@ class MaxIouMatcher(Matcher[Match]):
 
     Examples:
         >>> matcher = mg_ops.MaxIouMatcher(low_quality="take_all")
-        >>> match = matcher(anchors, gt_boxes, gt_labels)
+        >>> match = matcher(anchors, gt_boxes)
     """
 
     iou_positive: float = 0.5
@@ -82,7 +82,7 @@ def max_iou_match(
     Args:
         anchors: (A, 4) floating, the anchor boxes.
         gt_boxes: the boxes of the objects.
-        gt_labels: their classes; of padded objects they tell the padding, and else nothing depends on them.
+        gt_labels: not read, but that of padded objects they, or gt_mask, tell the padding.
         gt_offsets: of packed objects.
         iou_positive: an anchor whose largest IoU is at least this is a positive of that object, in (0, 1].
         iou_ignored: one that has at least this and is no positive is ignored, in (0, iou_positive].
@@ -103,7 +103,7 @@ def max_iou_match(
 
     Examples:
         >>> anchors = torch.tensor([[0., 0., 10., 10.], [5., 0., 15., 10.], [40., 40., 50., 50.]])
-        >>> mg_ops.max_iou_match(anchors, [torch.tensor([[1., 0., 11., 10.]])], [torch.tensor([1])]).cls_match
+        >>> mg_ops.max_iou_match(anchors, [torch.tensor([[1., 0., 11., 10.]])]).cls_match
         tensor([[ 0, -2, -1]])
     """
     place = check_choice("low_quality", low_quality, LOW_QUALITY)
