@@ -80,8 +80,10 @@ def detection_loss(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(normalizers)
         normalizers /= torch.distributed.get_world_size()
-    # No object in the whole batch: the background alone makes the loss.
-    normalizers = torch.where(normalizers > 0, normalizers, 1.0)
+    # No object in the whole batch, or hardly any target: the background alone makes the loss.
+    normalizers = (
+        normalizers.clamp(min=1.0) if soft_targets is not None else torch.where(normalizers > 0, normalizers, 1.0)
+    )
     if soft_targets is None:
         of_classes = focal_loss(
             cls_logits, class_targets, alpha=focal_alpha, gamma=focal_gamma, normalizer=normalizers[0]
