@@ -10,6 +10,7 @@ anchors of five strides. A library that is not installed is left out.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -42,6 +43,7 @@ class Image(NamedTuple):
     gt_labels: Tensor  # (G,)
     pred_boxes: Tensor  # (A, 4)
     scores: Tensor  # (A, C) as the rule takes them
+    level_sizes: list[int]  # of anchors by level, A in all; empty where the rule does not know levels
 
 
 class Upstream(NamedTuple):
@@ -56,10 +58,38 @@ class Upstream(NamedTuple):
     """Whether it reads predictions, and anchors stand for points."""
     probabilities: bool = False
     """Whether it reads them rather than logits."""
+    by_level: bool = False
+    """Whether it is told how many anchors each level has."""
+    near_ties: Callable[[Image], Tensor] | None = None
+    """(G,) bool: the objects whose labels the library leaves to the order of equal numbers."""
 
 
 POINT_STRIDES = (8, 16, 32)
 POINT_ANCHOR = 5.0  # side of the anchors whose predicted boxes the points are given, in strides
+
+
+LEVEL_STRIDES = (8, 16, 32, 64, 128)
+LEVEL_ANCHOR = 8.0  # side of the one anchor of a location, in strides
+
+
+def case_of(one: Upstream, case: Case) -> Case:
+    """The case with the anchors of the rule."""
+    if one.of_points:
+        return points_case(case)
+    if one.by_level:
+        make_anchors = partial(make_levels, *case.image_size)
+        return replace(case, make_anchors=make_anchors, name=f"{case.name} levels")
+    return case
+
+
+def make_levels(width: int, height: int) -> Tensor:
+    """(A, 4) one square anchor a location, P3 to P7."""
+    return make_pyramid(width, height, LEVEL_STRIDES, LEVEL_ANCHOR, [1.0])[1::3]  # those of ratio 1
+
+
+def level_sizes(width: int, height: int) -> list[int]:
+    """How many of them each level has."""
+    return [math.ceil(width / stride) * math.ceil(height / stride) for stride in LEVEL_STRIDES]
 
 
 def points_case(case: Case) -> Case:
@@ -110,6 +140,28 @@ def mmdet_rules() -> Iterator[Upstream]:
     yield Upstream("max_iou_match", "mmdetection SSD", options, labels(make(0.5, 0.5, gt_max_assign_all=False)))
 
 
+def mmdet_level_rules() -> Iterator[Upstream]:
+    """ATSS; the second time with k as MONAI's for nine anchors a location."""
+    make = upstream.mmdet_assigners()["ATSSAssigner"]
+
+    def rule(k: int) -> Upstream:
+        assigner = make(k)
+
+        def labels(image: Image) -> Tensor:
+            objects = upstream.instances(bboxes=image.gt_boxes, labels=image.gt_labels)
+            priors = upstream.instances(priors=image.anchors)
+            return upstream.labels_of_mmdet(assigner.assign(priors, image.level_sizes, objects).gt_inds)
+
+        def near_ties(image: Image) -> Tensor:
+            return upstream.near_ties_of_atss(image.anchors, image.level_sizes, image.gt_boxes, k)
+
+        name = "mmdetection ATSS" if k == 9 else f"mmdetection ATSS, k = {k}"
+        return Upstream("atss_match", name, {"k": k}, labels, by_level=True, near_ties=near_ties)
+
+    yield rule(9)
+    yield rule(36)
+
+
 def mmdet_point_rules() -> Iterator[Upstream]:
     """Those that read predictions."""
     assigners = upstream.mmdet_assigners()
@@ -151,7 +203,7 @@ def priors_of(anchors: Tensor) -> Tensor:
 def installed_rules(only: str | None) -> list[Upstream]:
     """All of them, or those that `only` is part of the name of; says which library is missing."""
     found: list[Upstream] = []
-    for rules in (torchvision_rules, mmdet_rules, mmdet_point_rules, libreyolo_rules):
+    for rules in (torchvision_rules, mmdet_rules, mmdet_level_rules, mmdet_point_rules, libreyolo_rules):
         try:
             found += rules()
         except ImportError as error:
@@ -182,8 +234,11 @@ def prepare(one: Upstream, batch: Batch, width: int, height: int) -> Prepared:
             del arguments[name]
         scores_name = "cls_probabilities" if one.probabilities else "cls_logits"
         arguments |= {"anchors": anchors, "pred_boxes": pred_boxes, scores_name: scores}
+    sizes = level_sizes(width, height) if one.by_level else []
+    if one.by_level:
+        arguments["level_sizes"] = sizes
     objects = zip(batch.boxes_list, batch.labels_list, pred_boxes, scores, strict=True)
-    return Prepared(arguments, [Image(anchors, *of_image) for of_image in objects])
+    return Prepared(arguments, [Image(anchors, *of_image, sizes) for of_image in objects])
 
 
 def overlapped(batch: Batch) -> Tensor:
@@ -194,16 +249,16 @@ def overlapped(batch: Batch) -> Tensor:
 
 def compare_labels(rules: list[Upstream], paths: list[Path], most: int) -> None:
     """Prints a table of the labels that differ, for each file and each library."""
-    print("| boxes | library | images | objects | left out | positives | labels that differ |")
-    print("|---|---|---|---|---|---|---|")
+    print("| boxes | library | images | objects | left out | positives | labels that differ | and are no near tie |")
+    print("|---|---|---|---|---|---|---|---|")
     for path in paths:
         source = [image for image in read_objects(path)[0][: most or None] if len(image.labels) > 0]
         for one in rules:
-            num_images = num_objects = left_out = positives = differ = 0
+            num_images = num_objects = left_out = positives = differ = unexplained = 0
             for first in range(0, len(source), ONE_BATCH):
                 part = source[first : first + ONE_BATCH]
                 case = replace(CASES["voc320"], batch_size=len(part), num_classes=80)
-                case = points_case(case) if one.of_points else case
+                case = case_of(one, case)
                 batch = make_batches(case, part, 1, first, "cpu")[0]
                 num_objects += len(batch.gt_boxes)
                 prepared = prepare(one, batch, *case.image_size)
@@ -217,10 +272,15 @@ def compare_labels(rules: list[Upstream], paths: list[Path], most: int) -> None:
                     wanted = one.labels(image)
                     num_images += 1
                     positives += int((wanted >= 0).sum())
-                    differ += int((match.cls_match[index] != wanted).sum())
+                    label = match.cls_match[index]
+                    differ += int((label != wanted).sum())
+                    if one.near_ties is not None:
+                        boxes = image.anchors, image.gt_boxes
+                        unexplained += upstream.count_unexplained(label, wanted, one.near_ties(image), *boxes)
+            of_these = "-" if one.near_ties is None else unexplained
             print(
                 f"| {path.stem} | {one.name} | {num_images:,} | {num_objects:,} | {left_out} | {positives:,} "
-                f"| {differ} |"
+                f"| {differ} | {of_these} |"
             )
 
 
@@ -235,7 +295,7 @@ def time_calls(rules: list[Upstream], turns: int) -> None:
         ("300 objects an image", replace(dense, objects_per_image=300)),
     ):
         for one in rules:
-            own_case = points_case(case) if one.of_points else case
+            own_case = case_of(one, case)
             prepared = prepare(one, make_batches(own_case, None, 1, 0, "cpu")[0], *case.image_size)
             seconds = []
             for turn in range(turns + 1):

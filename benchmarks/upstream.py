@@ -11,14 +11,15 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
-from mg_ops import BACKGROUND, IGNORED
+from mg_ops import BACKGROUND, IGNORED, box_iou
+from mg_ops.rules.eager.atss_match import center_distance
 
 MMDET_ASSIGNERS = {
     "ATSSAssigner": "atss_assigner",
@@ -131,3 +132,40 @@ def labels_of_yolox(
     overlaps = torch.zeros(len(priors))
     overlaps[positive] = ious
     return labels, overlaps
+
+
+def near_ties_of_atss(
+    anchors: torch.Tensor, level_sizes: Sequence[int], gt_boxes: torch.Tensor, k: int, tolerance: float = 1e-6
+) -> torch.Tensor:
+    """(G,) bool: the objects whose labels may depend on the order of equal numbers, or on the last digits of others.
+
+    Their k-th nearest anchor of some level is as far as the next, or the IoU of a candidate is as large as the
+    threshold, to about six digits.
+    """
+    nearest, first = [], 0
+    tied = torch.zeros(len(gt_boxes), dtype=torch.bool)
+    for distance in center_distance(anchors, gt_boxes).split(list(level_sizes)):
+        ordered = distance.sort(dim=0, stable=True)
+        if len(distance) > k:
+            tied |= ordered.values[k] - ordered.values[k - 1] <= tolerance * ordered.values[k]
+        nearest.append(ordered.indices[:k] + first)
+        first += len(distance)
+    iou = box_iou(anchors, gt_boxes).gather(0, torch.cat(nearest)).double()
+    return tied | ((iou - (iou.mean(0) + iou.std(0))).abs().amin(0) < tolerance)
+
+
+def count_unexplained(
+    match: torch.Tensor, wanted: torch.Tensor, tied: torch.Tensor, anchors: torch.Tensor, gt_boxes: torch.Tensor
+) -> int:
+    """How many labels (A,) differ that neither object of near ties explains, nor that they overlap an anchor equally.
+
+    Args:
+        tied: (G,) bool.
+    """
+    count = 0
+    for anchor in (match != wanted).nonzero().flatten().tolist():
+        objects = [int(label) for label in (match[anchor], wanted[anchor]) if label >= 0]
+        iou = box_iou(anchors[anchor : anchor + 1], gt_boxes[objects])[0]
+        contest = len(objects) == 2 and bool((iou[0] - iou[1]).abs() < 1e-6)
+        count += not (contest or bool(tied[objects].any()))
+    return count

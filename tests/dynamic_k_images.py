@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,33 @@ def random_image(generator: torch.Generator) -> DynamicKImage:
         gt_boxes, pred_boxes, cls_logits = gt_boxes.round(), (pred_boxes / 4).round() * 4, cls_logits.round()
     anchors = mg_ops.anchors_from_points(points, strides[:, 0], size=1.0)
     return DynamicKImage(priors, anchors, gt_boxes, gt_labels, cls_logits, pred_boxes)
+
+
+def random_batch_of_points(seed: int) -> dict[str, Any]:
+    """What a rule's function takes, of one to three images with the anchors of the first, and poor predictions or good.
+
+    Few of the boxes of some images overlap an object, so that objects select anchors that are far away.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first = random_image(generator)
+    images = [first]
+    for _ in range(int(torch.randint(0, 3, (), generator=generator))):
+        image = random_image(generator)
+        rows = torch.randint(0, len(image.anchors), (len(first.anchors),), generator=generator)
+        columns = torch.randint(0, image.cls_logits.shape[1], (first.cls_logits.shape[1],), generator=generator)
+        images.append(image._replace(pred_boxes=image.pred_boxes[rows], cls_logits=image.cls_logits[rows][:, columns]))
+    pred_boxes = torch.stack([image.pred_boxes for image in images])
+    num_poor = int(torch.randint(0, 3, (), generator=generator)) * len(first.anchors) // 2
+    pred_boxes[:, torch.randperm(len(first.anchors), generator=generator)[:num_poor]] += 1000.0
+    logits = torch.stack([image.cls_logits for image in images])
+    scores = {"cls_logits": logits} if seed % 2 == 0 else {"cls_probabilities": logits.sigmoid()}
+    return {
+        "anchors": first.anchors,
+        "gt_boxes": [image.gt_boxes for image in images],
+        "gt_labels": [image.gt_labels for image in images],
+        "pred_boxes": pred_boxes,
+        **scores,
+    }
 
 
 class Costs(NamedTuple):

@@ -22,7 +22,6 @@ from torch import Tensor
 import mg_ops
 from benchmarks import upstream
 from mg_ops.rules.eager.arithmetic import square_root
-from mg_ops.rules.eager.atss_match import center_distance
 
 BACKGROUND, IGNORED = mg_ops.BACKGROUND, mg_ops.IGNORED
 
@@ -311,31 +310,11 @@ def test_a_level_of_many_anchors(compiled_target: Target) -> None:
 # The libraries' own
 
 
-def near_ties(image: Image) -> Tensor:
-    """(G,) bool: the objects of which a candidate, or whether it is selected, depends on less than 1e-6."""
-    distance = center_distance(image.anchors, image.gt_boxes).split(image.sizes)
-    nearest, tied, first = [], torch.zeros(len(image.gt_boxes), dtype=torch.bool), 0
-    for of_level in distance:
-        ordered = of_level.sort(dim=0, stable=True)
-        if len(of_level) > image.k:
-            last, following = ordered.values[image.k - 1], ordered.values[image.k]
-            tied |= following - last <= 1e-6 * following
-        nearest.append(ordered.indices[: image.k] + first)
-        first += len(of_level)
-    iou = mg_ops.box_iou(image.anchors, image.gt_boxes).gather(0, torch.cat(nearest)).double()
-    margin = (iou - (iou.mean(0) + iou.std(0))).abs().amin(0)
-    return tied | (margin < 1e-6)
-
-
 def count_differences(image: Image, match: Tensor, wanted: Tensor, what: str) -> int:
     """How many labels differ; AssertionError where no near tie explains one."""
-    tied, iou = near_ties(image), mg_ops.box_iou(image.anchors, image.gt_boxes)
-    differ = (match != wanted).nonzero().flatten()
-    for anchor in differ.tolist():
-        objects = [int(label) for label in (match[anchor], wanted[anchor]) if label >= 0]
-        contest = len(objects) == 2 and abs(float(iou[anchor, objects[0]] - iou[anchor, objects[1]])) < 1e-6
-        assert bool(tied[objects].any()) or contest, f"anchor {anchor}: {match[anchor]}, not {wanted[anchor]}; {what}"
-    return len(differ)
+    tied = upstream.near_ties_of_atss(image.anchors, image.sizes, image.gt_boxes, image.k)
+    assert upstream.count_unexplained(match, wanted, tied, image.anchors, image.gt_boxes) == 0, what
+    return int((match != wanted).sum())
 
 
 def compare(

@@ -45,6 +45,8 @@ def arguments(num_anchors, num_objects):
     gt_labels = torch.zeros(batch_size * num_objects, dtype=torch.int64)
     offsets = torch.arange(batch_size + 1) * num_objects
     options = {"box_deltas": deltas, "box_coder": mg_ops.BoxCoder(), form_of_scores: scores, "backend": "cpp"}
+    if rule == "atss_match":
+        options["level_sizes"] = [num_anchors - num_anchors // 4, num_anchors // 4]
     return (anchors, gt_boxes, gt_labels, offsets), options
 
 # Threads, kernels and imports of the first call are not what is measured.
