@@ -60,8 +60,8 @@ class Upstream(NamedTuple):
     """Whether it reads them rather than logits."""
     by_level: bool = False
     """Whether it is told how many anchors each level has."""
-    near_ties: Callable[[Image], Tensor] | None = None
-    """(G,) bool: the objects whose labels the library leaves to the order of equal numbers."""
+    unexplained: Callable[[Image, Tensor, Tensor], int] | None = None
+    """How many of our labels (A,) and the library's differ, and are no near tie; None: nobody counts."""
 
 
 POINT_STRIDES = (8, 16, 32)
@@ -152,11 +152,12 @@ def mmdet_level_rules() -> Iterator[Upstream]:
             priors = upstream.instances(priors=image.anchors)
             return upstream.labels_of_mmdet(assigner.assign(priors, image.level_sizes, objects).gt_inds)
 
-        def near_ties(image: Image) -> Tensor:
-            return upstream.near_ties_of_atss(image.anchors, image.level_sizes, image.gt_boxes, k)
+        def unexplained(image: Image, match: Tensor, wanted: Tensor) -> int:
+            tied = upstream.near_ties_of_atss(image.anchors, image.level_sizes, image.gt_boxes, k)
+            return upstream.count_unexplained(match, wanted, tied, image.anchors, image.gt_boxes)
 
         name = "mmdetection ATSS" if k == 9 else f"mmdetection ATSS, k = {k}"
-        return Upstream("atss_match", name, {"k": k}, labels, by_level=True, near_ties=near_ties)
+        return Upstream("atss_match", name, {"k": k}, labels, by_level=True, unexplained=unexplained)
 
     yield rule(9)
     yield rule(36)
@@ -195,6 +196,62 @@ def libreyolo_rules() -> Iterator[Upstream]:
     yield Upstream("simota_match", "LibreYOLO YOLOX", options, labels, of_points=True, probabilities=True)
 
 
+def task_aligned_rule(name: str, labels: Callable[[Image], Tensor], **options: Any) -> Upstream:
+    """A library's form of task-aligned matching."""
+    matcher = mg_ops.TaskAlignedMatcher(**options)
+
+    def unexplained(image: Image, match: Tensor, wanted: Tensor) -> int:
+        predictions = priors_of(image.anchors)[:, :2], image.scores, image.pred_boxes
+        return len(
+            upstream.unexplained_of_task_aligned(match, wanted, matcher, *predictions, image.gt_boxes, image.gt_labels)
+        )
+
+    return Upstream(
+        "task_aligned_match", name, options, labels, of_points=True, probabilities=True, unexplained=unexplained
+    )
+
+
+def ultralytics_rules() -> Iterator[Upstream]:
+    """The assigners of YOLOv8 to YOLO12, and of the one-to-one head of YOLO26."""
+    from ultralytics.utils.tal import TaskAlignedAssigner
+
+    def labels(**options: Any) -> Callable[[Image], Tensor]:
+        assigners: dict[int, Any] = {}
+
+        def assign(image: Image) -> Tensor:
+            num_classes, num_objects = image.scores.shape[1], len(image.gt_boxes)
+            assigner = assigners.setdefault(
+                num_classes,
+                TaskAlignedAssigner(
+                    num_classes=num_classes, alpha=0.5, beta=6.0, stride=list(POINT_STRIDES), **options
+                ),
+            )
+            objects = image.gt_labels.reshape(1, num_objects, 1), image.gt_boxes[None], torch.ones(1, num_objects, 1)
+            points = priors_of(image.anchors)[:, :2]
+            *_, positive, index = assigner(image.scores[None], image.pred_boxes[None], points, *objects)
+            return torch.where(positive[0].bool(), index[0].long(), mg_ops.BACKGROUND)
+
+        return assign
+
+    minimum_side = float(POINT_STRIDES[1])
+    yield task_aligned_rule("ultralytics YOLO11", labels(topk=10), minimum_side=minimum_side)
+    one_to_one = {"k": 7, "k_after_conflict": 1, "minimum_side": minimum_side}
+    yield task_aligned_rule("ultralytics YOLO26, one-to-one", labels(topk=7, topk2=1), **one_to_one)
+
+
+def tood_rules() -> Iterator[Upstream]:
+    """TOOD."""
+    assigner = upstream.mmdet_assigners()["TaskAlignedAssigner"](topk=13)
+
+    def labels(image: Image) -> Tensor:
+        predictions = upstream.instances(priors=image.anchors, bboxes=image.pred_boxes, scores=image.scores)
+        objects = upstream.instances(bboxes=image.gt_boxes, labels=image.gt_labels)
+        return upstream.labels_of_mmdet(assigner.assign(predictions, objects, alpha=1, beta=6).gt_inds)
+
+    options = {"alpha": 1.0, "k": 13, "overlap": "iou", "candidates": "all", "conflict": "selecting"}
+    yield task_aligned_rule("mmdetection TOOD", labels, **options, center_margin=0.01)
+
+
 def priors_of(anchors: Tensor) -> Tensor:
     """(A, 4) center and stride, twice."""
     return torch.cat([(anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]], dim=1)
@@ -203,7 +260,15 @@ def priors_of(anchors: Tensor) -> Tensor:
 def installed_rules(only: str | None) -> list[Upstream]:
     """All of them, or those that `only` is part of the name of; says which library is missing."""
     found: list[Upstream] = []
-    for rules in (torchvision_rules, mmdet_rules, mmdet_level_rules, mmdet_point_rules, libreyolo_rules):
+    for rules in (
+        torchvision_rules,
+        mmdet_rules,
+        mmdet_level_rules,
+        tood_rules,
+        ultralytics_rules,
+        mmdet_point_rules,
+        libreyolo_rules,
+    ):
         try:
             found += rules()
         except ImportError as error:
@@ -274,10 +339,9 @@ def compare_labels(rules: list[Upstream], paths: list[Path], most: int) -> None:
                     positives += int((wanted >= 0).sum())
                     label = match.cls_match[index]
                     differ += int((label != wanted).sum())
-                    if one.near_ties is not None:
-                        boxes = image.anchors, image.gt_boxes
-                        unexplained += upstream.count_unexplained(label, wanted, one.near_ties(image), *boxes)
-            of_these = "-" if one.near_ties is None else unexplained
+                    if one.unexplained is not None:
+                        unexplained += one.unexplained(image, label, wanted)
+            of_these = "-" if one.unexplained is None else unexplained
             print(
                 f"| {path.stem} | {one.name} | {num_images:,} | {num_objects:,} | {left_out} | {positives:,} "
                 f"| {differ} | {of_these} |"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mg_ops import BACKGROUND, IGNORED, box_iou
+from mg_ops import BACKGROUND, IGNORED, TaskAlignedMatcher, box_iou
 from mg_ops.rules.eager.atss_match import center_distance
 
 MMDET_ASSIGNERS = {
@@ -169,3 +169,50 @@ def count_unexplained(
         contest = len(objects) == 2 and bool((iou[0] - iou[1]).abs() < 1e-6)
         count += not (contest or bool(tied[objects].any()))
     return count
+
+
+def ciou64(boxes: torch.Tensor, gt_boxes: torch.Tensor) -> torch.Tensor:
+    """(A, G) CIoU in float64, from the paper's formula (Zheng et al., AAAI 2020)."""
+    boxes, gt_boxes = boxes.double()[:, None], gt_boxes.double()
+    low, high = torch.minimum(boxes, gt_boxes), torch.maximum(boxes, gt_boxes)
+    inner, outer = (low[..., 2:] - high[..., :2]).clamp(0), high[..., 2:] - low[..., :2]
+    size, gt_size = boxes[..., 2:] - boxes[..., :2], gt_boxes[..., 2:] - gt_boxes[..., :2]
+    iou = inner.prod(-1) / (size.prod(-1) + gt_size.prod(-1) - inner.prod(-1))
+    distance = (boxes[..., :2] + boxes[..., 2:] - gt_boxes[..., :2] - gt_boxes[..., 2:]) / 2
+    angles = torch.atan(size[..., 0] / size[..., 1]) - torch.atan(gt_size[..., 0] / gt_size[..., 1])
+    v = 4 / torch.pi**2 * angles**2
+    return iou - distance.square().sum(-1) / outer.square().sum(-1) - v * v / (1 - iou + v)
+
+
+def unexplained_of_task_aligned(
+    match: torch.Tensor,
+    wanted: torch.Tensor,
+    rule: TaskAlignedMatcher,
+    points: torch.Tensor,
+    probabilities: torch.Tensor,
+    pred_boxes: torch.Tensor,
+    gt_boxes: torch.Tensor,
+    gt_labels: torch.Tensor,
+) -> list[str]:
+    """The labels (A,) that differ for another reason than these two.
+
+    A near tie: numbers that agree to six digits decide, t of one of the two objects, or u of both. A filled place: an
+    object has fewer than k candidates with t > 0, and the anchor, inside of it, has t = 0; there it may be selected.
+    """
+    iou = box_iou(pred_boxes, gt_boxes).double()
+    u = ciou64(pred_boxes, gt_boxes).clamp(0) if rule.overlap == "ciou" else iou
+    t = torch.where(u > 0, probabilities.double()[:, gt_labels] ** rule.alpha * u**rule.beta, 0.0)
+    center, side = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2, gt_boxes[:, 2:] - gt_boxes[:, :2]
+    inside = ((points[:, None] - center).abs() < side.clamp(min=rule.minimum_side) / 2).all(-1)
+    has_places = (inside & (t > 0)).sum(0) < rule.k
+    found = []
+    for anchor in (match != wanted).nonzero().flatten().tolist():
+        objects = [int(label) for label in (match[anchor], wanted[anchor]) if label >= 0]
+        gaps = (t[:, objects] - t[anchor, objects]).abs() / t[anchor, objects]
+        gaps[anchor] = torch.inf
+        own = u[anchor, objects]
+        near = bool((gaps[:, t[anchor, objects] > 0] < 1e-6).any())
+        near |= len(objects) == 2 and bool((own[0] - own[1]).abs() < 1e-6 * own.max())
+        if not near and not bool((has_places & inside[anchor] & (t[anchor] == 0)).any()):
+            found.append(f"anchor {anchor}: {int(match[anchor])}, expected {int(wanted[anchor])}")
+    return found
