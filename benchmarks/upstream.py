@@ -194,16 +194,20 @@ def unexplained_of_task_aligned(
     gt_boxes: torch.Tensor,
     gt_labels: torch.Tensor,
 ) -> list[str]:
-    """The labels (A,) that differ for another reason than these two.
+    """The labels (A,) that differ for another reason than these three.
 
-    A near tie: numbers that agree to six digits decide, t of one of the two objects, or u of both. A filled place: an
-    object has fewer than k candidates with t > 0, and the anchor, inside of it, has t = 0; there it may be selected.
+    A near tie: numbers that agree to six digits decide, t of one of the two objects, or u of both. An edge: a candidate
+    of one of them lies on its side, to six digits; ultralytics takes sizes from corners, and corners from sizes. A
+    filled place: an object has fewer than k candidates with t > 0, and the anchor, inside of it, has t = 0; there it may
+    be selected.
     """
     iou = box_iou(pred_boxes, gt_boxes).double()
     u = ciou64(pred_boxes, gt_boxes).clamp(0) if rule.overlap == "ciou" else iou
     t = torch.where(u > 0, probabilities.double()[:, gt_labels] ** rule.alpha * u**rule.beta, 0.0)
     center, side = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2, gt_boxes[:, 2:] - gt_boxes[:, :2]
-    inside = ((points[:, None] - center).abs() < side.clamp(min=rule.minimum_side) / 2).all(-1)
+    to_edge = (side.clamp(min=rule.minimum_side) / 2 - (points[:, None] - center).abs()).amin(-1)  # (A, G)
+    inside = to_edge > 0
+    has_edge = ((to_edge.abs() < 1e-6 * gt_boxes.abs().amax()) & (t > 0)).any(0)
     has_places = (inside & (t > 0)).sum(0) < rule.k
     found = []
     for anchor in (match != wanted).nonzero().flatten().tolist():
@@ -212,6 +216,7 @@ def unexplained_of_task_aligned(
         gaps[anchor] = torch.inf
         own = u[anchor, objects]
         near = bool((gaps[:, t[anchor, objects] > 0] < 1e-6).any())
+        near |= bool(has_edge[objects].any())
         near |= len(objects) == 2 and bool((own[0] - own[1]).abs() < 1e-6 * own.max())
         if not near and not bool((has_places & inside[anchor] & (t[anchor] == 0)).any()):
             found.append(f"anchor {anchor}: {int(match[anchor])}, expected {int(wanted[anchor])}")
