@@ -3,6 +3,7 @@
     python benchmarks/match_speed.py                      # every case, a few minutes on 2 cores
     python benchmarks/match_speed.py --quick              # small batches, to see that it works
     python benchmarks/match_speed.py --boxes annotations.json --cases coco320
+    python benchmarks/match_speed.py --rules              # the other rules beside the libraries whose rules they are
 
 Every answer is checked before it is timed: each backend of mg_ops integer by integer, each baseline by its share of
 equal labels (native arithmetic may differ on ties; under 99.9 percent the run fails). Methods take turns, so that
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 import mg_ops  # noqa: E402
-from benchmarks import measure, report  # noqa: E402
+from benchmarks import measure, report, rules  # noqa: E402
 from benchmarks.cases import CASES, SWEEP_CASES, Batch, Case, batches_beyond_cache, make_batches  # noqa: E402
 from benchmarks.machine import begin, check_options, make_parser, write  # noqa: E402
 from benchmarks.methods import (  # noqa: E402
@@ -183,6 +184,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="backends of mg_ops (all that are usable)")
     parser.add_argument("--no-baselines", action="store_true", help="mg_ops alone")
+    parser.add_argument("--rules", action="store_true", help="the other rules, on the CPU, in place of mutual matching")
     parser.add_argument("--quick", action="store_true", help="small batches, no torch.compile: a check, no figures")
     options = parser.parse_args(arguments)
     if options.record and (options.quick or options.boxes or options.cases or options.no_baselines):
@@ -201,6 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for; the exit status."""
     options = parse_options(arguments)
     console, content, output = begin(options, "quick" if options.quick else "match_speed")
+    if options.rules:
+        rules.time_calls(rules.installed_rules(None), turns=1 if options.quick else 5)
+        return 0
     console.print(f"backends: {', '.join(options.backends)}")
     source, num_classes = None, 0
     cases: dict[str, dict[str, Any]] = {}

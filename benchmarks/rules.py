@@ -33,6 +33,7 @@ from benchmarks.objects import read_objects
 
 ONE_BATCH = 16  # images of a batch in the comparison of labels
 CALLS_A_TURN = 10  # of ours, for one of theirs
+MOST_PAIRS = 200_000_000  # of anchors and objects in an image, of which libraries keep several matrices
 
 
 class Image(NamedTuple):
@@ -351,15 +352,22 @@ def compare_labels(rules: list[Upstream], paths: list[Path], most: int) -> None:
 def time_calls(rules: list[Upstream], turns: int) -> None:
     """Prints the time of a call for a batch, ours and each library's in turns; the median of their ratios."""
     coco, dense = CASES["coco320"], replace(CASES["dense"], batch_size=1)
+    # The batch of ultralytics' issue 25240.
+    many_classes = replace(dense, batch_size=16, num_classes=365, objects_per_image=300, image_size=(640, 640))
     print("| batch | library | library | mg_ops | times as fast |")
     print("|---|---|---|---|---|")
     for name, case in (
         ("coco320", coco),
         ("100 objects an image", replace(dense, objects_per_image=100)),
         ("300 objects an image", replace(dense, objects_per_image=300)),
+        ("5,000 objects an image", replace(dense, objects_per_image=5000)),
+        ("300 objects an image, 365 classes", many_classes),
     ):
         for one in rules:
             own_case = case_of(one, case)
+            num_pairs = len(own_case.make_anchors()) * (case.objects_per_image or 0)
+            if num_pairs > MOST_PAIRS or (case is many_classes and not one.of_points):
+                continue
             prepared = prepare(one, make_batches(own_case, None, 1, 0, "cpu")[0], *case.image_size)
             seconds = []
             for turn in range(turns + 1):

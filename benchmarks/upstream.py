@@ -198,8 +198,8 @@ def unexplained_of_task_aligned(
 
     A near tie: numbers that agree to six digits decide, t of one of the two objects, or u of both. An edge: a candidate
     of one of them lies on its side, to six digits; ultralytics takes sizes from corners, and corners from sizes. A
-    filled place: an object has fewer than k candidates with t > 0, and the anchor, inside of it, has t = 0; there it may
-    be selected.
+    filled place: an object has fewer than k candidates with t > 0, and the anchor, inside of it, has t = 0; it may be
+    selected there.
     """
     iou = box_iou(pred_boxes, gt_boxes).double()
     u = ciou64(pred_boxes, gt_boxes).clamp(0) if rule.overlap == "ciou" else iou
