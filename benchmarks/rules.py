@@ -1,10 +1,12 @@
 """Compares the rules with the libraries whose rules they are: every label that differs, and the time of a call.
 
     python benchmarks/rules.py --boxes instances.json --boxes annotations/  # labels, on the boxes of real images
+    python benchmarks/rules.py --run RUN --data FOLDER --split val          # labels, on what a detector predicts
     python benchmarks/rules.py --time                                       # time, both taking turns
 
-Predictions are made as those of the benchmark (cases.py). Rules of points are given the predicted boxes of square
-anchors of five strides. A library that is not installed is left out.
+With --boxes predictions are made as those of the benchmark (cases.py), and rules of points are given the predicted
+boxes of square anchors of five strides. The detector of --run, of `detector.train`, has one anchor per location. A
+library that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -277,6 +279,18 @@ def installed_rules(only: str | None) -> list[Upstream]:
     return [one for one in found if only is None or only in f"{one.rule} {one.name}"]
 
 
+class Setting(NamedTuple):
+    """Where the batches of a comparison come from."""
+
+    name: str
+    batches: Callable[[Upstream], Iterator[Batch]]
+    """With the anchors of a rule."""
+    points: Tensor
+    """(A, 4) the anchors of rules of points: their sides are strides."""
+    level_sizes: list[int]
+    """Of rules by level."""
+
+
 class Prepared(NamedTuple):
     """A batch as a rule takes it, ours and a library's."""
 
@@ -289,18 +303,17 @@ class Prepared(NamedTuple):
         return match
 
 
-def prepare(one: Upstream, batch: Batch, width: int, height: int) -> Prepared:
-    """The batch for a rule; that of a rule of points was made by `points_case`, in an image of this size."""
+def prepare(one: Upstream, batch: Batch, points: Tensor, sizes: list[int]) -> Prepared:
+    """The batch for a rule, of these points or levels."""
     arguments, anchors = batch.arguments(), batch.anchors
     pred_boxes, scores = CODER.decode(anchors=anchors, deltas=batch.deltas), batch.logits
     if one.of_points:
-        anchors = make_points(width, height, 1.0)
+        anchors = points
         scores = scores.sigmoid() if one.probabilities else scores
         for name in ("cls_logits", "box_deltas", "box_coder"):
             del arguments[name]
         scores_name = "cls_probabilities" if one.probabilities else "cls_logits"
         arguments |= {"anchors": anchors, "pred_boxes": pred_boxes, scores_name: scores}
-    sizes = level_sizes(width, height) if one.by_level else []
     if one.by_level:
         arguments["level_sizes"] = sizes
     objects = zip(batch.boxes_list, batch.labels_list, pred_boxes, scores, strict=True)
@@ -313,21 +326,59 @@ def overlapped(batch: Batch) -> Tensor:
     return torch.cat([(mg_ops.box_iou(batch.anchors, boxes) > 0).any(0) for boxes in parts])
 
 
-def compare_labels(rules: list[Upstream], paths: list[Path], most: int) -> None:
-    """Prints a table of the labels that differ, for each file and each library."""
+def setting_of_boxes(path: Path, most: int) -> Setting:
+    """The objects of a file, with predictions made for them."""
+    source = [image for image in read_objects(path)[0][: most or None] if len(image.labels) > 0]
+
+    def batches(one: Upstream) -> Iterator[Batch]:
+        for first in range(0, len(source), ONE_BATCH):
+            part = source[first : first + ONE_BATCH]
+            case = case_of(one, replace(CASES["voc320"], batch_size=len(part), num_classes=80))
+            yield make_batches(case, part, 1, first, "cpu")[0]
+
+    size = CASES["voc320"].image_size
+    return Setting(
+        path.parent.name if path.is_dir() else path.stem, batches, make_points(*size, 1.0), level_sizes(*size)
+    )
+
+
+@torch.no_grad()
+def setting_of_run(run: Path, folder: Path, split: str, most: int) -> Setting:
+    """The objects of a split, with what a trained detector of one anchor per location predicts for them."""
+    from detector.anchors import level_cells, make_anchors
+    from detector.checkpoint import load_detector
+    from detector.data import read_data
+    from detector.visualize import load
+
+    detector, content = load_detector(run, "cpu")
+    size = content["arguments"]["image_size"]
+    points = make_anchors(size, size / level_cells(size)[0], 1)
+    if len(points) != len(detector.anchors):
+        raise ValueError(f"{run}: expected a detector of --anchors-per-location 1")
+    data = read_data(folder, "auto", split, content["class_names"])
+    made = []
+    for image in [image for image in data.images if len(image.labels) > 0][: most or None]:
+        loaded = load(image)
+        pixels = torch.nn.functional.interpolate(loaded.pixels[None].float(), (size, size), mode="area")
+        logits, deltas = detector(pixels)
+        height, width = loaded.pixels.shape[-2:]
+        boxes = loaded.boxes * torch.tensor([size / width, size / height]).repeat(2)
+        made.append(Batch(detector.anchors, deltas, logits, [boxes], [loaded.labels], len(boxes)))
+    return Setting(
+        f"{folder.name}, predicted", lambda _: iter(made), points, [cells * cells for cells in level_cells(size)]
+    )
+
+
+def compare_labels(rules: list[Upstream], settings: list[Setting]) -> None:
+    """Prints a table of the labels that differ, for each setting and each library."""
     print("| boxes | library | images | objects | left out | positives | labels that differ | and are no near tie |")
     print("|---|---|---|---|---|---|---|---|")
-    for path in paths:
-        source = [image for image in read_objects(path)[0][: most or None] if len(image.labels) > 0]
+    for setting in settings:
         for one in rules:
             num_images = num_objects = left_out = positives = differ = unexplained = 0
-            for first in range(0, len(source), ONE_BATCH):
-                part = source[first : first + ONE_BATCH]
-                case = replace(CASES["voc320"], batch_size=len(part), num_classes=80)
-                case = case_of(one, case)
-                batch = make_batches(case, part, 1, first, "cpu")[0]
+            for batch in setting.batches(one):
                 num_objects += len(batch.gt_boxes)
-                prepared = prepare(one, batch, *case.image_size)
+                prepared = prepare(one, batch, setting.points, setting.level_sizes if one.by_level else [])
                 match = prepared.match(one)
                 # Of the others each library has its own idea, and a rule of points none.
                 alone = torch.zeros(len(batch.gt_boxes), dtype=torch.bool) if one.of_points else ~overlapped(batch)
@@ -344,8 +395,9 @@ def compare_labels(rules: list[Upstream], paths: list[Path], most: int) -> None:
                         unexplained += one.unexplained(image, label, wanted)
             of_these = "-" if one.unexplained is None else unexplained
             print(
-                f"| {path.stem} | {one.name} | {num_images:,} | {num_objects:,} | {left_out} | {positives:,} "
-                f"| {differ} | {of_these} |"
+                f"| {setting.name} | {one.name} | {num_images:,} | {num_objects:,} | {left_out} | {positives:,} "
+                f"| {differ} | {of_these} |",
+                flush=True,
             )
 
 
@@ -368,7 +420,9 @@ def time_calls(rules: list[Upstream], turns: int) -> None:
             num_pairs = len(own_case.make_anchors()) * (case.objects_per_image or 0)
             if num_pairs > MOST_PAIRS or (case is many_classes and not one.of_points):
                 continue
-            prepared = prepare(one, make_batches(own_case, None, 1, 0, "cpu")[0], *case.image_size)
+            sizes = level_sizes(*case.image_size) if one.by_level else []
+            batch = make_batches(own_case, None, 1, 0, "cpu")[0]
+            prepared = prepare(one, batch, make_points(*case.image_size, 1.0), sizes)
             seconds = []
             for turn in range(turns + 1):
                 start = perf_counter()
@@ -389,6 +443,9 @@ def main() -> None:
     """Reads the options, and prints the tables they ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--boxes", type=Path, action="append", help="COCO-style JSON or a folder of VOC XML files")
+    parser.add_argument("--run", type=Path, help="folder of a detector.train run with --anchors-per-location 1")
+    parser.add_argument("--data", type=Path, help="the data whose images it sees")
+    parser.add_argument("--split", default="val", help="of them (default val)")
     parser.add_argument("--images", type=int, default=0, help="most images of each (default: all)")
     parser.add_argument("--time", action="store_true", help="time calls instead")
     parser.add_argument("--turns", type=int, default=7, help="how often both are timed (default 7)")
@@ -397,8 +454,13 @@ def main() -> None:
     rules = installed_rules(options.only)
     if options.time:
         time_calls(rules, options.turns)
-    else:
-        compare_labels(rules, options.boxes or [], options.images)
+        return
+    settings = [setting_of_boxes(path, options.images) for path in options.boxes or []]
+    if options.run is not None:
+        if options.data is None:
+            parser.error("--run: expected --data too, the images that the detector is to see")
+        settings.append(setting_of_run(options.run, options.data, options.split, options.images))
+    compare_labels(rules, settings)
 
 
 if __name__ == "__main__":

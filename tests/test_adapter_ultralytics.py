@@ -19,7 +19,7 @@ from small_data import draw_image, random_objects
 from torch import Tensor, nn
 
 import mg_ops
-from mg_ops.adapters.ultralytics import MutualAssigner, guide_trainer, use_mutual_guidance
+from mg_ops.adapters.ultralytics import MutualAssigner, guide_trainer, use_fused_assigner, use_mutual_guidance
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 3
@@ -144,6 +144,28 @@ def test_the_call_and_the_results_are_those_of_the_real_assigner() -> None:
             assert actual.dtype == expected.dtype or padded_to == 0
 
 
+def test_the_fused_assigner_gives_what_the_real_one_gives() -> None:
+    tal = pytest.importorskip("ultralytics.utils.tal", reason="ultralytics is not installed")
+    scores, boxes, points, *objects = batch()
+    for options in ({"topk": 10}, {"topk": 7, "topk2": 1}, {"topk": 13, "alpha": 1.0, "beta": 4.0, "stride": [8]}):
+        criterion = SimpleNamespace(assigner=tal.TaskAlignedAssigner(num_classes=CLASSES, **options), nc=CLASSES)
+        criterion = type("v8DetectionLoss", (SimpleNamespace,), {})(**vars(criterion))
+        real = criterion.assigner
+        for padded_to in (3, 2, 0):
+            padded = [part[:, :padded_to].contiguous() for part in objects]
+            expected = real(scores, boxes, points, *padded)
+            results = use_fused_assigner(criterion).assigner(scores, boxes, points, *padded)
+            for actual, wanted in zip(results, expected, strict=True):
+                assert actual.shape == wanted.shape
+                assert actual.dtype == wanted.dtype or padded_to == 0
+            foreground = expected[3].bool()
+            assert torch.equal(results[3], foreground) and bool(foreground.any()) == (padded_to > 0)
+            for actual, wanted in zip(results, expected, strict=True):
+                torch.testing.assert_close(actual[foreground].float(), wanted[foreground].float())
+            assert not results[2][~foreground].any()
+            criterion.assigner = real
+
+
 class Detect(nn.Module):
     """What the losses read of a detection head."""
 
@@ -207,6 +229,24 @@ def test_the_real_detection_loss_trains(losses: Any, sizes: list[tuple[int, int]
     assert bool(has_gradient.any()) == (num_objects > 0)
     if num_objects:
         assert (has_gradient & (criterion.assigner.match.cls_match < 0)).any()
+
+
+@pytest.mark.parametrize("name", ["v8DetectionLoss", "E2ELoss"])
+@pytest.mark.parametrize("num_objects", [3, 0])
+def test_the_fused_assigner_changes_no_loss_and_no_gradient(losses: Any, name: str, num_objects: int) -> None:
+    found = []
+    for change in (lambda criterion: criterion, use_fused_assigner):
+        torch.manual_seed(0)
+        criterion = change(getattr(losses, name)(Model()))
+        predictions = {"one2many": outputs(), "one2one": outputs()} if name == "E2ELoss" else outputs()
+        loss, _ = criterion(predictions, objects(num_objects))
+        loss.sum().backward()
+        halves = predictions.values() if name == "E2ELoss" else [predictions]
+        found.append([loss.detach(), *(half[key].grad for half in halves for key in ("boxes", "scores"))])
+    for ours, theirs in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(TypeError, match="with its own assigner, got v8DetectionLoss with MutualAssigner"):
+        use_fused_assigner(use_mutual_guidance(losses.v8DetectionLoss(Model())))
 
 
 def test_every_positive_of_localization_weighs_1_in_the_real_box_loss(losses: Any) -> None:

@@ -1,11 +1,12 @@
-"""Mutual guidance in ultralytics' detectors (YOLOv8 to YOLO26), in place of their `TaskAlignedAssigner`.
+"""Assignment in ultralytics' detectors (YOLOv8 to YOLO26): their own rule fused, or mutual guidance in its place.
 
     model = YOLO("yolo11n.yaml")
-    model.add_callback("on_pretrain_routine_end", mg_ops.adapters.ultralytics.guide_trainer)
+    model.add_callback("on_pretrain_routine_end", mg_ops.adapters.ultralytics.fuse_trainer)  # the same labels
+    model.add_callback("on_pretrain_routine_end", mg_ops.adapters.ultralytics.guide_trainer)  # mutual guidance
     model.train(data="your_data.yaml", epochs=100)
 
-Needs ultralytics 8.4 or newer and imports nothing of it. What its losses are made for differs from the paper in three
-ways:
+Needs ultralytics 8.4 or newer and imports nothing of it. What its losses are made for differs from the paper of mutual
+guidance in three ways:
 
 - They have anchor points, not anchor boxes: each point gets a square of `anchor_size` times its stride.
 - They have one foreground mask. `MutualAssigner` answers for the two tasks apart all the same: `target_labels` and
@@ -28,6 +29,120 @@ from torch import Tensor, nn
 
 from mg_ops.boxes import anchors_from_points
 from mg_ops.matching import MutualMatch, MutualMatcher
+from mg_ops.rules.result import Match
+from mg_ops.rules.task_aligned_match import TaskAlignedMatcher
+
+
+class FusedAssigner(nn.Module):
+    """`mg_ops.task_aligned_match` with the call and the results of ultralytics' `TaskAlignedAssigner`.
+
+    Args:
+        num_classes: C.
+        matcher: how to match.
+
+    Attributes:
+        match: the `Match` of the last batch, None before the first; its objects are all rows of gt_bboxes, padding too.
+    """
+
+    def __init__(self, num_classes: int, matcher: TaskAlignedMatcher) -> None:
+        super().__init__()
+        self.num_classes, self.matcher = num_classes, matcher
+        self.match: Match | None = None
+
+    @torch.no_grad()
+    def forward(
+        self,
+        pd_scores: Tensor,
+        pd_bboxes: Tensor,
+        anc_points: Tensor,
+        gt_labels: Tensor,
+        gt_bboxes: Tensor,
+        mask_gt: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `MutualAssigner.forward`, but that the positives of both tasks are the same.
+
+        `target_scores` holds the soft targets. An anchor without an object has the label and the box of object 0, as
+        there, and 0 in `target_scores`.
+        """
+        batch_size, max_objects = gt_bboxes.shape[:2]
+        labels = gt_labels.reshape(batch_size, max_objects).long()
+        points = anc_points.float()
+        self.match = match = self.matcher(
+            torch.cat([points, points], dim=1),  # the rule reads centers alone
+            gt_bboxes,
+            labels,
+            gt_mask=mask_gt.reshape(batch_size, max_objects).bool(),
+            cls_probabilities=pd_scores,
+            pred_boxes=pd_bboxes,
+        )
+        assert match.soft_targets is not None  # the rule has them
+        objects = match.cls_match.clamp(min=0)
+        target_scores = torch.zeros_like(pd_scores)
+        if max_objects == 0:
+            return objects, gt_bboxes.new_zeros(*objects.shape, 4), target_scores, match.cls_positive, objects
+        target_labels = labels.gather(1, objects)
+        if self.num_classes > 0:
+            known = target_labels.clamp(0, self.num_classes - 1).unsqueeze(-1)
+            target_scores.scatter_(2, known, match.soft_targets.to(pd_scores.dtype).unsqueeze(-1))
+        target_bboxes = gt_bboxes.gather(1, objects.unsqueeze(-1).expand(-1, -1, 4))
+        return target_labels, target_bboxes, target_scores, match.cls_positive, objects
+
+
+def use_fused_assigner(criterion: Any) -> Any:
+    """Makes an ultralytics detection loss assign by `mg_ops.task_aligned_match`, with the options that it has.
+
+    The labels and targets are those of its own `TaskAlignedAssigner`, but for ties and rounding
+    (docs/definition/task_aligned_match.md). The memory does not grow with the number of objects.
+
+    Args:
+        criterion: a `v8DetectionLoss` (YOLOv8 to YOLO12), or the `E2ELoss` of an end-to-end detector (YOLOv10, YOLO26),
+            both halves of which are fused. Changed in place.
+
+    Returns:
+        The criterion itself.
+
+    Raises:
+        TypeError: criterion is no detection loss of ultralytics 8.4 or newer with its own assigner.
+    """
+    if hasattr(criterion, "one2many"):
+        use_fused_assigner(criterion.one2many)
+        use_fused_assigner(criterion.one2one)
+        return criterion
+    assigner: Any = getattr(criterion, "assigner", None)
+    if isinstance(assigner, FusedAssigner):
+        return criterion
+    if type(criterion).__name__ != "v8DetectionLoss" or type(assigner).__name__ != "TaskAlignedAssigner":
+        raise TypeError(
+            "criterion: expected the v8DetectionLoss or E2ELoss of ultralytics 8.4 or newer, with its own assigner, "
+            f"got {type(criterion).__name__} with {type(assigner).__name__}"
+        )
+    topk2 = getattr(assigner, "topk2", assigner.topk)
+    matcher = TaskAlignedMatcher(
+        alpha=float(assigner.alpha),
+        beta=float(assigner.beta),
+        k=int(assigner.topk),
+        k_after_conflict=None if topk2 == assigner.topk else int(topk2),
+        minimum_side=float(getattr(assigner, "stride_val", 0.0)),
+        epsilon=float(assigner.eps),
+    )
+    criterion.assigner = FusedAssigner(criterion.nc, matcher)
+    return criterion
+
+
+def fuse_trainer(trainer: Any) -> None:
+    """Makes an ultralytics trainer assign by `mg_ops.task_aligned_match`; a callback for `on_pretrain_routine_end`.
+
+    Args:
+        trainer: as of `guide_trainer`.
+
+    Raises:
+        TypeError: as `use_fused_assigner`.
+
+    Examples:
+        >>> model.add_callback("on_pretrain_routine_end", mg_ops.adapters.ultralytics.fuse_trainer)
+    """
+    model = _model_of(trainer)
+    model.criterion = use_fused_assigner(_criterion_of(model))
 
 
 class MutualAssigner(nn.Module):
@@ -247,10 +362,19 @@ def guide_trainer(trainer: Any, matcher: MutualMatcher | None = None, *, anchor_
         >>> callback = functools.partial(guide_trainer, matcher=mg_ops.MutualMatcher(sigma=3.0), anchor_size=5.0)
         >>> model.add_callback("on_pretrain_routine_end", callback)
     """
+    model = _model_of(trainer)
+    model.criterion = use_mutual_guidance(_criterion_of(model), matcher, anchor_size=anchor_size)
+
+
+def _model_of(trainer: Any) -> Any:
+    """The detector itself."""
     model = trainer.model
     while hasattr(model, "module") or hasattr(model, "_orig_mod"):
         model = model.module if hasattr(model, "module") else model._orig_mod
-    # A resumed end-to-end detector has its criterion already, which knows the epoch.
+    return model
+
+
+def _criterion_of(model: Any) -> Any:
+    """A resumed end-to-end detector has its criterion already, which knows the epoch."""
     criterion = getattr(model, "criterion", None)
-    criterion = model.init_criterion() if criterion is None else criterion
-    model.criterion = use_mutual_guidance(criterion, matcher, anchor_size=anchor_size)
+    return model.init_criterion() if criterion is None else criterion
