@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import Target, fuzz_cases
+from cuda_on_cpu import rules as emulated
 from pyramid_batches import pyramid_batch
 from random_batches import to_device
 from rule_batches import arguments_of, assert_same_match
@@ -155,6 +156,18 @@ def test_crowd_regions_ignore_background_and_match_nothing(target: Target) -> No
     assert match.num_pos.tolist() == [1, 0]
 
 
+def test_a_matcher_of_levels_compiles(target: Target) -> None:
+    """fullgraph=True, with changing numbers of levels and of anchors in them."""
+    matcher = mg_ops.AtssMatcher(backend=target.backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(matcher.__call__, fullgraph=True, backend="aot_eager")
+    image = random_image(0)
+    objects = [image.gt_boxes.to(target.device)], [image.gt_labels.to(target.device)]
+    for sizes in ([None, None], [70, 20], [64, 30, 9]):
+        levels = [level[:size].to(target.device) for level, size in zip(image.levels, sizes, strict=False)]
+        assert_same_match(compiled(levels, *objects), matcher(levels, *objects), sizes)
+
+
 @pytest.mark.parametrize(
     ("level_sizes", "message"),
     [
@@ -291,6 +304,18 @@ def test_crowded_pyramids(compiled_target: Target) -> None:
         expected = mg_ops.atss_match(**arguments, backend="eager")
         match = mg_ops.atss_match(**to_device(arguments, compiled_target.device), backend=compiled_target.backend)
         assert_same_match(match, expected, f"seed {seed}")
+
+
+@pytest.mark.parametrize("threads", [32, 64])
+def test_pyramids_by_the_cuda_kernels(threads: int) -> None:
+    """More groups than a warp has lanes, in a level that a warp of one or of several searches."""
+    emulator = emulated.build(threads=threads)
+    for seed in range(fuzz_cases(4)):
+        image = random_image(seed)
+        image = image._replace(gt_boxes=image.gt_boxes[:5], k=[9, 36, 128, 1][seed % 4])
+        arguments = image.levels, [image.gt_boxes], [image.gt_labels]
+        match = emulator.run("atss_match", mg_ops.atss_match, *arguments, k=image.k, seed=seed)
+        assert_same_match(match, match_of(image, Target("eager", "cpu")), f"seed {seed}")
 
 
 def test_a_level_of_many_anchors(compiled_target: Target) -> None:

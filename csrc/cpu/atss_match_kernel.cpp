@@ -226,15 +226,36 @@ static bool begin_atss(ImageWork& work, int64_t image) {
   return begin_ranked(ranked(work), image, candidates_of_object(problem_of(work)));
 }
 
+// The boxes of up to 64 candidates; behind the last one empty ones.
+static void load_candidates(const AtssProblem& problem, const uint64_t* candidates, int64_t count, BoxTile& boxes) {
+  for (int64_t i = 0; i < kTileSize; ++i) {
+    const Box box = i < count ? load_box(problem.anchors, static_cast<uint32_t>(candidates[i])) : Box{};
+    boxes.x1[i] = box.x1;
+    boxes.y1[i] = box.y1;
+    boxes.x2[i] = box.x2;
+    boxes.y2[i] = box.y2;
+  }
+  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+    const Box box = finite_or_empty({boxes.x1[i], boxes.y1[i], boxes.x2[i], boxes.y2[i]});
+    boxes.x1[i] = box.x1;
+    boxes.y1[i] = box.y1;
+    boxes.x2[i] = box.x2;
+    boxes.y2[i] = box.y2;
+    boxes.area[i] = box_area(box);
+  }
+}
+
 static void select_by_iou(ImageWork& image_work, int64_t slot_begin, int64_t slot_end) {
   const DefaultFloatEnvironment environment;
   AtssWork& work = static_cast<AtssWork&>(image_work);
   const AtssProblem& problem = problem_of(work);
   const int32_t num_candidates = candidates_of_object(problem);
   uint64_t candidates[kMaxCandidates];
-  float iou[kMaxCandidates];
+  alignas(64) float iou[kMaxCandidates];  // of whole tiles
+  BoxTile boxes;
   for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
     const Box object = object_of(work, slot);
+    const float area = work.area[slot];
     int32_t found = 0;
     for (int32_t level = 0; level < problem.num_levels; ++level) {
       Nearest nearest = {candidates_of_level(problem, level), 0, kInfiniteDistance, candidates + found};
@@ -243,9 +264,11 @@ static void select_by_iou(ImageWork& image_work, int64_t slot_begin, int64_t slo
         found += nearest.count;
       }
     }
-    for (int32_t i = 0; i < num_candidates; ++i) {
-      const Box box = finite_or_empty(load_box(problem.anchors, static_cast<uint32_t>(candidates[i])));
-      iou[i] = box_iou(box, box_area(box), object, work.area[slot]);
+    for (int32_t first = 0; first < num_candidates; first += kTileSize) {
+      load_candidates(problem, candidates + first, std::min<int64_t>(kTileSize, num_candidates - first), boxes);
+      for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+        iou[first + i] = box_iou({boxes.x1[i], boxes.y1[i], boxes.x2[i], boxes.y2[i]}, boxes.area[i], object, area);
+      }
     }
     const float threshold = mean_plus_deviation(iou, num_candidates);
     uint64_t* selected = work.selected + slot * work.list_stride;
