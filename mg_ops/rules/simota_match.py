@@ -92,7 +92,8 @@ def simota_match(
         iou_weight: weight of -log(IoU) in the cost, at least 0.
         cls_weight: weight of the binary cross-entropy over all classes in the cost, at least 0.
         candidates: "box_or_center": anchors inside of some object or near its center, and those that are both first
-            (mmdetection, and YOLOX until 2022); "center": anchors near the center of some object (YOLOX since then).
+            (mmdetection, and YOLOX as first released); "center": anchors near the center of some object (YOLOX since
+            then).
         crowd_overlap: background whose overlap with a crowd region is at least this share of the anchor's area becomes
             ignored, in (0, 1].
         call: what else `mutual_match` takes: cls_logits or cls_probabilities, which with an objectness are its product
