@@ -47,6 +47,7 @@ CUDA_TESTS = (
     "tests/test_atss_match.py",
     "tests/test_bounds_change_nothing.py",
     "tests/test_cpp_equals_reference.py",
+    "tests/test_dynamic_soft_label_match.py",
     "tests/test_every_clause_of_the_definition.py",
     "tests/test_examples.py",
     "tests/test_losses.py",
@@ -55,6 +56,8 @@ CUDA_TESTS = (
     "tests/test_object_forms.py",
     "tests/test_probabilities.py",
     "tests/test_rules.py",
+    "tests/test_simota_match.py",
+    "tests/test_task_aligned_match.py",
     "tests/test_torch_integration.py",
 )
 """All files with tests that need a GPU but no Triton. Named, so that no other file's imports can stop them."""
