@@ -39,7 +39,7 @@ class Objects(NamedTuple):
     padded_shape: tuple[int, int] | None = None
     """(B, M) of padded objects, N = B * M."""
     has_labels: bool = True
-    """Whether labels were given; else `gt_labels` are zeros without memory of their own."""
+    """Whether labels were given; else `gt_labels` mean nothing, and have no memory of their own."""
 
 
 def pack_objects(
@@ -96,7 +96,7 @@ def pack_objects(
 def as_packed(gt_boxes: Tensor, gt_labels: Tensor | None, gt_offsets: Tensor, gt_crowd: Tensor | None) -> Objects:
     """Objects without padding, with or without labels."""
     if gt_labels is None:
-        return Objects(gt_boxes, _no_labels(gt_boxes), gt_offsets, gt_crowd, has_labels=False)
+        return Objects(gt_boxes, _no_labels(gt_boxes, gt_offsets), gt_offsets, gt_crowd, has_labels=False)
     return Objects(gt_boxes, gt_labels, gt_offsets, gt_crowd)
 
 
@@ -118,9 +118,9 @@ def _refuse_mask(gt_mask: object) -> None:
         raise ValueError("gt_mask: only padded gt_boxes (B, M, 4) take a mask of their padding; pass gt_mask=None")
 
 
-def _no_labels(gt_boxes: Tensor) -> Tensor:
-    """(N,) zeros without memory of their own."""
-    return torch.zeros((), dtype=torch.int64, device=gt_boxes.device).expand(gt_boxes.shape[0])
+def _no_labels(gt_boxes: Tensor, gt_offsets: Tensor) -> Tensor:
+    """(N,) integers in place of labels, for which nothing is launched: the first offset again and again."""
+    return gt_offsets.as_strided((gt_boxes.shape[0],), (0,))
 
 
 def _split_targets(
@@ -197,7 +197,7 @@ def _pack_padded(
     is_object = gt_labels >= 0 if gt_mask is None else gt_mask
     boxes = torch.where(is_object.unsqueeze(-1), gt_boxes, 0.0).flatten(0, 1)
     offsets = torch.arange(shape[0] + 1, device=device) * shape[1]
-    labels = _no_labels(boxes) if gt_labels is None else gt_labels.flatten()
+    labels = _no_labels(boxes, offsets) if gt_labels is None else gt_labels.flatten()
     return Objects(boxes, labels, offsets, gt_crowd, is_object.flatten(), shape, gt_labels is not None)
 
 

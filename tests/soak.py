@@ -21,7 +21,7 @@ from random_batches import RandomBatch, random_batch
 
 import mg_ops
 
-WRONG = ({"sigma": 0.5}, {"gt_labels": None}, {"iou_positive": 2.0}, {"strategy": "best"})
+WRONG = ({"sigma": 0.5}, {"gt_boxes": None}, {"iou_positive": 2.0}, {"strategy": "best"})
 
 
 def resident_bytes() -> int:

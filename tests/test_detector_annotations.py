@@ -353,15 +353,6 @@ def test_xml_in_the_encoding_it_has(content: bytes, name: str | None) -> None:
     assert (root.findtext("a") if root is not None else None) == name
 
 
-def test_one_voc_file_in_an_encoding_that_fails_costs_only_itself(tmp_path: Path) -> None:
-    root = write_voc(tmp_path, {"train": 3})
-    file = root / "Annotations" / "image_001.xml"
-    file.write_bytes(b'<?xml version="1.0" encoding="ANSI"?>' + file.read_bytes().replace(b"disc", b"\xff\xfe"))
-    data = read_voc(root, "train")
-    assert [image.name for image in data.images] == ["image_000", "image_002"]
-    assert data.defects.counts() == {"annotation file that is not XML: image skipped": 1}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Boxes
 

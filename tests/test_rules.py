@@ -22,7 +22,7 @@ from cuda_on_cpu import rules as emulated
 from detector_batches import WORST, detector_batch, worst_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from object_forms import FORMS, in_form
+from object_forms import FORMS, in_form, without_labels
 from operators import operator_arguments
 from random_batches import to_device
 from rule_batches import RULES, arguments_of, assert_same_match, random_rule_arguments
@@ -33,6 +33,7 @@ from mg_ops.matcher import Batch, Call
 from mg_ops.rules import operators
 
 WITHOUT_TRITON = True
+READ_NO_LABELS = ("max_iou_match", "atss_match")
 pytestmark = pytest.mark.parametrize("rule", RULES)
 SMALL_BLOCKS = {"threads": 32, "list_room": 8}
 
@@ -265,6 +266,15 @@ def test_objects_come_in_every_form(rule: str, target: Target, form: str) -> Non
             )
         assert torch.equal(match.num_pos[is_object], expected.num_pos)
         assert int(match.num_pos[~is_object].sum()) == 0
+    if form == "padded, labels tell":
+        return
+    bare = arguments | without_labels(objects)
+    if rule in READ_NO_LABELS:
+        assert_same_match(RULES[rule].function(**bare), match, form)
+    else:
+        missing = rf"^gt_labels: {rule} reads the labels|^gt_boxes\[0\]: expected a dictionary with .* and \"labels\""
+        with pytest.raises((TypeError, ValueError), match=missing):
+            RULES[rule].function(**bare)
 
 
 def test_levels_are_joined(rule: str, target: Target) -> None:

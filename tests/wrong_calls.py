@@ -312,7 +312,7 @@ def spoil_target(random: Random, target: dict[str, Any]) -> Any:
         return {key: value for key, value in target.items() if key != name}
     if kind == 1:
         return anything(random)
-    return target | {name: spoil_tensor(random, target.get(name, torch.zeros(len(target["boxes"])).bool()))}
+    return target | {name: spoil_tensor(random, target.get(name, torch.zeros(1).bool()))}
 
 
 def spoil(random: Random, value: Any, choices: list[Any]) -> Any:

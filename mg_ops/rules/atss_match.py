@@ -81,7 +81,7 @@ def atss_match(
     Args:
         anchors: (A, 4) floating, the anchor boxes, one level after the other; or a list of one tensor per level.
         gt_boxes: the boxes of the objects.
-        gt_labels: their classes; of padded objects they tell the padding, and else nothing depends on them.
+        gt_labels: not read, but that of padded objects they, or gt_mask, tell the padding.
         gt_offsets: of packed objects.
         level_sizes: how many anchors each level has, A in all, at most 16 levels. None: anchors is a list of them.
         k: how many anchors of each level are candidates of an object, from 1 to 128.
