@@ -22,6 +22,7 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
 from detector.program import process_group
+from mg_ops.adapters import torchvision as adapter
 from mg_ops.adapters.torchvision import remove_mutual_guidance, use_mutual_guidance
 
 Targets = list[dict[str, torch.Tensor]]
@@ -116,6 +117,32 @@ def test_iou_strategy_has_torchvisions_losses_and_gradients(make_model: Callable
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_max_iou_matching_has_torchvisions_losses_and_gradients(name: str) -> None:
+    matcher = mg_ops.MaxIouMatcher()
+    if name == "ssd":
+        matcher = mg_ops.MaxIouMatcher(iou_positive=0.5, iou_ignored=0.5, low_quality="take_first")
+    images, targets = small_batch()
+    expected, expected_gradients = losses_and_gradients(MODELS[name](), images, targets)
+    losses, gradients = losses_and_gradients(use_mutual_guidance(MODELS[name](), matcher), images, targets)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for parameter, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("matcher", [mg_ops.MaxIouMatcher(), mg_ops.TaskAlignedMatcher(), mg_ops.SimOtaMatcher()])
+def test_other_rules_train(make_model: Callable[[], nn.Module], matcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matched in one call, and image by image."""
+    matches: list[Any] = []
+    for shared in (True, False):
+        monkeypatch.setattr(adapter, "_anchors_are_shared", lambda *_, shared=shared: shared)
+        model = use_mutual_guidance(make_model(), matcher, on_match=lambda match, _: matches.append(match))
+        losses, _ = losses_and_gradients(model, *small_batch())
+        assert all(loss > 0 for loss in losses.values())
+    for one, other in zip(*matches, strict=True):
+        assert one is other is None or torch.equal(one, other)
 
 
 def test_each_loss_takes_its_own_match(make_model: Callable[[], nn.Module]) -> None:
@@ -347,7 +374,7 @@ def test_removing_gives_torchvisions_loss_back(make_model: Callable[[], nn.Modul
 def test_wrong_models_and_options_say_so() -> None:
     with pytest.raises(TypeError, match="expected torchvision's RetinaNet or SSD, got Linear"):
         use_mutual_guidance(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"matcher: expected mg_ops\.MutualMatcher or None, got str"):
+    with pytest.raises(TypeError, match=r"matcher: expected mg_ops\.MutualMatcher, another matcher or None, got str"):
         use_mutual_guidance(small_retinanet(), "mutual")
 
 

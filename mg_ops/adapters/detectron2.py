@@ -13,7 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mg_ops.adapters.labels import Detectron2Match, to_detectron2
-from mg_ops.matching import MutualMatch, MutualMatcher
+from mg_ops.matcher import Matcher
+from mg_ops.matching import MutualMatch
+from mg_ops.rules.result import Match
 
 
 class Detectron2Matches(NamedTuple):
@@ -23,7 +25,7 @@ class Detectron2Matches(NamedTuple):
     """(B, A) each: the objects and labels of the classification loss."""
     localization: Detectron2Match
     """(B, A) each: the objects and labels of the box loss; no label is -1."""
-    match: MutualMatch
+    match: MutualMatch | Match
     """The same in `mg_ops`' convention, for `mg_ops.summarize`."""
 
 
@@ -32,7 +34,7 @@ def match_anchors(
     gt_boxes: Sequence[Tensor],
     gt_classes: Sequence[Tensor],
     *,
-    matcher: MutualMatcher,
+    matcher: Matcher[MutualMatch] | Matcher[Match],
     **predictions: Tensor,
 ) -> Detectron2Matches:
     """Matches a batch by mutual guidance and says it as detectron2's `Matcher` does.
@@ -41,8 +43,8 @@ def match_anchors(
         anchors: (A, 4) floating, (x1, y1, x2, y2): `Boxes.cat(anchors).tensor`.
         gt_boxes: a list of B tensors (G, 4): `instances.gt_boxes.tensor`.
         gt_classes: a list of B tensors (G,): `instances.gt_classes`.
-        matcher: how to match; its box coder decodes `box_deltas`. detectron2's `Box2BoxTransform` is `mg_ops.BoxCoder`
-            with its weights and scale_clamp.
+        matcher: how to match, `mg_ops.MutualMatcher` or that of another rule; its box coder decodes `box_deltas`.
+            detectron2's `Box2BoxTransform` is `mg_ops.BoxCoder` with its weights and scale_clamp.
         **predictions: cls_logits (B, A, C) and box_deltas or pred_boxes (B, A, 4), as of `mg_ops.mutual_match`.
 
     Returns:

@@ -7,6 +7,9 @@ works for `RetinaNet` (`retinanet_resnet50_fpn`, `retinanet_resnet50_fpn_v2`) an
 `ssdlite320_mobilenet_v3_large`). Parameters, state_dict, evaluation and the wrapping by DDP or torch.compile stay as
 they are.
 
+The matcher of another rule may be passed in its place: with `mg_ops.MaxIouMatcher()` a RetinaNet has torchvision's own
+loss, for every image in which an anchor overlaps each object.
+
 Where `strategy="iou"` gives torchvision's own loss:
 
 - RetinaNet: for an image where an anchor overlaps every object, the best anchor of each object overlaps no other object
@@ -25,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,24 +39,28 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
 from mg_ops.boxes import BoxCoder
+from mg_ops.matcher import Matcher
 from mg_ops.matching import MutualMatch, MutualMatcher
+from mg_ops.rules.result import Match
 
+AnyMatch: TypeAlias = "MutualMatch | Match"
+AnyMatcher: TypeAlias = "Matcher[MutualMatch] | Matcher[Match]"
 _Model = TypeVar("_Model", bound=nn.Module)
 Target = dict[str, Tensor]
-MatchHook = Callable[[MutualMatch, list[Target]], None]
+MatchHook = Callable[[Any, list[Target]], None]
 
 
 class _Guidance(NamedTuple):
     """How a model matches; the arguments of `use_mutual_guidance`."""
 
-    matcher: MutualMatcher
+    matcher: AnyMatcher
     crowd_key: str | None
     on_match: MatchHook | None
 
 
 def use_mutual_guidance(
     model: _Model,
-    matcher: MutualMatcher | None = None,
+    matcher: AnyMatcher | None = None,
     *,
     crowd_key: str | None = None,
     on_match: MatchHook | None = None,
@@ -72,10 +79,12 @@ def use_mutual_guidance(
         model: a RetinaNet or SSD, changed in place, before DDP or torch.compile wrap it. Calling again replaces the
             options.
         matcher: how to match. By default with the thresholds the model was made with: RetinaNet 0.5 and 0.4, as in the
-            paper; SSD 0.5 twice, so that nothing is ignored. Its box coder is not used: the model has its own.
+            paper; SSD 0.5 twice, so that nothing is ignored. The matcher of another rule, such as
+            `mg_ops.TaskAlignedMatcher`, takes its place; soft targets are not read. Its box coder is not used: the
+            model has its own.
         crowd_key: the entry of a target that flags crowd regions, (G,) integer or bool ("iscrowd" in COCO's); an image
             without it has none. None, as in torchvision: all boxes are objects.
-        on_match: called in every training step with the `MutualMatch` and the targets (boxes in the resized image), for
+        on_match: called in every training step with the match and the targets (boxes in the resized image), for
             `mg_ops.summarize`.
 
     Returns:
@@ -83,15 +92,16 @@ def use_mutual_guidance(
 
     Raises:
         TypeError: the model is no RetinaNet or SSD, its box coder is not torchvision's `BoxCoder`, or the matcher is no
-            `mg_ops.MutualMatcher`.
+            matcher of `mg_ops`.
     """
     if not isinstance(model, (RetinaNet, SSD)):
         raise TypeError(
             f"model: expected torchvision's RetinaNet or SSD, got {type(model).__name__}; "
             "if this wraps one (DDP, torch.compile), call use_mutual_guidance before wrapping"
         )
-    if matcher is not None and not isinstance(matcher, MutualMatcher):
-        raise TypeError(f"matcher: expected mg_ops.MutualMatcher or None, got {type(matcher).__name__}")
+    if matcher is not None and not isinstance(matcher, Matcher):
+        found = type(matcher).__name__
+        raise TypeError(f"matcher: expected mg_ops.MutualMatcher, another matcher or None, got {found}")
     if not isinstance(model.box_coder, detection.BoxCoder):
         raise TypeError(f"model.box_coder: expected torchvision's BoxCoder, got {type(model.box_coder).__name__}")
     remove_mutual_guidance(model)
@@ -99,7 +109,8 @@ def use_mutual_guidance(
     if matcher is None:
         matcher = MutualMatcher(iou_positive=replaced.high_threshold, iou_ignored=replaced.low_threshold)
     coder = BoxCoder(weights=tuple(model.box_coder.weights), clip=model.box_coder.bbox_xform_clip)
-    guidance = _Guidance(dataclasses.replace(matcher, box_coder=coder, gt_box_format="xyxy"), crowd_key, on_match)
+    replacement: Any = dataclasses.replace(cast(Any, matcher), box_coder=coder, gt_box_format="xyxy")
+    guidance = _Guidance(replacement, crowd_key, on_match)
     # An attribute of the instance hides the method of its class, survives copy.deepcopy and pickle, and is deleted to
     # undo.
     if isinstance(model, RetinaNet):
@@ -192,7 +203,7 @@ def _ssd_loss(
 
 def _match(
     model: RetinaNet | SSD, guidance: _Guidance, targets: list[Target], anchors: list[Tensor], **predictions: Tensor
-) -> MutualMatch:
+) -> AnyMatch:
     """Matches a batch: in one call where its images have the same anchors, else image by image."""
     boxes = [target["boxes"] for target in targets]
     labels = [target["labels"] for target in targets]
@@ -204,7 +215,7 @@ def _match(
             for target in targets
         ]
 
-    def match_images(images: slice) -> MutualMatch:
+    def match_images(images: slice) -> AnyMatch:
         return guidance.matcher(
             anchors[images][0],
             boxes[images],
@@ -217,7 +228,10 @@ def _match(
         match = match_images(slice(None))
     else:
         matches = [match_images(slice(image, image + 1)) for image in range(len(targets))]
-        match = MutualMatch(*(torch.cat(parts) for parts in zip(*matches, strict=True)))
+        # Of a rule without soft targets these are None.
+        columns: Any = ([part for part in parts if part is not None] for parts in zip(*matches, strict=True))
+        kind: Any = type(matches[0])
+        match = kind(*(torch.cat(parts) if parts else None for parts in columns))
     if guidance.on_match is not None:
         guidance.on_match(match, targets)
     return match
