@@ -122,7 +122,8 @@ def test_what_is_not_read_need_not_be_passed(target: Target) -> None:
     anchors, objects = torch.tensor([box(10)], device=target.device), [torch.tensor([box(10)], device=target.device)]
     match = mg_ops.dynamic_mutual_match(anchors, objects, strategy="iou", backend=target.backend)
     assert match.cls_match.tolist() == match.loc_match.tolist() == [[0]]
-    for strategy, message in [("localize_to_classify", "^pred_boxes: strategy"), ("mutual", "^pred_boxes: strategy")]:
+    for strategy, name in [("localize_to_classify", "pred_boxes"), ("classify_to_localize", "cls_logits")]:
+        message = f"^{name}: dynamic_mutual_match with strategy '{strategy}' reads"
         with pytest.raises(ValueError, match=message):
             mg_ops.dynamic_mutual_match(anchors, objects, strategy=strategy, backend=target.backend)
 

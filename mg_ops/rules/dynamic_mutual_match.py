@@ -112,7 +112,7 @@ def dynamic_mutual_match(
         (gt_boxes, gt_labels, gt_offsets),
         check_dynamic_mutual_options(by_regressed, by_amplified, k, sigma, crowd_overlap),
         lambda: None,
-        reader=f"strategy {strategy!r}",
+        reader=f"dynamic_mutual_match with strategy {strategy!r}",
         reads_boxes=by_regressed,
         reads_scores=by_amplified,
         **call,
