@@ -48,6 +48,7 @@ CUDA_TESTS = (
     "tests/test_bounds_change_nothing.py",
     "tests/test_cpp_equals_reference.py",
     "tests/test_dynamic_k_backends.py",
+    "tests/test_dynamic_mutual_match.py",
     "tests/test_dynamic_soft_label_match.py",
     "tests/test_every_clause_of_the_definition.py",
     "tests/test_examples.py",

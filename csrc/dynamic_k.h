@@ -141,10 +141,4 @@ MG_OPS_INLINE uint32_t order_without_iou(const DynamicKProblem& problem, bool ma
   return cost_order(iou_cost(0.0f, problem.epsilon, problem.iou_weight) + penalty);
 }
 
-// How many anchors an object selects, given the sum of its largest IoUs.
-MG_OPS_INLINE int32_t count_to_select(float total, int64_t num_candidates) {
-  const int32_t count = static_cast<int32_t>(total);
-  return num_candidates < count ? static_cast<int32_t>(num_candidates) : count < 1 ? 1 : count;
-}
-
 }  // namespace mg_ops

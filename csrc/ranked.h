@@ -29,4 +29,10 @@ MG_OPS_INLINE bool is_inside(Point point, const Box& box, float margin) {
          (box.y2 - point.y > margin);
 }
 
+// How many anchors an object selects, given the sum of its largest IoUs, or qualities of at most 1.
+MG_OPS_INLINE int32_t count_to_select(float total, int64_t num_candidates) {
+  const int32_t count = static_cast<int32_t>(total);
+  return num_candidates < count ? static_cast<int32_t>(num_candidates) : count < 1 ? 1 : count;
+}
+
 }  // namespace mg_ops

@@ -108,6 +108,15 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
       "float[]? box_coder, bool scores_are_probabilities, int k, float soft_center_radius, float iou_weight, "
       "float crowd_overlap) -> (Tensor, Tensor, Tensor)");
 
+  // Dynamic mutual matching has two matches, as mutual matching: it returns cls_match, loc_match, the qualities of
+  // their positives (B, A) float32, and how many anchors each object has in each match (N,) int32. k: 1 to 128.
+  m.def(
+      "dynamic_mutual_match(Tensor anchors, Tensor pred_boxes, Tensor cls_scores, "
+      "Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, Tensor? gt_crowd, "
+      "float[]? box_coder, bool scores_are_probabilities, "
+      "bool classification_by_regressed, bool localization_by_amplified, int k, float sigma, float crowd_overlap) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // Why the CUDA kernels of this library do not run on a device: "" where they do. Without a CUDA backend in the
   // library the operator has no kernel.
   m.def("cuda_device_error(int device_index) -> str");

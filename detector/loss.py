@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mg_ops import BoxCoder, Match, MutualMatch, encode_class_targets
+from mg_ops import BoxCoder, DynamicMutualMatch, Match, MutualMatch, encode_class_targets
 from mg_ops.losses import balanced_l1_loss, focal_loss, quality_focal_loss, soft_bce_loss, varifocal_loss
 
 SOFT_LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -44,7 +44,7 @@ def detection_loss(
     cls_logits: Tensor,
     box_deltas: Tensor,
     anchors: Tensor,
-    match: MutualMatch | Match,
+    match: MutualMatch | Match | DynamicMutualMatch,
     gt_boxes: Tensor,
     gt_labels: Tensor,
     gt_offsets: Tensor,
@@ -70,13 +70,19 @@ def detection_loss(
         focal_alpha: weight of positives in the focal loss.
         focal_gamma: exponent of the focal loss.
         cls_loss: one of CLS_LOSSES; all but "focal" need a match with soft targets, which weigh the box loss too, as
-            where these rules come from.
+            where these rules come from; of a match with weights of its own for boxes, these do.
         box_loss: one of BOX_LOSSES.
     """
-    soft_targets = match.soft_targets if isinstance(match, Match) and cls_loss != "focal" else None
+    soft_targets = None if cls_loss == "focal" or isinstance(match, MutualMatch) else match.soft_targets
+    box_weights = (
+        match.loc_weights if soft_targets is not None and isinstance(match, DynamicMutualMatch) else soft_targets
+    )
     class_targets = encode_class_targets(match, gt_boxes, gt_labels, gt_offsets, num_classes=cls_logits.shape[-1])
     num_positives = torch.stack([(class_targets >= 0).sum(), match.loc_positive.sum()]).float()
-    normalizers = num_positives.clone() if soft_targets is None else soft_targets.sum().repeat(2)
+    if soft_targets is None or box_weights is None:
+        normalizers = num_positives.clone()
+    else:
+        normalizers = torch.stack([soft_targets.sum(), box_weights.sum()])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(normalizers)
         normalizers /= torch.distributed.get_world_size()
@@ -99,7 +105,7 @@ def detection_loss(
             gt_boxes,
             gt_offsets,
             box_coder=box_coder,
-            weights=soft_targets,
+            weights=box_weights,
             normalizer=4 * normalizers[1],
         ),
         *num_positives,

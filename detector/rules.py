@@ -12,10 +12,10 @@ from detector.anchors import FINEST_STRIDE, level_cells, make_anchors
 from mg_ops.matcher import Matcher
 from mg_ops.matching import STRATEGIES
 
-RULES = (*STRATEGIES, "max_iou", "atss", "task_aligned", "simota", "dynamic_soft_label")
+RULES = (*STRATEGIES, "dynamic_mutual", "max_iou", "atss", "task_aligned", "simota", "dynamic_soft_label")
 """Values of --strategy: mutual matching by the rows of Table 1, and the rules that others train with."""
 
-SOFT_RULES = ("task_aligned", "simota", "dynamic_soft_label")
+SOFT_RULES = ("dynamic_mutual", "task_aligned", "simota", "dynamic_soft_label")
 """Those that give soft targets of classification."""
 
 POINT_RULES = ("simota", "dynamic_soft_label")
@@ -43,6 +43,8 @@ def make_matcher(args: argparse.Namespace, device: torch.device) -> Matcher[Any]
     matcher: Matcher[Any]
     if args.strategy in STRATEGIES:
         matcher = mg_ops.MutualMatcher(strategy=args.strategy, sigma=args.sigma, **common)
+    elif args.strategy == "dynamic_mutual":
+        matcher = mg_ops.DynamicMutualMatcher(sigma=args.sigma, **common)
     elif args.strategy == "max_iou":
         matcher = mg_ops.MaxIouMatcher(**common)
     elif args.strategy == "atss":

@@ -76,7 +76,7 @@ from detector.program import (
     run_program,
     whole_number,
 )
-from detector.rules import RULES, check_rule, make_matcher
+from detector.rules import RULES, SOFT_RULES, check_rule, make_matcher
 from detector.run_log import RunLog, claim_folder
 from detector.scores import format_metrics, score, to_coco_ground_truth
 from detector.watches import LossWatch, Stopwatch
@@ -115,10 +115,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("matching and losses").add_argument
     add("--strategy", choices=RULES, default="mutual", help="a row of Table 1, or another rule of assignment")
     add(
-        "--sigma", type=real_number(1, above=True), default=2.0, help="mutual matching: degree of amplification (Eq. 1)"
+        "--sigma",
+        type=real_number(1, above=True),
+        default=2.0,
+        help="mutual and dynamic_mutual: degree of amplification",
     )
     add("--backend", help="of the matching; by default the best one for the device")
-    soft = "all but focal learn soft targets, of task_aligned, simota and dynamic_soft_label"
+    soft = f"all but focal learn soft targets, of {', '.join(SOFT_RULES)}"
     add("--cls-loss", choices=CLS_LOSSES, default="focal", help=soft)
     add("--focal-alpha", type=share, default=0.25, help="weight of positives in the focal loss")
     add("--focal-gamma", type=real_number(0), default=2.0, help="exponent of the focal loss")

@@ -7,9 +7,10 @@ from mg_ops.diagnostics import MatchSummary, summarize
 from mg_ops.matching import MutualMatch, MutualMatcher, mutual_match
 from mg_ops.reference import BACKGROUND, IGNORED
 from mg_ops.rules.atss_match import AtssMatcher, atss_match
+from mg_ops.rules.dynamic_mutual_match import DynamicMutualMatcher, dynamic_mutual_match
 from mg_ops.rules.dynamic_soft_label_match import DynamicSoftLabelMatcher, dynamic_soft_label_match
 from mg_ops.rules.max_iou_match import MaxIouMatcher, max_iou_match
-from mg_ops.rules.result import Match
+from mg_ops.rules.result import DynamicMutualMatch, Match
 from mg_ops.rules.simota_match import SimOtaMatcher, simota_match
 from mg_ops.rules.task_aligned_match import TaskAlignedMatcher, task_aligned_match
 from mg_ops.targets import Targets, encode_class_targets, encode_targets
@@ -19,6 +20,8 @@ __all__ = [
     "IGNORED",
     "AtssMatcher",
     "BoxCoder",
+    "DynamicMutualMatch",
+    "DynamicMutualMatcher",
     "DynamicSoftLabelMatcher",
     "Match",
     "MatchSummary",
@@ -32,6 +35,7 @@ __all__ = [
     "atss_match",
     "backends",
     "box_iou",
+    "dynamic_mutual_match",
     "dynamic_soft_label_match",
     "encode_class_targets",
     "encode_targets",

@@ -13,7 +13,7 @@ from mg_ops.matcher import GroundTruth
 from mg_ops.matching import MutualMatch, check_counts
 from mg_ops.objects import holds_dictionaries, pack_objects
 from mg_ops.reference import area, autocast_type, is_object
-from mg_ops.rules.result import Match
+from mg_ops.rules.result import DynamicMutualMatch, Match
 
 _SIZES = ("all", "small", "medium", "large")
 
@@ -66,7 +66,7 @@ class MatchSummary(NamedTuple):
 
 
 def summarize(
-    match: MutualMatch | Match,
+    match: MutualMatch | Match | DynamicMutualMatch,
     gt_boxes: GroundTruth,
     gt_labels: Tensor | Sequence[Tensor] | None = None,
     gt_offsets: Tensor | None = None,
@@ -106,7 +106,7 @@ def summarize(
         ...     for name, value in mg_ops.summarize(match, gt_boxes).as_dict().items():
         ...         writer.add_scalar(f"match/{name}", value, step)
     """
-    if not isinstance(match, (MutualMatch, Match)):
+    if not isinstance(match, (MutualMatch, Match, DynamicMutualMatch)):
         raise TypeError(f"match: expected what mg_ops.mutual_match or another rule returned, got {describe(match)}")
     in_dictionaries = holds_dictionaries(gt_boxes, gt_labels)
     if not in_dictionaries and (gt_labels is None) != (num_classes is None):

@@ -23,7 +23,7 @@ from mg_ops.matcher import Call, GroundTruth, Levels, Matcher, PerObject
 from mg_ops.objects import Objects, as_packed, pack_objects
 from mg_ops.reference import IGNORED
 from mg_ops.rules.operators import RULES
-from mg_ops.rules.result import Match
+from mg_ops.rules.result import DynamicMutualMatch, Match
 from mg_ops.validation import check_values
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class MutualMatcher(Matcher[MutualMatch]):
         return mutual_match(*arguments, **options)
 
 
-def check_counts(match: MutualMatch | Match, num_gt: int, device: torch.device) -> None:
+def check_counts(match: MutualMatch | Match | DynamicMutualMatch, num_gt: int, device: torch.device) -> None:
     """Raises unless the match was made for so many objects."""
     check_tensor("match.num_pos", match.num_pos, "integer", ("...",), device)
     if match.num_pos.numel() != num_gt:

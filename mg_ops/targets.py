@@ -14,7 +14,7 @@ from mg_ops.matcher import GroundTruth, Levels
 from mg_ops.matching import MutualMatch, check_counts
 from mg_ops.objects import Objects, pack_objects
 from mg_ops.reference import BACKGROUND, IGNORED, autocast_type
-from mg_ops.rules.result import Match
+from mg_ops.rules.result import DynamicMutualMatch, Match
 
 
 class Targets(NamedTuple):
@@ -30,7 +30,7 @@ class Targets(NamedTuple):
 
 
 def encode_targets(
-    match: MutualMatch | Match,
+    match: MutualMatch | Match | DynamicMutualMatch,
     anchors: Levels,
     gt_boxes: GroundTruth,
     gt_labels: Tensor | Sequence[Tensor] | None = None,
@@ -90,7 +90,7 @@ def encode_targets(
 
 
 def encode_class_targets(
-    match: MutualMatch | Match,
+    match: MutualMatch | Match | DynamicMutualMatch,
     gt_boxes: GroundTruth,
     gt_labels: Tensor | Sequence[Tensor] | None = None,
     gt_offsets: Tensor | None = None,
@@ -129,7 +129,7 @@ def _objects_of(
     device: torch.device | None,
 ) -> Objects:
     """The packed objects, once they fit the match; the match's device if none is given."""
-    if not isinstance(match, (MutualMatch, Match)):
+    if not isinstance(match, (MutualMatch, Match, DynamicMutualMatch)):
         raise TypeError(f"match: expected what mg_ops.mutual_match or another rule returned, got {describe(match)}")
     cls_match = check_tensor("match.cls_match", match.cls_match, "integer", ("B", num_anchors), device)
     check_tensor("match.loc_match", match.loc_match, "integer", tuple(cls_match.shape), cls_match.device)
@@ -154,7 +154,9 @@ def _owners(match: Tensor, objects: Objects) -> Tensor:
     return (start + match).clamp(0, objects.gt_boxes.shape[0] - 1)
 
 
-def _class_targets(match: MutualMatch | Match, objects: Objects, num_classes: int | None) -> Tensor:
+def _class_targets(
+    match: MutualMatch | Match | DynamicMutualMatch, objects: Objects, num_classes: int | None
+) -> Tensor:
     if num_classes is not None:
         check_num_classes(num_classes)
     if objects.gt_boxes.shape[0] == 0:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from random_batches import random_batch
 from torch import Tensor
 
 import mg_ops
+from mg_ops.matching import STRATEGIES
+
+RuleMatch: TypeAlias = "mg_ops.Match | mg_ops.DynamicMutualMatch"
 
 OPTIONS_OF_MUTUAL_MATCH = ("strategy", "sigma", "iou_positive", "iou_ignored", "crowd_overlap")
 
@@ -70,14 +73,25 @@ def random_atss_options(random: np.random.Generator) -> dict[str, Any]:
     }
 
 
+def random_dynamic_mutual_options(random: np.random.Generator) -> dict[str, Any]:
+    return {
+        "strategy": str(random.choice([*STRATEGIES, "mutual", "mutual"])),
+        "k": int(random.choice([15, 15, 1, 2, 3, 128])),
+        "sigma": float(random.choice([2.0, 2.0, 0.7, 5.0, 1e-3, 1e-30, 1e30])),
+        "crowd_overlap": float(random.choice([0.5, 0.1, 1.0])),
+    }
+
+
 class Rule(NamedTuple):
     """A rule as tests see it."""
 
-    function: Callable[..., mg_ops.Match]
+    function: Callable[..., RuleMatch]
     matcher: Callable[..., Any]
     random_options: Callable[[np.random.Generator], dict[str, Any]]
     by_level: bool = False
     """Whether it takes `level_sizes`."""
+    two_matches: bool = False
+    """Whether it has a match for each task."""
 
 
 RULES = {
@@ -87,6 +101,9 @@ RULES = {
         mg_ops.dynamic_soft_label_match, mg_ops.DynamicSoftLabelMatcher, random_dynamic_soft_label_options
     ),
     "task_aligned_match": Rule(mg_ops.task_aligned_match, mg_ops.TaskAlignedMatcher, random_task_aligned_options),
+    "dynamic_mutual_match": Rule(
+        mg_ops.dynamic_mutual_match, mg_ops.DynamicMutualMatcher, random_dynamic_mutual_options, two_matches=True
+    ),
     "atss_match": Rule(mg_ops.atss_match, mg_ops.AtssMatcher, random_atss_options, by_level=True),
 }
 
@@ -115,7 +132,7 @@ def random_rule_arguments(rule: str, seed: int, *, large: bool = False) -> dict[
     return arguments | RULES[rule].random_options(random)
 
 
-def assert_same_match(match: mg_ops.Match, expected: mg_ops.Match, what: object = "") -> None:
+def assert_same_match(match: RuleMatch, expected: RuleMatch, what: object = "") -> None:
     """Raises AssertionError, naming the first difference, unless both have the same dtypes, shapes and numbers."""
     for name, value, wanted in zip(type(expected)._fields, match, expected, strict=True):
         if wanted is None:

@@ -132,7 +132,10 @@ def test_max_iou_matching_has_torchvisions_losses_and_gradients(name: str) -> No
         torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("matcher", [mg_ops.MaxIouMatcher(), mg_ops.TaskAlignedMatcher(), mg_ops.SimOtaMatcher()])
+@pytest.mark.parametrize(
+    "matcher",
+    [mg_ops.MaxIouMatcher(), mg_ops.TaskAlignedMatcher(), mg_ops.SimOtaMatcher(), mg_ops.DynamicMutualMatcher()],
+)
 def test_other_rules_train(make_model: Callable[[], nn.Module], matcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matched in one call, and image by image."""
     matches: list[Any] = []

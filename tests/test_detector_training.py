@@ -212,7 +212,7 @@ def test_the_strategy_changes_nothing_but_the_strategy(
                 differing.add(name)
         for predictions, same_predictions in zip(static[0][:2], guided[0][:2], strict=True):
             assert torch.equal(predictions, same_predictions)  # the same first weights
-    assert {"mutual", "atss", "task_aligned", "simota", "dynamic_soft_label"} <= differing
+    assert {"mutual", "dynamic_mutual", "atss", "task_aligned", "simota", "dynamic_soft_label"} <= differing
 
 
 @pytest.mark.parametrize("cls_loss", CLS_LOSSES)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mg_ops.adapters.labels import Detectron2Match, to_detectron2
 from mg_ops.matcher import Matcher
 from mg_ops.matching import MutualMatch
-from mg_ops.rules.result import Match
+from mg_ops.rules.result import DynamicMutualMatch, Match
 
 
 class Detectron2Matches(NamedTuple):
@@ -25,7 +25,7 @@ class Detectron2Matches(NamedTuple):
     """(B, A) each: the objects and labels of the classification loss."""
     localization: Detectron2Match
     """(B, A) each: the objects and labels of the box loss; no label is -1."""
-    match: MutualMatch | Match
+    match: MutualMatch | Match | DynamicMutualMatch
     """The same in `mg_ops`' convention, for `mg_ops.summarize`."""
 
 
@@ -34,7 +34,7 @@ def match_anchors(
     gt_boxes: Sequence[Tensor],
     gt_classes: Sequence[Tensor],
     *,
-    matcher: Matcher[MutualMatch] | Matcher[Match],
+    matcher: Matcher[MutualMatch] | Matcher[Match] | Matcher[DynamicMutualMatch],
     **predictions: Tensor,
 ) -> Detectron2Matches:
     """Matches a batch by mutual guidance and says it as detectron2's `Matcher` does.

@@ -41,10 +41,10 @@ from torchvision.models.detection.ssd import SSD
 from mg_ops.boxes import BoxCoder
 from mg_ops.matcher import Matcher
 from mg_ops.matching import MutualMatch, MutualMatcher
-from mg_ops.rules.result import Match
+from mg_ops.rules.result import DynamicMutualMatch, Match
 
-AnyMatch: TypeAlias = "MutualMatch | Match"
-AnyMatcher: TypeAlias = "Matcher[MutualMatch] | Matcher[Match]"
+AnyMatch: TypeAlias = "MutualMatch | Match | DynamicMutualMatch"
+AnyMatcher: TypeAlias = "Matcher[MutualMatch] | Matcher[Match] | Matcher[DynamicMutualMatch]"
 _Model = TypeVar("_Model", bound=nn.Module)
 Target = dict[str, Tensor]
 MatchHook = Callable[[Any, list[Target]], None]

@@ -13,6 +13,7 @@ from mg_ops.checks import check_offsets, check_operator_inputs, check_thresholds
 from mg_ops.reference import split_arguments
 from mg_ops.rules.eager import (
     atss_match,
+    dynamic_mutual_match,
     dynamic_soft_label_match,
     max_iou_match,
     simota_match,
@@ -20,6 +21,7 @@ from mg_ops.rules.eager import (
 )
 from mg_ops.rules.options import (
     check_atss_options,
+    check_dynamic_mutual_options,
     check_dynamic_soft_label_options,
     check_level_sum,
     check_max_iou_options,
@@ -91,6 +93,13 @@ RULES = {
         lambda by_regressed, by_amplified, *numbers: check_thresholds(*numbers),
         reference.mutual_match,
         (torch.int64, torch.int64),
+        num_counts=2,
+    ),
+    "dynamic_mutual_match": Rule(
+        "bool classification_by_regressed, bool localization_by_amplified, int k, float sigma, float crowd_overlap",
+        check_dynamic_mutual_options,
+        dynamic_mutual_match.dynamic_mutual_match,
+        (torch.int64, torch.int64, torch.float32, torch.float32),
         num_counts=2,
     ),
     "max_iou_match": Rule(

@@ -114,6 +114,19 @@ def check_dynamic_soft_label_options(
     )
 
 
+def check_dynamic_mutual_options(
+    by_regressed: bool, by_amplified: bool, k: object, sigma: object, crowd_overlap: object
+) -> tuple[bool, bool, int, float, float]:
+    """Raises unless they are the options of `dynamic_mutual_match`; returns them, the numbers as floats."""
+    return (
+        by_regressed,
+        by_amplified,
+        check_count("k", k, 1, MAX_K),
+        check_number("sigma", sigma, 0.0, MAX_FLOAT, "a finite number above 0"),
+        check_threshold("crowd_overlap", crowd_overlap),
+    )
+
+
 def check_not_negative(name: str, value: object) -> float:
     """Raises unless value is a finite number of at least 0; returns the float."""
     return check_from_zero(name, value, MAX_FLOAT, "a finite number of at least 0")

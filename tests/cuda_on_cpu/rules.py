@@ -9,16 +9,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from operators import backend_is
 from torch import Tensor
 
-import mg_ops
 from cuda_on_cpu import compile_kernels, integers, rows
 from mg_ops.reference import split_arguments
 from mg_ops.rules.operators import RULES
+
+Result = TypeVar("Result")
 
 
 class FloatInput(ctypes.Structure):
@@ -50,7 +51,7 @@ class RuleCall(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("decode", "scores_are_probabilities")),
         ("coder", ctypes.c_float * 5),
         ("options", ctypes.c_float * 32),
-        *((name, ctypes.c_void_p) for name in ("cls_match", "soft_targets", "num_pos")),
+        *((name, ctypes.c_void_p * 2) for name in ("match", "qualities", "counts")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_int64) for name in ("scratch_bytes", "launches")),
     )
@@ -91,9 +92,7 @@ class RuleEmulator:
         self.last_call = RuleCall()
         """Of the last call: its `scratch_bytes` and `launches`."""
 
-    def run(
-        self, rule: str, function: Callable[..., mg_ops.Match], *arguments: Any, seed: int = 0, **options: Any
-    ) -> mg_ops.Match:
+    def run(self, rule: str, function: Callable[..., Result], *arguments: Any, seed: int = 0, **options: Any) -> Result:
         """A rule's function by these kernels, on CPU tensors; RuntimeError says what the emulator caught."""
 
         def operator(*arguments: Any) -> tuple[Tensor, ...]:
@@ -109,9 +108,10 @@ class RuleEmulator:
         anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd, box_coder, _ = inputs
         batch_size, num_anchors, num_classes = cls_scores.shape
         # Whatever memory held before must not show.
-        cls_match = torch.full((batch_size, num_anchors), 0x5A5A5A5A5A5A5A5A)
-        soft_targets = torch.full((batch_size, num_anchors), 0x5A5A5A5A, dtype=torch.int32).view(torch.float32)
-        num_pos = torch.full((len(gt_boxes),), 0x5A5A5A5A, dtype=torch.int32)
+        of_anchors = (batch_size, num_anchors)
+        matches = [torch.full(of_anchors, 0x5A5A5A5A5A5A5A5A) for _ in range(2)]
+        qualities = [torch.full(of_anchors, 0x5A5A5A5A, dtype=torch.int32).view(torch.float32) for _ in range(2)]
+        counts = [torch.full((len(gt_boxes),), 0x5A5A5A5A, dtype=torch.int32) for _ in range(2)]
         call = RuleCall(
             *(float_input(tensor) for tensor in (anchors, pred_boxes, cls_scores, gt_boxes)),
             *(integer_input(tensor) for tensor in (gt_labels, gt_offsets)),
@@ -121,11 +121,14 @@ class RuleEmulator:
             *(box_coder is not None, inputs.scores_are_probabilities),
             (ctypes.c_float * 5)(*(box_coder or [1.0] * 5)),
             (ctypes.c_float * 32)(*numbers_of(options)),
-            *(cls_match.data_ptr(), soft_targets.data_ptr(), num_pos.data_ptr()),
+            *((ctypes.c_void_p * 2)(*(value.data_ptr() for value in pair)) for pair in (matches, qualities, counts)),
             seed,
         )
         message = ctypes.create_string_buffer(500)
         if getattr(self.library, f"{rule}_on_cpu")(ctypes.byref(call), message, len(message)) != 0:
             raise RuntimeError(message.value.decode())
         self.last_call = call
-        return (cls_match, soft_targets, num_pos) if len(RULES[rule].per_anchor) == 2 else (cls_match, num_pos)
+        per_anchor = RULES[rule].per_anchor
+        of_type = {torch.int64: matches, torch.float32: qualities}
+        results = [value for dtype, values in of_type.items() for value in values[: per_anchor.count(dtype)]]
+        return *results, *counts[: RULES[rule].num_counts]

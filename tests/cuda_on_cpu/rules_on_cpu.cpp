@@ -4,6 +4,7 @@
 // The built-ins come first.
 #include "../../csrc/cuda/atss_match_kernels.cuh"
 #include "../../csrc/cuda/dynamic_k_match_kernels.cuh"
+#include "../../csrc/cuda/dynamic_mutual_match_kernels.cuh"
 #include "../../csrc/cuda/max_iou_match_kernels.cuh"
 #include "../../csrc/cuda/task_aligned_match_kernels.cuh"
 
@@ -21,9 +22,10 @@ struct RuleCall {
   int32_t decode, scores_are_probabilities;
   mg_ops::BoxCoder coder;
   float options[32];  // in the operator's order; a list begins with its length, None is NaN
-  int64_t* cls_match;
-  float* soft_targets;  // null: the rule has none
-  int32_t* num_pos;
+  // Results: of a rule with one match the first ones, and no qualities where it has none.
+  int64_t* match[2];
+  float* qualities[2];
+  int32_t* counts[2];
   uint64_t seed;
   int64_t scratch_bytes, launches;  // results
 };
@@ -44,8 +46,8 @@ void read_inputs(mg_ops::MatchProblem& problem, const RuleCall& call) {
   problem.decode = call.decode != 0;
   problem.scores_are_probabilities = call.scores_are_probabilities != 0;
   problem.coder = call.coder;
-  problem.cls_match = call.cls_match;
-  problem.num_pos = call.num_pos;
+  problem.cls_match = call.match[0];
+  problem.num_pos = call.counts[0];
 }
 
 template <typename Launched, typename LaunchKernels>
@@ -116,7 +118,7 @@ extern "C" int task_aligned_match_on_cpu(RuleCall* call, char* message, int mess
   problem.center_margin = *option++;
   problem.epsilon = *option++;
   problem.crowd_overlap = *option++;
-  problem.soft_targets = call->soft_targets;
+  problem.soft_targets = call->qualities[0];
   const auto launch_kernels = [](const LaunchedTaskAligned& launched, auto launch) {
     launch_task_aligned_match(launched, launch);
   };
@@ -127,7 +129,7 @@ static int run_dynamic_k(mg_ops::cuda::rules::dynamic_k::LaunchedDynamicK& probl
                          int message_bytes) {
   using namespace mg_ops::cuda::rules::dynamic_k;
   set_constants(problem);
-  problem.soft_targets = call->soft_targets;
+  problem.soft_targets = call->qualities[0];
   const auto launch_kernels = [](const LaunchedDynamicK& launched, auto launch) {
     launch_dynamic_k_match(launched, launch);
   };
@@ -174,6 +176,26 @@ extern "C" int atss_match_on_cpu(RuleCall* call, char* message, int message_byte
   problem.test_centers = problem.center_margin == problem.center_margin;
   problem.crowd_overlap = *option++;
   const auto launch_kernels = [](const LaunchedAtss& launched, auto launch) { launch_atss_match(launched, launch); };
+  return report([&] { launch_rule(*call, problem, launch_kernels); }, message, message_bytes);
+}
+
+extern "C" int dynamic_mutual_match_on_cpu(RuleCall* call, char* message, int message_bytes) {
+  using namespace mg_ops::cuda::rules::dynamic_mutual;
+  LaunchedDynamicMutual problem{};
+  read_inputs(problem, *call);
+  const float* option = call->options;
+  problem.classification_by_regressed = *option++ != 0;
+  problem.localization_by_amplified = *option++ != 0;
+  problem.k = static_cast<int32_t>(*option++);
+  problem.sigma = *option++;
+  problem.crowd_overlap = *option++;
+  problem.loc_match = call->match[1];
+  problem.soft_targets = call->qualities[0];
+  problem.loc_weights = call->qualities[1];
+  problem.num_loc_pos = call->counts[1];
+  const auto launch_kernels = [](const LaunchedDynamicMutual& launched, auto launch) {
+    launch_dynamic_mutual_match(launched, launch);
+  };
   return report([&] { launch_rule(*call, problem, launch_kernels); }, message, message_bytes);
 }
 
