@@ -71,7 +71,7 @@ MG_OPS_DEVICE void prepare_level_groups(const LaunchedAtss& problem) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ LaunchedAtss problem) {
+__global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ LaunchedAtss problem) {
   prepare_objects(problem, problem.scratch);
   prepare_level_groups(problem);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -183,7 +183,7 @@ MG_OPS_DEVICE void find_nearest(const LaunchedAtss& problem, int32_t level, Poin
   }
 }
 
-__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ LaunchedAtss problem) {
+__global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_constant__ LaunchedAtss problem) {
   MG_OPS_SHARED(Candidates, shared);
   const Object object = problem.scratch.objects[blockIdx.x];
   const uint32_t image = image_of(problem, problem.scratch, blockIdx.x);
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
 
 // --- label -----------------------------------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kThreads) label_kernel(const __grid_constant__ LaunchedAtss problem) {
+__global__ void __launch_bounds__(kThreads, 4) label_kernel(const __grid_constant__ LaunchedAtss problem) {
   MG_OPS_SHARED(StagedObjects, shared);
   const uint32_t blocks = blocks_an_image(problem);
   const uint32_t image = blockIdx.x / blocks;

@@ -99,7 +99,7 @@ MG_OPS_DEVICE uint32_t pair_order(const DynamicKProblem& problem, uint32_t image
   return cost_order((of_class * problem.cls_weight + of_iou) + of_place);
 }
 
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ LaunchedDynamicK problem) {
+__global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ LaunchedDynamicK problem) {
   prepare_objects(problem, problem.scratch);
   prepare_groups(problem, problem.scratch);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -146,7 +146,7 @@ MG_OPS_DEVICE float sum_over_classes(const DynamicKProblem& problem, uint32_t im
   return result;
 }
 
-__global__ void __launch_bounds__(kThreads) candidate_kernel(const __grid_constant__ LaunchedDynamicK problem) {
+__global__ void __launch_bounds__(kThreads, 4) candidate_kernel(const __grid_constant__ LaunchedDynamicK problem) {
   MG_OPS_SHARED(StagedObjects, shared);
   const uint32_t blocks = blocks_an_image(problem);
   const uint32_t image = blockIdx.x / blocks;
@@ -184,7 +184,7 @@ struct SelectShared {
   Word64 found[kMaxK];  // by rank
 };
 
-__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ LaunchedDynamicK problem) {
+__global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_constant__ LaunchedDynamicK problem) {
   MG_OPS_SHARED(SelectShared, shared);
   const Object object = problem.scratch.objects[blockIdx.x];
   const uint32_t image = image_of(problem, problem.scratch, blockIdx.x);
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   }
 }
 
-__global__ void __launch_bounds__(kThreads) label_kernel(const __grid_constant__ LaunchedDynamicK problem) {
+__global__ void __launch_bounds__(kThreads, 4) label_kernel(const __grid_constant__ LaunchedDynamicK problem) {
   MG_OPS_SHARED(StagedObjects, shared);
   const uint32_t blocks = blocks_an_image(problem);
   const uint32_t image = blockIdx.x / blocks;

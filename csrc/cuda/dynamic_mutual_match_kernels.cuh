@@ -45,7 +45,7 @@ MG_OPS_DEVICE int64_t* match_of(const DynamicMutualProblem& problem, int task) {
   return task == 0 ? problem.cls_match : problem.loc_match;
 }
 
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ LaunchedDynamicMutual problem) {
+__global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ LaunchedDynamicMutual problem) {
   prepare_objects(problem, problem.scratch);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index < problem.num_gt) {
@@ -68,7 +68,7 @@ MG_OPS_DEVICE int64_t key_of(const Claim& claim) {
   return claim.order != 0 ? static_cast<int64_t>(claim_key(claim.order, claim.owner)) : 0;
 }
 
-__global__ void __launch_bounds__(kThreads) claim_kernel(const __grid_constant__ LaunchedDynamicMutual problem) {
+__global__ void __launch_bounds__(kThreads, 4) claim_kernel(const __grid_constant__ LaunchedDynamicMutual problem) {
   MG_OPS_SHARED(StagedObjects, shared);
   const uint32_t blocks = blocks_an_image(problem);
   const uint32_t image = blockIdx.x / blocks;
@@ -115,7 +115,7 @@ struct SelectShared {
   Word64 found[kMaxK];  // by rank
 };
 
-__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ LaunchedDynamicMutual problem) {
+__global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_constant__ LaunchedDynamicMutual problem) {
   MG_OPS_SHARED(SelectShared, shared);
   const int task = static_cast<int>(blockIdx.x % kTasks);
   const uint32_t number = blockIdx.x / kTasks;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   (task == 0 ? problem.num_pos : problem.num_loc_pos)[number] = count;
 }
 
-__global__ void __launch_bounds__(kThreads) label_kernel(const __grid_constant__ LaunchedDynamicMutual problem) {
+__global__ void __launch_bounds__(kThreads, 4) label_kernel(const __grid_constant__ LaunchedDynamicMutual problem) {
   MG_OPS_SHARED(StagedObjects, shared);
   const uint32_t blocks = blocks_an_image(problem);
   const uint32_t image = blockIdx.x / blocks;

@@ -66,7 +66,7 @@ MG_OPS_DEVICE float metric_with(const TaskAlignedProblem& problem, uint32_t imag
   return pair_metric(problem, p, overlap, power(overlap, problem.beta));
 }
 
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
+__global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
   prepare_objects(problem, problem.scratch);
   prepare_groups(problem, problem.scratch);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   }
 }
 
-__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
+__global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
   MG_OPS_SHARED(SelectedShared, shared);
   const Object object = problem.scratch.objects[blockIdx.x];
   const uint32_t image = image_of(problem, problem.scratch, blockIdx.x);
@@ -129,7 +129,7 @@ MG_OPS_DEVICE void raise_largest(const LaunchedTaskAligned& problem, uint32_t ob
   atomicMax(problem.largest_overlap + object, float_bits(overlap));
 }
 
-__global__ void __launch_bounds__(kThreads) resolve_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
+__global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
   MG_OPS_SHARED(StagedObjects, shared);
   const uint32_t blocks = blocks_an_image(problem);
   const uint32_t image = blockIdx.x / blocks;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) resolve_kernel(const __grid_constant
   problem.cls_match[place_of(problem, image, anchor)] = label;
 }
 
-__global__ void __launch_bounds__(kThreads) keep_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
+__global__ void __launch_bounds__(kThreads, 4) keep_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
   MG_OPS_SHARED(SelectedShared, shared);
   const Object object = problem.scratch.objects[blockIdx.x];
   const uint32_t image = image_of(problem, problem.scratch, blockIdx.x);
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) keep_kernel(const __grid_constant__ 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) label_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
+__global__ void __launch_bounds__(kThreads, 4) label_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
   const int64_t place = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (place >= problem.batch_size * problem.num_anchors) {
     return;
