@@ -60,11 +60,14 @@ def _load_library() -> str:
     try:
         torch.ops.load_library(LIBRARY_FILE)
         found = {name: str(getattr(torch.ops.mg_ops, name).default._schema) for name in _COMPILED_OPERATORS}
-    except (OSError, RuntimeError, AttributeError) as error:
+    except AttributeError:
+        found = {}  # an operator is missing
+    except (OSError, RuntimeError) as error:
         reason = error.__cause__ or error  # torch puts the loader's words into the cause
         return f"{LIBRARY_FILE.name} does not load under torch {torch.__version__} ({reason}): install mg_ops again"
     if found != {name: f"mg_ops::{name}{signature}" for name, signature in _COMPILED_OPERATORS.items()}:
-        return f"{LIBRARY_FILE.name} was built from other sources than these Python files: install mg_ops again"
+        name = LIBRARY_FILE.name
+        return f"{name} was built from other sources than these Python files: run `make build`, or install mg_ops again"
     return ""
 
 

@@ -64,7 +64,7 @@ def focal_loss(
 def quality_focal_loss(
     cls_logits: Tensor,
     class_targets: Tensor,
-    soft_targets: Tensor,
+    soft_targets: Tensor | None,
     *,
     beta: float = 2.0,
     normalizer: Tensor | float | None = None,
@@ -75,8 +75,8 @@ def quality_focal_loss(
     Args:
         cls_logits: as of `focal_loss`, like class_targets, normalizer and backend.
         class_targets: the labels.
-        soft_targets: (B, A) floating in [0, 1]: the target at the label, such as the IoU of the predicted box. Read at
-            positives only; no gradient flows into it.
+        soft_targets: (B, A) floating in [0, 1]: the target at the label, such as the IoU of the predicted box; None: 1.
+            Read at positives only; no gradient flows into it.
         beta: exponent of the modulating factor abs(target - p), at least 0.
         normalizer: what the sum is divided by.
         backend: None for the best one.
@@ -95,7 +95,7 @@ def quality_focal_loss(
 def varifocal_loss(
     cls_logits: Tensor,
     class_targets: Tensor,
-    soft_targets: Tensor,
+    soft_targets: Tensor | None,
     *,
     alpha: float = 0.75,
     gamma: float = 2.0,
@@ -108,7 +108,7 @@ def varifocal_loss(
         cls_logits: as of `focal_loss`, like class_targets, normalizer and backend.
         class_targets: the labels.
         soft_targets: (B, A) floating in [0, 1]: target and weight at the label; an anchor with 0 counts as background.
-            Read at positives only; no gradient flows into it.
+            None: 1. Read at positives only; no gradient flows into it.
         alpha: weight of the negatives, at least 0.
         gamma: exponent of the modulating factor of the negatives, at least 0.
         normalizer: what the sum is divided by.
@@ -127,7 +127,7 @@ def varifocal_loss(
 def soft_bce_loss(
     cls_logits: Tensor,
     class_targets: Tensor,
-    soft_targets: Tensor,
+    soft_targets: Tensor | None,
     *,
     normalizer: Tensor | float | None = None,
     backend: str | None = None,
@@ -137,8 +137,8 @@ def soft_bce_loss(
     Args:
         cls_logits: as of `focal_loss`, like class_targets, normalizer and backend.
         class_targets: the labels.
-        soft_targets: (B, A) floating in [0, 1]: the target at the label; all other classes have 0. Read at positives
-            only; no gradient flows into it.
+        soft_targets: (B, A) floating in [0, 1]: the target at the label; all other classes have 0. None: 1. Read
+            at positives only; no gradient flows into it.
         normalizer: what the sum is divided by, such as the sum of the soft targets.
         backend: None for the best one.
 

@@ -70,6 +70,11 @@ class MutualMatch(NamedTuple):
         """(B, A) bool: the anchors that the classification loss leaves out."""
         return self.cls_match == IGNORED
 
+    @property
+    def soft_targets(self) -> None:
+        """None, as of `mg_ops.Match` where the classification target of a positive is 1."""
+        return
+
 
 @dataclass(frozen=True)
 class MutualMatcher(Matcher[MutualMatch]):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import Target, fuzz_cases
@@ -189,9 +190,17 @@ def test_sizes_that_do_not_fit_the_anchors_raise(target: Target, level_sizes: li
     [
         ({"level_sizes": 5}, TypeError, "^level_sizes: expected a list of numbers of anchors, one a level, got int"),
         ({"level_sizes": torch.tensor([1])}, TypeError, "^level_sizes: expected a list"),
-        ({"level_sizes": [1, True]}, TypeError, r"^level_sizes\[1\]: expected an integer, got bool"),
-        ({"level_sizes": [0.5, 0.5]}, TypeError, r"^level_sizes\[0\]: expected an integer, got float"),
-        ({"level_sizes": [2, -1]}, ValueError, r"^level_sizes\[1\]: expected at least 0, got -1"),
+        (
+            {"level_sizes": [1, True]},
+            TypeError,
+            r"^level_sizes\[1\]: expected an integer from 0 to 2147483647, got bool",
+        ),
+        (
+            {"level_sizes": [0.5, 0.5]},
+            TypeError,
+            r"^level_sizes\[0\]: expected an integer from 0 to 2147483647, got float",
+        ),
+        ({"level_sizes": [2, -1]}, ValueError, r"^level_sizes\[1\]: expected an integer from 0 to 2147483647, got -1"),
         ({"level_sizes": [0] * 16 + [1]}, ValueError, "^level_sizes: expected at most 16 levels, got 17"),
         ({"k": 0}, ValueError, "^k: expected an integer from 1 to 128, got 0"),
         ({"k": 129}, ValueError, "^k: expected an integer from 1 to 128, got 129"),
@@ -296,6 +305,25 @@ def test_pyramids(compiled_target: Target) -> None:
         image = random_image(seed)
         expected = match_of(image, Target("eager", "cpu"))
         assert_same_match(match_of(image, compiled_target), expected, f"seed {seed}")
+
+
+@pytest.mark.parametrize(
+    ("level_sizes", "error", "message"),
+    [
+        ([3], ValueError, "^level_sizes: expected a sum of 2, the number of anchors, got 3 of 1 levels"),
+        ([2**63], ValueError, r"^level_sizes\[0\]: expected an integer from 0 to 2147483647, got 9223372036854775808"),
+        (b"\x02", TypeError, "^level_sizes: expected a list of numbers of anchors, one a level, got bytes"),
+        ([2.0], TypeError, r"^level_sizes\[0\]: expected an integer from 0"),
+    ],
+)
+def test_wrong_level_sizes_say_so(target: Target, level_sizes: Any, error: type[Exception], message: str) -> None:
+    anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0]], device=target.device)
+    objects = [anchors[:1]], [torch.zeros(1, dtype=torch.int64, device=target.device)]
+    with pytest.raises(error, match=message):
+        mg_ops.atss_match(anchors, *objects, level_sizes=level_sizes, backend=target.backend)
+    sizes = np.array([2])
+    match = mg_ops.atss_match(anchors, *objects, level_sizes=list(sizes), k=np.int64(2), backend=target.backend)
+    assert match.cls_match.shape == (1, 2)
 
 
 def test_crowded_pyramids(compiled_target: Target) -> None:

@@ -382,6 +382,13 @@ def test_a_matcher_compiles(rule: str, target: Target) -> None:
         assert_same_match(compiled(**arguments | objects), matcher(**arguments | objects), count)
 
 
+def test_dynamic_shapes_compile(rule: str, target: Target) -> None:
+    arguments = to_device(usual_arguments(rule), target.device) | {"backend": target.backend}
+    torch._dynamo.reset()
+    compiled = torch.compile(RULES[rule].function, dynamic=True, backend="eager")
+    assert_same_match(compiled(**arguments), RULES[rule].function(**arguments))
+
+
 @pytest.mark.parametrize("mode", ["autocast", "inference_mode", "no_grad", "float64 default"])
 def test_modes_do_not_change_the_result(rule: str, target: Target, mode: str) -> None:
     arguments = to_device(usual_arguments(rule), target.device)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mg_ops.boxes import BoxCoder
+from mg_ops.checks import join_levels
 from mg_ops.matcher import Call, GroundTruth, Levels, Matcher, PerObject
 from mg_ops.matching import call_operator
-from mg_ops.rules.options import check_atss_options
+from mg_ops.rules.options import check_atss_options, check_level_sum
 from mg_ops.rules.result import Match
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def atss_match(
         anchors,
         (gt_boxes, gt_labels, gt_offsets),
         options,
-        lambda: None,
+        lambda: check_level_sum(len(join_levels("anchors", anchors)), options[0]),
         reader="atss_match",
         reads_boxes=False,
         reads_scores=False,

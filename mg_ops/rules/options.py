@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import SupportsIndex
 
-from mg_ops.checks import MAX_FLOAT, check_iou_thresholds, check_number, check_threshold, describe
+from torch import Tensor
+
+from mg_ops.checks import MAX_COUNT, MAX_FLOAT, check_iou_thresholds, check_number, check_threshold, describe
 
 MAX_K = 128
 """The most anchors that an object selects; csrc/ranked.h."""
@@ -46,8 +49,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> int:
 
 def check_count(name: str, value: object, low: int, high: int) -> int:
     """Raises unless value is an integer in this range; returns it."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name}: expected an integer from {low} to {high}, got {describe(value)}")
+    value = value if isinstance(value, int) else value.__index__()  # NumPy has integers of its own
     if not low <= value <= high:
         raise ValueError(f"{name}: expected an integer from {low} to {high}, got {value}")
     return value
@@ -67,7 +71,8 @@ def check_task_aligned_options(
     crowd_overlap: object,
 ) -> tuple[float, float, int, int, bool, bool, int, float, float, float, float]:
     """Raises unless they are the options of the operator `task_aligned_match`; returns them, the numbers as floats."""
-    exponent, length = f"an exponent in [0, {MAX_EXPONENT:g}]", "a finite number of at least 0"
+    # Spelled out: torch.compile(dynamic=True) would take the number for a symbol.
+    exponent, length = "an exponent in [0, 64]", "a finite number of at least 0"
     return (
         check_from_zero("alpha", alpha, MAX_EXPONENT, exponent),
         check_from_zero("beta", beta, MAX_EXPONENT, exponent),
@@ -134,16 +139,13 @@ def check_not_negative(name: str, value: object) -> float:
 
 def check_level_sizes(value: object) -> tuple[int, ...]:
     """Raises unless they are numbers of anchors, one a level; returns them."""
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise TypeError(f"level_sizes: expected a list of numbers of anchors, one a level, got {describe(value)}")
     if len(value) > MAX_LEVELS:
         raise ValueError(f"level_sizes: expected at most {MAX_LEVELS} levels, got {len(value)}")
     for level, size in enumerate(value):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"level_sizes[{level}]: expected an integer, got {describe(size)}")
-        if size < 0:
-            raise ValueError(f"level_sizes[{level}]: expected at least 0, got {size}")
-    return tuple(value)
+        check_count(f"level_sizes[{level}]", size, 0, MAX_COUNT)
+    return tuple(map(int, value))
 
 
 def check_atss_options(
