@@ -144,8 +144,8 @@ inline void run_rule(const RuleKernels& kernels, const MatchProblem& problem, co
                                  ? run_images(kernels, problem, anchor_tiles.get(), num_tiles, num_threads)
                                  : run_split_images(kernels, problem, anchor_tiles.get(), num_tiles);
   if (!enough_memory) {
-    fail(operator_name, ": not enough memory for ", problem.batch_size, " images of ", problem.num_anchors, " anchors, with ", problem.num_gt,
-         " objects in all");
+    fail(operator_name, ": not enough memory for ", problem.batch_size, " images of ", problem.num_anchors,
+         " anchors, with ", problem.num_gt, " objects in all");
   }
 }
 
