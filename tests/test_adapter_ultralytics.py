@@ -356,6 +356,42 @@ assert calls and all(assigner.matcher == matcher for assigner in calls)
 print("calls", len(calls))
 """
 
+FUSED_TRAINING = """
+import sys
+import torch
+from ultralytics import YOLO
+from ultralytics.utils.tal import TaskAlignedAssigner
+from benchmarks.upstream import unexplained_of_task_aligned
+from mg_ops.adapters import ultralytics as adapter
+
+forward, seen = adapter.FusedAssigner.forward, [0, 0]
+
+def compare(self, scores, boxes, points, labels, objects, mask):
+    results = forward(self, scores, boxes, points, labels, objects, mask)
+    rule = self.matcher
+    real = TaskAlignedAssigner(
+        topk=rule.k, num_classes=self.num_classes, alpha=rule.alpha, beta=rule.beta, stride=[8, 16, 32],
+        topk2=rule.k_after_conflict,
+    )
+    *_, foreground, index = real(scores, boxes, points, labels, objects, mask)
+    for image in range(len(scores)):
+        count = int(mask[image].sum())
+        wanted = torch.where(foreground[image].bool(), index[image], -1)
+        of_image = scores[image], boxes[image], objects[image, :count], labels[image, :count, 0].long()
+        assert unexplained_of_task_aligned(self.match.cls_match[image], wanted, rule, points, *of_image) == []
+        seen[0] += int((wanted >= 0).sum())
+        seen[1] += int((self.match.cls_match[image] != wanted).sum())
+    return results
+
+adapter.FusedAssigner.forward = compare
+options = dict(data="data.yaml", imgsz=64, batch=2, workers=0, device="cpu", plots=False)
+model = YOLO(sys.argv[1] + ".yaml")
+model.add_callback("on_pretrain_routine_end", adapter.fuse_trainer)
+model.train(epochs=4, project=sys.argv[2], name="run", **options)
+assert seen[0] > 100
+print("positives", seen[0], "differ", seen[1])
+"""
+
 LOADING = """
 import sys
 sys.modules["mg_ops"] = None  # importing it fails
@@ -370,7 +406,9 @@ print("classes", sorted(model.names.values()))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
-def test_checkpoints_of_a_guided_training_load_without_mg_ops(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("training", ["guided", "fused"])
+def test_checkpoints_of_a_training_load_without_mg_ops(tmp_path: Path, name: str, training: str) -> None:
+    """And in the fused one every label of every step is that of ultralytics' own assigner, or a near tie."""
     pytest.importorskip("ultralytics", reason="ultralytics is not installed")
     for index in range(4):
         drawn = random_objects((64, 64), index)
@@ -385,7 +423,8 @@ def test_checkpoints_of_a_guided_training_load_without_mg_ops(tmp_path: Path, na
         f"path: {tmp_path}\ntrain: images\nval: images\nnames: {{0: square, 1: disc}}\n"
     )
     environment = {**os.environ, "YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "true", "PYTHONPATH": str(ROOT)}
-    for script, arguments, said in ((TRAINING, [name], "calls 4"), (LOADING, [], "classes ['disc', 'square']")):
+    first = (TRAINING, [name], "calls 4") if training == "guided" else (FUSED_TRAINING, [name], "positives")
+    for script, arguments, said in (first, (LOADING, [], "classes ['disc', 'square']")):
         command = [sys.executable, "-c", script, *arguments, str(tmp_path / "runs")]
         finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert finished.returncode == 0, finished.stdout + finished.stderr

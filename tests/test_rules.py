@@ -382,11 +382,13 @@ def test_a_matcher_compiles(rule: str, target: Target) -> None:
         assert_same_match(compiled(**arguments | objects), matcher(**arguments | objects), count)
 
 
-def test_dynamic_shapes_compile(rule: str, target: Target) -> None:
-    arguments = to_device(usual_arguments(rule), target.device) | {"backend": target.backend}
+def test_a_matcher_compiles_with_dynamic_shapes(rule: str, target: Target) -> None:
+    arguments = to_device(usual_arguments(rule), target.device)
+    options = take_options(rule, arguments)
+    matcher = RULES[rule].matcher(**options, backend=target.backend)
     torch._dynamo.reset()
-    compiled = torch.compile(RULES[rule].function, dynamic=True, backend="eager")
-    assert_same_match(compiled(**arguments), RULES[rule].function(**arguments))
+    compiled = torch.compile(matcher.__call__, dynamic=True, backend="eager")
+    assert_same_match(compiled(**arguments), matcher(**arguments))
 
 
 @pytest.mark.parametrize("mode", ["autocast", "inference_mode", "no_grad", "float64 default"])
