@@ -35,7 +35,7 @@ from benchmarks.objects import read_objects
 
 ONE_BATCH = 16  # images of a batch in the comparison of labels
 CALLS_A_TURN = 10  # of ours, for one of theirs
-MOST_PAIRS = 200_000_000  # of anchors and objects in an image, of which libraries keep several matrices
+MOST_NUMBERS = 500_000_000  # of an image's matrix, of which libraries keep several: anchors x objects (x classes)
 
 
 class Image(NamedTuple):
@@ -417,8 +417,10 @@ def time_calls(rules: list[Upstream], turns: int) -> None:
     ):
         for one in rules:
             own_case = case_of(one, case)
-            num_pairs = len(own_case.make_anchors()) * (case.objects_per_image or 0)
-            if num_pairs > MOST_PAIRS or (case is many_classes and not one.of_points):
+            num_numbers = len(own_case.make_anchors()) * (case.objects_per_image or 0)
+            if one.rule in ("simota_match", "dynamic_soft_label_match"):
+                num_numbers *= case.num_classes
+            if num_numbers > MOST_NUMBERS or (case is many_classes and not one.of_points):
                 continue
             sizes = level_sizes(*case.image_size) if one.by_level else []
             batch = make_batches(own_case, None, 1, 0, "cpu")[0]
