@@ -86,64 +86,118 @@ static void power_of_tile(const float* x, Exponent exponent, float* result) {
   }
 }
 
-static void select_of_slot(const RankedWork& work, int32_t slot, BestKeys& best) {
+// Candidates of a slot, gathered over tiles, most of which have a few: the arithmetic then runs on whole vectors.
+struct Gathered {
+  int64_t size = 0;
+  alignas(64) float x1[kTileSize], y1[kTileSize], x2[kTileSize], y2[kTileSize], area[kTileSize];
+  uint32_t anchor[kTileSize];
+};
+
+// Shows the gathered anchors, which ascend, to the slot's best ones.
+static void evaluate(const RankedWork& work, int32_t slot, float object_angle, Gathered& gathered, BestKeys& best) {
   const TaskAlignedProblem& problem = problem_of(work);
-  const Box object = object_of(work, slot), gate = gate_of(work, slot);
-  const float area = work.area[slot], object_angle = box_angle(object);
+  const Box object = object_of(work, slot);
+  const float area = work.area[slot];
   // Where x**beta is no product, it may be a little smaller for a larger x.
   const float slack = problem.beta.halves >= 0 ? 1.0f : 1.00001f;
   alignas(64) uint8_t wanted[kTileSize];
   alignas(64) float overlap_with[kTileSize], possible[kTileSize];  // overlap, and overlap**beta
-  // Leaves those of the wanted anchors whose overlap may be enough. Whether any is left.
-  const auto drop_hopeless = [&] {
+  for (int64_t i = gathered.size; i < kTileSize; ++i) {            // overlaps nothing
+    gathered.x1[i] = gathered.y1[i] = gathered.x2[i] = gathered.y2[i] = gathered.area[i] = 0.0f;
+  }
+  // Marks the anchors whose overlap may be enough. Whether any is.
+  const auto mark_hopeful = [&] {
     power_of_tile(overlap_with, problem.beta, possible);
     const uint32_t floor = key_order(best.floor());
     uint8_t any = 0;
     for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
-      wanted[i] &= (overlap_with[i] > 0.0f) & (iou_order(slack * possible[i]) > floor);
+      wanted[i] = (overlap_with[i] > 0.0f) & (iou_order(slack * possible[i]) > floor);
       any |= wanted[i];
     }
     return any != 0;
   };
+  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+    overlap_with[i] =
+        box_iou({gathered.x1[i], gathered.y1[i], gathered.x2[i], gathered.y2[i]}, gathered.area[i], object, area);
+  }
+  bool any = mark_hopeful();
+  if (any && problem.by_ciou) {
+    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+      const float iou = overlap_with[i];
+      const Box box = {gathered.x1[i], gathered.y1[i], gathered.x2[i], gathered.y2[i]};
+      const float ciou = positive_ciou(box, object, object_angle, iou);
+      overlap_with[i] = iou > 0.0f ? ciou : 0.0f;
+    }
+    any = mark_hopeful();
+  }
+  gathered.size = 0;
+  if (!any) {
+    return;
+  }
+  for_marked(wanted, [&](int64_t i) {
+    if (iou_order(possible[i]) <= key_order(best.floor())) {
+      return;  // the floor has risen meanwhile
+    }
+    const float p = probability_of(work, gathered.anchor[i], slot);
+    const float metric = pair_metric(problem, p, overlap_with[i], possible[i]);
+    if (metric > 0.0f) {
+      best.add(claim_key(iou_order(metric), gathered.anchor[i]));
+    }
+  });
+}
+
+static void select_of_slot(const RankedWork& work, int32_t slot, BestKeys& best) {
+  const TaskAlignedProblem& problem = problem_of(work);
+  const Box object = object_of(work, slot), gate = gate_of(work, slot);
+  const float object_angle = box_angle(object);
+  const float slack = problem.beta.halves >= 0 ? 1.0f : 1.00001f;
   const TileBoxes& inside_bounds = problem.inside_first ? work.points_bounds : work.predicted_bounds;
   const Box& inside_of = problem.inside_first ? gate : object;
+  Gathered gathered;
   for_tiles_near(work, work.predicted_bounds, object, inside_bounds, inside_of, [&](int64_t tile_index) {
     const BoxTile& tile = work.predicted[tile_index];
     const float largest = slack * power(largest_possible_iou(tile, work, slot), problem.beta);
     if (iou_order(largest) <= key_order(best.floor())) {
       return;
     }
+    alignas(64) uint8_t wanted[kTileSize];
     if (!problem.inside_first) {
       std::memset(wanted, 1, sizeof wanted);
     } else if (!find_inside(work.points[tile_index], gate, problem.center_margin, wanted)) {
       return;
     }
-    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
-      overlap_with[i] = box_iou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i], object, area);
+    int64_t count = 0;
+    for (int64_t i = 0; i < kTileSize; ++i) {
+      count += wanted[i];
     }
-    bool any = drop_hopeless();
-    if (any && problem.by_ciou) {
-      for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
-        const float iou = overlap_with[i];
-        const float ciou = positive_ciou({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, object, object_angle, iou);
-        overlap_with[i] = iou > 0.0f ? ciou : 0.0f;
+    if (gathered.size + count > kTileSize) {
+      evaluate(work, slot, object_angle, gathered, best);
+    }
+    if (count == kTileSize) {
+      std::memcpy(gathered.x1, tile.x1, sizeof tile.x1);
+      std::memcpy(gathered.y1, tile.y1, sizeof tile.y1);
+      std::memcpy(gathered.x2, tile.x2, sizeof tile.x2);
+      std::memcpy(gathered.y2, tile.y2, sizeof tile.y2);
+      std::memcpy(gathered.area, tile.area, sizeof tile.area);
+      for (int64_t i = 0; i < kTileSize; ++i) {
+        gathered.anchor[i] = static_cast<uint32_t>(tile_index * kTileSize + i);
       }
-      any = drop_hopeless();
-    }
-    if (!any) {
+      gathered.size = kTileSize;
       return;
     }
     for_marked(wanted, [&](int64_t i) {
-      if (iou_order(possible[i]) <= key_order(best.floor())) {
-        return;  // the floor has risen meanwhile
-      }
-      const uint32_t anchor = static_cast<uint32_t>(tile_index * kTileSize + i);
-      const float metric = pair_metric(problem, probability_of(work, anchor, slot), overlap_with[i], possible[i]);
-      if (metric > 0.0f) {
-        best.add(claim_key(iou_order(metric), anchor));
-      }
+      const int64_t place = gathered.size++;
+      gathered.x1[place] = tile.x1[i];
+      gathered.y1[place] = tile.y1[i];
+      gathered.x2[place] = tile.x2[i];
+      gathered.y2[place] = tile.y2[i];
+      gathered.area[place] = tile.area[i];
+      gathered.anchor[place] = static_cast<uint32_t>(tile_index * kTileSize + i);
     });
   });
+  if (gathered.size > 0) {
+    evaluate(work, slot, object_angle, gathered, best);
+  }
 }
 
 static void select_by_metric(ImageWork& work, int64_t slot_begin, int64_t slot_end) {
