@@ -73,31 +73,27 @@ def detection_loss(
             where these rules come from; of a match with weights of its own for boxes, these do.
         box_loss: one of BOX_LOSSES.
     """
-    soft_targets = None if cls_loss == "focal" or isinstance(match, MutualMatch) else match.soft_targets
-    box_weights = (
-        match.loc_weights if soft_targets is not None and isinstance(match, DynamicMutualMatch) else soft_targets
-    )
+    soft_targets = None if cls_loss == "focal" else match.soft_targets
+    box_weights = soft_targets
+    if isinstance(match, DynamicMutualMatch) and soft_targets is not None:
+        box_weights = match.loc_weights
     class_targets = encode_class_targets(match, gt_boxes, gt_labels, gt_offsets, num_classes=cls_logits.shape[-1])
     num_positives = torch.stack([(class_targets >= 0).sum(), match.loc_positive.sum()]).float()
-    if soft_targets is None or box_weights is None:
-        normalizers = num_positives.clone()
-    else:
+    normalizers = num_positives.clone()
+    if soft_targets is not None and box_weights is not None:
         normalizers = torch.stack([soft_targets.sum(), box_weights.sum()])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(normalizers)
         normalizers /= torch.distributed.get_world_size()
     # No object in the whole batch, or hardly any target: the background alone makes the loss.
-    normalizers = (
-        normalizers.clamp(min=1.0) if soft_targets is not None else torch.where(normalizers > 0, normalizers, 1.0)
-    )
+    normalizers = torch.where(normalizers > 0, normalizers, 1.0)
     if soft_targets is None:
-        of_classes = focal_loss(
-            cls_logits, class_targets, alpha=focal_alpha, gamma=focal_gamma, normalizer=normalizers[0]
-        )
+        classification = partial(focal_loss, alpha=focal_alpha, gamma=focal_gamma)
     else:
-        of_classes = SOFT_LOSSES[cls_loss](cls_logits, class_targets, soft_targets, normalizer=normalizers[0])
+        normalizers = normalizers.clamp(min=1.0)
+        classification = partial(SOFT_LOSSES[cls_loss], soft_targets=soft_targets)
     return DetectionLoss(
-        of_classes,
+        classification(cls_logits, class_targets, normalizer=normalizers[0]),
         BOX_LOSSES[box_loss](
             box_deltas,
             match.loc_match,

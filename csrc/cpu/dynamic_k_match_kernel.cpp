@@ -107,7 +107,7 @@ static bool bound_centers(CandidateTile& tile, const uint8_t* marked) {
   Box box = {kMaxFloat, kMaxFloat, -kMaxFloat, -kMaxFloat};
   float widest = 0.0f;
   tile.count = 0;
-  for_marked(marked, [&](int64_t i) {
+  for_marked<kTileSize>(marked, [&](int64_t i) {
     box = {min_float(box.x1, tile.x[i]), min_float(box.y1, tile.y[i]), max_float(box.x2, tile.x[i]),
            max_float(box.y2, tile.y[i])};
     widest = max_float(widest, tile.width[i]);
@@ -186,7 +186,7 @@ static void sum_of_candidates(const DynamicKWork& work, int64_t first, const uin
   std::fill_n(sums, kTileSize, kNoCandidate);
   with_type(scores, [&](auto* data) {
     const auto* rows = data + work.image * scores.image_stride + first * scores.row_stride;
-    for_marked(marked, [&](int64_t i) {
+    for_marked<kTileSize>(marked, [&](int64_t i) {
       sums[i] = sum_over_classes<kIsProbability, kIsSoft>(rows + i * scores.row_stride, scores.column_stride,
                                                           work.problem->num_classes);
     });
@@ -256,7 +256,7 @@ static int32_t count_selected(const DynamicKWork& work, int32_t slot, uint64_t* 
     for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
       wanted[i] = (iou[i] > floor) & (tile.sum[i] >= 0.0f);
     }
-    for_marked(wanted, [&](int64_t i) {
+    for_marked<kTileSize>(wanted, [&](int64_t i) {
       best.add(claim_key(iou_order(iou[i]), static_cast<uint32_t>(tile_index * kTileSize + i)));
     });
   }
@@ -279,7 +279,7 @@ static void load_scores(const ImageWork& work, int64_t slot, int64_t first, cons
   with_type(scores, [&](auto* data) {
     const auto* column =
         data + work.image * scores.image_stride + first * scores.row_stride + work.label[slot] * scores.column_stride;
-    for_marked(marked, [&](int64_t i) { result[i] = to_float(column[i * scores.row_stride]); });
+    for_marked<kTileSize>(marked, [&](int64_t i) { result[i] = to_float(column[i * scores.row_stride]); });
   });
 }
 
@@ -315,7 +315,7 @@ static void select_of_tile(const DynamicKWork& work, int32_t slot, int64_t tile_
     const float of_class = class_cost(tile.sum[i], score[i], iou[i], kIsProbability, kRule == DynamicKRule::kSoftLabel);
     order[i] = cost_order((of_class * cls_weight + of_iou[i]) + of_place[i]);
   }
-  for_marked(wanted, [&](int64_t i) { best.add(claim_key(order[i], static_cast<uint32_t>(first + i))); });
+  for_marked<kTileSize>(wanted, [&](int64_t i) { best.add(claim_key(order[i], static_cast<uint32_t>(first + i))); });
 }
 
 template <DynamicKRule kRule, bool kIsProbability>

@@ -251,6 +251,18 @@ MG_OPS_INLINE bool find_inside(const PointTile& tile, const Box& gate, float mar
   return any != 0;
 }
 
+// Calls visit(i) for each of these bytes that is 1, in ascending order.
+template <int64_t kCount, class Visit>
+MG_OPS_INLINE void for_marked(const uint8_t* marked, Visit visit) {
+  for (int64_t word = 0; word < kCount; word += 8) {
+    uint64_t bytes;
+    std::memcpy(&bytes, marked + word, sizeof bytes);
+    for (; bytes != 0; bytes &= bytes - 1) {
+      visit(word + (__builtin_ctzll(bytes) >> 3));
+    }
+  }
+}
+
 // Calls visit(tile), in ascending order, for the tiles whose bounds overlap the box, and whose other bounds the other.
 template <class Visit>
 MG_OPS_INLINE void for_tiles_near(const RankedWork& work, const TileBoxes& bounds, const Box& box,
@@ -263,25 +275,7 @@ MG_OPS_INLINE void for_tiles_near(const RankedWork& work, const TileBoxes& bound
     for (int64_t i = 0; i < kTileBlock; ++i) {  // vector loop
       near[i] = overlaps(bounds, begin + i, box) & overlaps(other_bounds, begin + i, other_box);
     }
-    uint64_t words[kTileBlock / 8];
-    std::memcpy(words, near, sizeof words);
-    for (int64_t word = 0; word < kTileBlock / 8; ++word) {
-      for (uint64_t bytes = words[word]; bytes != 0; bytes &= bytes - 1) {
-        visit(begin + 8 * word + (__builtin_ctzll(bytes) >> 3));
-      }
-    }
-  }
-}
-
-// Calls visit(i) for each of the 64 bytes that is 1, in ascending order.
-template <class Visit>
-MG_OPS_INLINE void for_marked(const uint8_t* marked, Visit visit) {
-  for (int64_t word = 0; word < kTileSize; word += 8) {
-    uint64_t bytes;
-    std::memcpy(&bytes, marked + word, sizeof bytes);
-    for (; bytes != 0; bytes &= bytes - 1) {
-      visit(word + (__builtin_ctzll(bytes) >> 3));
-    }
+    for_marked<kTileBlock>(near, [&](int64_t i) { visit(begin + i); });
   }
 }
 
@@ -293,13 +287,7 @@ MG_OPS_INLINE void for_slots_around(const RankedWork& work, Point point, float m
     for (int32_t i = 0; i < kSlotBlock; ++i) {  // vector loop
       inside[i] = is_inside(point, gate_of(work, begin + i), margin);
     }
-    uint64_t words[kSlotBlock / 8];
-    std::memcpy(words, inside, sizeof words);
-    for (int32_t word = 0; word < kSlotBlock / 8; ++word) {
-      for (uint64_t bytes = words[word]; bytes != 0; bytes &= bytes - 1) {
-        visit(begin + 8 * word + (__builtin_ctzll(bytes) >> 3));
-      }
-    }
+    for_marked<kSlotBlock>(inside, [&](int64_t i) { visit(static_cast<int32_t>(begin + i)); });
   }
 }
 

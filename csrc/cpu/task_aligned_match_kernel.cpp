@@ -134,7 +134,7 @@ static void evaluate(const RankedWork& work, int32_t slot, float object_angle, G
   if (!any) {
     return;
   }
-  for_marked(wanted, [&](int64_t i) {
+  for_marked<kTileSize>(wanted, [&](int64_t i) {
     if (iou_order(possible[i]) <= key_order(best.floor())) {
       return;  // the floor has risen meanwhile
     }
@@ -185,7 +185,7 @@ static void select_of_slot(const RankedWork& work, int32_t slot, BestKeys& best)
       gathered.size = kTileSize;
       return;
     }
-    for_marked(wanted, [&](int64_t i) {
+    for_marked<kTileSize>(wanted, [&](int64_t i) {
       const int64_t place = gathered.size++;
       gathered.x1[place] = tile.x1[i];
       gathered.y1[place] = tile.y1[i];
