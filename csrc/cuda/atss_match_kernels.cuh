@@ -186,8 +186,8 @@ MG_OPS_DEVICE void find_nearest(const LaunchedAtss& problem, int32_t level, Poin
 __global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_constant__ LaunchedAtss problem) {
   MG_OPS_SHARED(Candidates, shared);
   const Object object = problem.scratch.objects[blockIdx.x];
-  const uint32_t image = image_of(problem, problem.scratch.image_starts, blockIdx.x);
-  if (object.kind != ObjectKind::kObject || image >= problem.batch_size) {
+  const uint32_t image = image_of(problem, problem.scratch, blockIdx.x);
+  if (object.kind != ObjectKind::kObject || image == problem.batch_size) {
     return;
   }
   int32_t first = 0;

@@ -187,8 +187,8 @@ struct SelectShared {
 __global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_constant__ LaunchedDynamicK problem) {
   MG_OPS_SHARED(SelectShared, shared);
   const Object object = problem.scratch.objects[blockIdx.x];
-  const uint32_t image = image_of(problem, problem.scratch.image_starts, blockIdx.x);
-  if (object.kind != ObjectKind::kObject || image >= problem.batch_size || problem.num_candidates[image] == 0) {
+  const uint32_t image = image_of(problem, problem.scratch, blockIdx.x);
+  if (object.kind != ObjectKind::kObject || image == problem.batch_size || problem.num_candidates[image] == 0) {
     return;
   }
   const uint32_t index = blockIdx.x - static_cast<uint32_t>(problem.scratch.image_starts[image]);

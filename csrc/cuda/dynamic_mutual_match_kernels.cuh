@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_consta
   const int task = static_cast<int>(blockIdx.x % kTasks);
   const uint32_t number = blockIdx.x / kTasks;
   const Object object = problem.scratch.objects[number];
-  const uint32_t image = image_of(problem, problem.scratch.image_starts, number);
-  if (object.kind != ObjectKind::kObject || image >= problem.batch_size) {
+  const uint32_t image = image_of(problem, problem.scratch, number);
+  if (object.kind != ObjectKind::kObject || image == problem.batch_size) {
     return;
   }
   const uint32_t index = number - static_cast<uint32_t>(problem.scratch.image_starts[image]);

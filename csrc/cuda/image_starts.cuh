@@ -25,19 +25,4 @@ MG_OPS_DEVICE void write_image_starts(const MatchProblem& problem, int32_t* imag
   }
 }
 
-// The image of an object, or one of batch_size or more if no image has it. Every lane must call it.
-MG_OPS_DEVICE uint32_t image_of(const MatchProblem& problem, const int32_t* image_starts, uint32_t index) {
-  uint32_t begun = 0;  // images that begin at this object or before
-  for (int64_t first = 0; first <= problem.batch_size; first += 32) {
-    const int64_t image = first + lane_index();
-    const bool begins = image <= problem.batch_size && static_cast<uint32_t>(image_starts[image]) <= index;
-    const uint32_t there = static_cast<uint32_t>(__popc(__ballot_sync(kAllLanes, begins)));
-    begun += there;
-    if (there < 32) {
-      break;
-    }
-  }
-  return begun - 1;
-}
-
 }  // namespace mg_ops::cuda

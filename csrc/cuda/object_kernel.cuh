@@ -5,7 +5,7 @@
 // looked at whose bounds allow the quality that is looked for.
 #pragma once
 
-#include "image_starts.cuh"
+#include "launched_problem.cuh"
 
 namespace mg_ops::cuda {
 
@@ -16,6 +16,21 @@ struct ObjectShared {
   Word64 first_pair;
   uint32_t warp_order[kWarps], warp_anchor[kWarps];
 };
+
+// The image of an object, or one that does not exist if no image has it. Every lane must call it.
+MG_OPS_DEVICE uint32_t image_of(const LaunchedProblem& problem, uint32_t index) {
+  uint32_t begun = 0;  // images that begin at this object or before
+  for (int64_t first = 0; first <= problem.batch_size; first += 32) {
+    const int64_t image = first + lane_index();
+    const bool begins = image <= problem.batch_size && static_cast<uint32_t>(problem.image_starts[image]) <= index;
+    const uint32_t there = static_cast<uint32_t>(__popc(__ballot_sync(kAllLanes, begins)));
+    begun += there;
+    if (there < 32) {
+      break;
+    }
+  }
+  return begun - 1;
+}
 
 // What a warp knows of the best anchor of an object.
 struct BestAnchor {
@@ -236,7 +251,7 @@ MG_OPS_DEVICE void find_pairs(const LaunchedProblem& problem, uint32_t index, Ob
 __global__ void __launch_bounds__(kThreads, 4) object_kernel(const __grid_constant__ LaunchedProblem problem) {
   MG_OPS_SHARED(ObjectShared, shared);
   const uint32_t index = blockIdx.x;
-  const uint32_t image = image_of(problem, problem.image_starts, index);
+  const uint32_t image = image_of(problem, index);
 
   Object object{};
   const Box box = load_row(problem.gt_boxes, 0, index);

@@ -45,6 +45,21 @@ MG_OPS_DEVICE void prepare_groups(const MatchProblem& problem, const RankedScrat
   }
 }
 
+// The image of an object; batch_size for one past the last offset.
+MG_OPS_DEVICE uint32_t image_of(const MatchProblem& problem, const ObjectScratch& scratch, uint32_t object) {
+  uint32_t low = 0, high = static_cast<uint32_t>(problem.batch_size);
+  while (low < high) {  // the first image that ends behind the object
+    const uint32_t middle = low + (high - low) / 2;
+    if (static_cast<uint32_t>(scratch.image_starts[middle + 1]) > object) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  const bool has = low < problem.batch_size && static_cast<uint32_t>(scratch.image_starts[low]) <= object;
+  return has ? low : static_cast<uint32_t>(problem.batch_size);
+}
+
 struct SelectedShared {
   Word64 keys[kWarps][kMaxK];
   uint32_t size[kWarps];

@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_const
 __global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
   MG_OPS_SHARED(SelectedShared, shared);
   const Object object = problem.scratch.objects[blockIdx.x];
-  const uint32_t image = image_of(problem, problem.scratch.image_starts, blockIdx.x);
-  if (object.kind != ObjectKind::kObject || image >= problem.batch_size) {
+  const uint32_t image = image_of(problem, problem.scratch, blockIdx.x);
+  if (object.kind != ObjectKind::kObject || image == problem.batch_size) {
     return;
   }
   const uint32_t index = blockIdx.x - static_cast<uint32_t>(problem.scratch.image_starts[image]);
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const __grid_const
 __global__ void __launch_bounds__(kThreads, 4) keep_kernel(const __grid_constant__ LaunchedTaskAligned problem) {
   MG_OPS_SHARED(SelectedShared, shared);
   const Object object = problem.scratch.objects[blockIdx.x];
-  const uint32_t image = image_of(problem, problem.scratch.image_starts, blockIdx.x);
-  if (object.kind != ObjectKind::kObject || image >= problem.batch_size) {
+  const uint32_t image = image_of(problem, problem.scratch, blockIdx.x);
+  if (object.kind != ObjectKind::kObject || image == problem.batch_size) {
     return;
   }
   const uint32_t index = blockIdx.x - static_cast<uint32_t>(problem.scratch.image_starts[image]);
