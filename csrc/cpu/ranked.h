@@ -254,11 +254,11 @@ MG_OPS_INLINE bool find_inside(const PointTile& tile, const Box& gate, float mar
 // Calls visit(i) for each of these bytes that is 1, in ascending order.
 template <int64_t kCount, class Visit>
 MG_OPS_INLINE void for_marked(const uint8_t* marked, Visit visit) {
-  for (int64_t word = 0; word < kCount; word += 8) {
-    uint64_t bytes;
-    std::memcpy(&bytes, marked + word, sizeof bytes);
-    for (; bytes != 0; bytes &= bytes - 1) {
-      visit(word + (__builtin_ctzll(bytes) >> 3));
+  uint64_t words[kCount / 8];
+  std::memcpy(words, marked, sizeof words);
+  for (int64_t word = 0; word < kCount / 8; ++word) {
+    for (uint64_t bytes = words[word]; bytes != 0; bytes &= bytes - 1) {
+      visit(8 * word + (__builtin_ctzll(bytes) >> 3));
     }
   }
 }
