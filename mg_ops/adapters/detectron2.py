@@ -60,12 +60,14 @@ def _forward_training(
     model: Any, matcher: AnyMatcher, images: Any, features: Any, predictions: Any, gt_instances: Any
 ) -> dict[str, Tensor]:
     """`RetinaNet.forward_training` with labels of each task."""
-    cls_logits, box_deltas = model._transpose_dense_predictions(predictions, [model.num_classes, 4])
+    # The levels are put together once, for the matching and for the losses.
+    by_level = model._transpose_dense_predictions(predictions, [model.num_classes, 4])
+    cls_logits, box_deltas = (torch.cat(levels, dim=1) for levels in by_level)
     anchors = model.anchor_generator(features)
     boxes = [objects.gt_boxes.tensor for objects in gt_instances]
     labels = [objects.gt_classes for objects in gt_instances]
-    levels = [level.tensor for level in anchors]
-    match: AnyMatch = matcher(levels, boxes, labels, cls_logits=cls_logits, box_deltas=box_deltas)
+    boxes_of_levels = [level.tensor for level in anchors]
+    match: AnyMatch = matcher(boxes_of_levels, boxes, labels, cls_logits=cls_logits, box_deltas=box_deltas)
     model.match = match
     # The last two rows are those of the indices -2, ignored, and -1, background.
     labels = [torch.cat([image, image.new_tensor([-1, model.num_classes])]) for image in labels]
@@ -74,7 +76,7 @@ def _forward_training(
     def losses(task_match: Tensor) -> dict[str, Tensor]:
         gt_labels = [image[objects] for image, objects in zip(labels, task_match, strict=True)]
         gt_boxes = [image[objects] for image, objects in zip(boxes, task_match, strict=True)]
-        found: dict[str, Tensor] = model.losses(anchors, cls_logits, gt_labels, box_deltas, gt_boxes)
+        found: dict[str, Tensor] = model.losses(anchors, [cls_logits], gt_labels, [box_deltas], gt_boxes)
         return found
 
     of_classes = losses(match.cls_match)

@@ -262,22 +262,21 @@ class MutualAssigner(nn.Module):
         fg_mask = loc_match >= 0
         objects = torch.where(fg_mask, loc_match, max_objects)
         target_bboxes = boxes.gather(1, objects.unsqueeze(-1).expand(-1, -1, 4))
-        target_scores = self._one_hot(target_labels, pd_scores)
-        if match.soft_targets is not None:
-            target_scores *= match.soft_targets.to(target_scores.dtype).unsqueeze(-1)
+        target_scores = self._targets_at(target_labels, match.soft_targets, pd_scores)
         if isinstance(match, DynamicMutualMatch):
             self.loc_weights = match.loc_weights
         else:
             self.loc_weights = fg_mask.float() if match.soft_targets is None else match.soft_targets
         return target_labels, target_bboxes, target_scores, fg_mask, loc_match.clamp(min=0)
 
-    def _one_hot(self, labels: Tensor, like: Tensor) -> Tensor:
-        """(B, A) -> (B, A, C) of like's dtype; all 0 for a label outside [0, C)."""
+    def _targets_at(self, labels: Tensor, soft_targets: Tensor | None, like: Tensor) -> Tensor:
+        """(B, A) -> (B, A, C) of like's dtype: 1, or the soft target, at the label; all 0 for one outside [0, C)."""
         known = (labels >= 0) & (labels < self.num_classes)
         scores = torch.zeros_like(like)
         if self.num_classes == 0:
             return scores
-        return scores.scatter_(2, torch.where(known, labels, 0).unsqueeze(-1), known.unsqueeze(-1).to(like.dtype))
+        values = known if soft_targets is None else known * soft_targets
+        return scores.scatter_(2, torch.where(known, labels, 0).unsqueeze(-1), values.unsqueeze(-1).to(like.dtype))
 
 
 class _GuidedBoxLoss(nn.Module):
