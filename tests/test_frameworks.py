@@ -139,10 +139,10 @@ def pyramid(size: int, num_anchors: int) -> tuple[Tensor, list[int]]:
 def test_monai() -> None:
     """The labels are those of its own matcher."""
     module = needs("monai.apps.detection.utils.ATSS_matcher")
-    namespace: dict[str, Any] = {"detector": SimpleNamespace()}
+    namespace: dict[str, Any] = {"retinanet": SimpleNamespace()}
     exec(lines_of("MONAI")[0], namespace)
     own = module.ATSSMatcher(num_candidates=4, center_in_gt=True)
-    ours = namespace["detector"].proposal_matcher
+    ours = namespace["retinanet"].proposal_matcher
     anchors, counts = pyramid(256, 2)
     for count in (0, 5):
         arguments = random_boxes(count, 256, seed=3), anchors, counts, 2

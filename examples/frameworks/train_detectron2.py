@@ -29,7 +29,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: Any) -> nn.Module:
         """The model of a configuration."""
-        return use_mutual_guidance(super().build_model(cfg))
+        model = use_mutual_guidance(super().build_model(cfg))
+        model.loss_normalizer = 30.0  # detectron2 begins with 100 positives, more than a batch of these has
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: Any, model: nn.Module) -> torch.optim.Optimizer:

@@ -79,12 +79,12 @@ def _forward_training(
         found: dict[str, Tensor] = model.losses(anchors, [cls_logits], gt_labels, [box_deltas], gt_boxes)
         return found
 
+    # The loss keeps the running mean of the positives in an attribute, which begins at 100.
+    loc_normalizer = getattr(model, "loc_loss_normalizer", getattr(model, "loss_normalizer", 100))
     of_classes = losses(match.cls_match)
     if isinstance(match, Match):
         return of_classes
-    # The loss keeps the running mean of the positives in this attribute; it begins at 100.
-    cls_normalizer = model.loss_normalizer
-    model.loss_normalizer = getattr(model, "loc_loss_normalizer", 100)
+    cls_normalizer, model.loss_normalizer = model.loss_normalizer, loc_normalizer
     of_boxes = losses(match.loc_match)
     model.loc_loss_normalizer, model.loss_normalizer = model.loss_normalizer, cls_normalizer
     return {"loss_cls": of_classes["loss_cls"], "loss_box_reg": of_boxes["loss_box_reg"]}
