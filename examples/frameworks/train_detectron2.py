@@ -1,6 +1,6 @@
 """Trains detectron2's RetinaNet by mutual guidance, on images of shapes that it makes.
 
-    python examples/frameworks/train_detectron2.py --steps 60
+    python examples/frameworks/train_detectron2.py --steps 80
 
 What matters is `use_mutual_guidance` in `build_model`. Needs detectron2, none of whose compiled parts a RetinaNet uses.
 """
@@ -30,7 +30,7 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: Any) -> nn.Module:
         """The model of a configuration."""
         model = use_mutual_guidance(super().build_model(cfg))
-        model.loss_normalizer = 30.0  # detectron2 begins with 100 positives, more than a batch of these has
+        model.loss_normalizer = 70.0  # the positives of a batch of these; detectron2 begins with 100
         return model
 
     @classmethod
@@ -65,7 +65,7 @@ def configuration(arguments: argparse.Namespace) -> Any:
 def main() -> None:
     """Trains and prints losses; the checkpoint is OUT/model_final.pth, and loads where mg_ops is not installed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
     parser.add_argument("--out", type=Path, help="folder of the run; none: it is not kept")
     arguments = parser.parse_args()
