@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -55,8 +56,8 @@ def run_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 
 
 def losses(output: str) -> list[float]:
-    """What follows the word loss on each line."""
-    return [float(line.split("loss ")[1].split()[0].rstrip(",;")) for line in output.splitlines() if "loss " in line]
+    """What follows the word loss."""
+    return [float(number) for number in re.findall(r"\bloss ([\d.]+)", output)]
 
 
 def test_the_plain_loop_learns(run_here: Callable[..., str]) -> None:
