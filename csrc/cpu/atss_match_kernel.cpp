@@ -289,13 +289,14 @@ static bool label_positives(ImageWork& image_work) {
   const AtssProblem& problem = problem_of(work);
   int64_t* row = problem.cls_match + work.image * problem.num_anchors;
   int32_t* num_pos = problem.num_pos + load_integer(problem.gt_offsets, work.image);
-  for_selected(work, [&](int32_t slot, uint32_t anchor, uint64_t key) {
-    if (row[anchor] == kBackground || key_order(key) > work.claim[anchor]) {
+  for_selected(work, [&](int32_t slot, uint32_t anchor, int64_t place) {
+    const uint32_t iou = key_order(work.selected[place]);
+    if (row[anchor] == kBackground || iou > work.claim[anchor]) {
       row[anchor] = work.object[slot];
-      work.claim[anchor] = key_order(key);
+      work.claim[anchor] = iou;
     }
   });
-  for_selected(work, [&](int32_t slot, uint32_t anchor, uint64_t) {
+  for_selected(work, [&](int32_t slot, uint32_t anchor, int64_t) {
     num_pos[work.object[slot]] += row[anchor] == work.object[slot] ? 1 : 0;
   });
   return true;
