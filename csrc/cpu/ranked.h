@@ -254,6 +254,16 @@ MG_OPS_INLINE float probability_of(const ImageWork& work, uint32_t anchor, int64
   return class_probability(score, work.problem->scores_are_probabilities);
 }
 
+// Adds up the sums that a sum is made of.
+MG_OPS_INLINE float add_lanes(float* sums) {
+  for (int64_t half = kSumLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) {
+      sums[lane] += sums[lane + half];
+    }
+  }
+  return sums[0];
+}
+
 // Which points of a tile are inside of a box by more than a margin. Whether any is.
 MG_OPS_INLINE bool find_inside(const PointTile& tile, const Box& gate, float margin, uint8_t* inside) {
   uint8_t any = 0;
