@@ -139,6 +139,11 @@ static void merge(Nearest& nearest, const int32_t* distance, int64_t first, int3
   for (int64_t i = 0; i < kGroupSize; ++i) {
     sorted[place[i]] = nearest_key(static_cast<uint32_t>(distance[i]), static_cast<uint32_t>(first + i));
   }
+  if (nearest.count == 0) {  // as of the first group of each level
+    nearest.count = std::min(nearest.wanted, count);
+    std::memcpy(nearest.keys, sorted, static_cast<size_t>(nearest.count) * sizeof *sorted);
+    return;
+  }
   uint64_t before[kMaxK + 1];
   std::memcpy(before, nearest.keys, static_cast<size_t>(nearest.count) * sizeof *before);
   sorted[count] = before[nearest.count] = ~uint64_t{0};
