@@ -46,6 +46,7 @@ CUDA_TESTS = (
     "tests/test_agrees_with_torchvision.py",
     "tests/test_atss_match.py",
     "tests/test_bounds_change_nothing.py",
+    "tests/test_captured_step.py",
     "tests/test_cpp_equals_reference.py",
     "tests/test_dynamic_k_backends.py",
     "tests/test_dynamic_mutual_match.py",

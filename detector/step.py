@@ -85,17 +85,16 @@ class CapturedStep:
 
     Args:
         step: a `TrainingStep` whose optimizer can be captured: fused, its learning rate a tensor.
-        buffers: where each tensor of a batch goes, on the device. Without a GPU nothing is captured, and the step reads
-            the buffers.
-        device: of the buffers.
+        buffers: where each tensor of a batch goes, on the GPU.
+        capture: whether there is one; without, the step runs on the buffers each time.
         warmup: calls before the capture, which make what is made on first use: momenta, kernels, cuDNN's choices.
     """
 
     def __init__(
-        self, step: Callable[..., StepResult], buffers: Sequence[Tensor], device: torch.device, warmup: int = 3
+        self, step: Callable[..., StepResult], buffers: Sequence[Tensor], *, capture: bool = True, warmup: int = 3
     ) -> None:
-        self.step, self.buffers, self.device, self.warmup = step, buffers, device, warmup
-        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.step, self.buffers, self.warmup = step, buffers, warmup
+        self.stream = torch.cuda.Stream() if capture else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.num_eager = 0
         """Batches that did not fit."""

@@ -169,7 +169,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         check_rule(args)
     except ValueError as error:
         parser.error(str(error))
-    if args.cuda_graph and torch.device(args.device).type != "cuda":
+    if args.cuda_graph and not args.device.startswith("cuda"):
         parser.error(f"--cuda-graph: expected --device cuda, which a CUDA graph runs on, got {args.device}")
     if args.val_fraction is not None and args.eval_split is not None:
         parser.error("expected --val-fraction or --eval-split, got both")
@@ -428,7 +428,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
     if args.cuda_graph:
         fullest = sorted((len(image.boxes) for image in train_data.images), reverse=True)[: args.batch]
         capacity = args.graph_objects or max(1, sum(fullest))
-        captured = CapturedStep(step_of_batch, make_buffers(args.batch, capacity, args.image_size, device), device)
+        captured = CapturedStep(step_of_batch, make_buffers(args.batch, capacity, args.image_size, device))
         say(f"--cuda-graph: room for {capacity} objects in a batch")
     take_step = captured or step_of_batch
     evaluated = cast(OneStageDetector, average.module) if average is not None else model

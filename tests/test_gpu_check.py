@@ -143,14 +143,16 @@ a = torch.arange(3.0)
 on_device = a.to("cuda")
 on_device += 1
 assert a.tolist() == [0, 1, 2]  # a copy to the device is a copy
-graph = torch.cuda.CUDAGraph()
+graph, count = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda")
 with torch.cuda.graph(graph):
+    count += 1
     double = 2 * on_device
     double[:1] += 1  # through a view, in place
     total = double.sum()
+assert count.item() == 0  # a capture runs nothing
 on_device.copy_(torch.tensor([10.0, 20.0, 30.0]))
 graph.replay()
-assert double.tolist() == [21, 40, 60] and total.item() == 121
+assert double.tolist() == [21, 40, 60] and total.item() == 121 and count.item() == 1
 for read in (lambda: total.item(), lambda: on_device.nonzero(), lambda: double[double > 1]):
     try:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):

@@ -82,19 +82,39 @@ def reads_back(function: Any, args: Any) -> bool:
     return name.startswith(tuple(f"{operation}." if "." not in operation else operation for operation in READS_BACK))
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Those at its leaves."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 class Record(TorchDispatchMode):
-    """Every operation and what it returned, so that all can be run again into the same memory."""
+    """Every operation and what it returned, so that all can be run again into the same memory.
+
+    They do run, for their shapes; `undo` puts back what they changed, since a capture runs nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.runs: list[tuple[Callable[..., Any], Any, Any, list[Any]]] = []
+        self.known: set[int] = set()
+        self.before: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if reads_back(function, args):
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({function})")
+        for storage in (tensor.untyped_storage() for tensor in tensors_in([args, kwargs])):
+            if storage.data_ptr() not in self.known:
+                self.known.add(storage.data_ptr())
+                self.before.append((storage, storage.clone()))
         result = function(*args, **(kwargs or {}))
+        self.known.update(tensor.untyped_storage().data_ptr() for tensor in tensors_in(result))
         self.runs.append((function, args, kwargs or {}, tree_leaves(result)))
         return result
+
+    def undo(self) -> None:
+        """Leaves what was there before the first operation as it was."""
+        for storage, before in self.before:
+            storage.copy_(before)
 
 
 class PretendGraph:
@@ -125,6 +145,7 @@ def capture(graph: PretendGraph, **options: Any) -> Iterator[None]:
             yield
     finally:
         capturing = False
+        graph.record.undo()
 
 
 class PretendStream:
@@ -172,6 +193,7 @@ def install() -> None:
         "is_bf16_supported": lambda *arguments: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "set_device": lambda device: None,
         "get_device_name": lambda *arguments: "no GPU, but a stand-in",
         "get_device_capability": lambda *arguments: (9, 0),
         "get_device_properties": lambda *arguments: SimpleNamespace(
@@ -188,7 +210,8 @@ def install() -> None:
         "CUDAGraph": PretendGraph,
         "graph": capture,
         **dict.fromkeys(
-            ("synchronize", "reset_peak_memory_stats", "set_sync_debug_mode", "empty_cache", "_sleep"), nothing
+            ("synchronize", "reset_peak_memory_stats", "set_sync_debug_mode", "empty_cache", "_sleep"),
+            nothing,
         ),
     }
     for name, value in stands_in.items():
