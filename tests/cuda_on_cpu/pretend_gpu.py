@@ -43,6 +43,7 @@ NEEDS_A_GPU = {
     "test_compiled_calls_give_the_same_integers": "the stand-in for the function cannot be traced",
     "test_calls_from_several_threads_at_once": "the stand-in is there for one thread",
     "test_opcheck": "torch's check asks the device for its random state",
+    "test_nothing_waits_for_the_gpu": "nothing can be asynchronous here",
     "test_a_step_as_a_cuda_graph_learns": "a process of its own, without this stand-in",
 }
 """Tests that say nothing here, and why."""
@@ -153,6 +154,10 @@ class PretendStream:
 
     cuda_stream = 0
 
+    def is_capturing(self) -> bool:
+        """There is one stream."""
+        return capturing
+
     def wait_stream(self, other: PretendStream) -> None:
         """Nothing to wait for."""
 
@@ -216,6 +221,7 @@ def install() -> None:
     }
     for name, value in stands_in.items():
         setattr(torch.cuda, name, value)
+    torch.accelerator.current_stream = lambda *arguments: PretendStream()
     torch.accelerator.synchronize = torch.cuda.profiler.start = torch.cuda.profiler.stop = nothing
     profile, activities = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
     torch.profiler.profile = lambda **options: profile(**{**options, "activities": activities})  # type: ignore[misc]
