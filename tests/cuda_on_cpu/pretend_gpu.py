@@ -61,7 +61,7 @@ class CudaMeansCpu(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function is Tensor.cuda:
+        if function in (Tensor.cuda, Tensor.pin_memory):
             return args[0].clone()
         moved = [on_cpu(value) for value in args]
         kwargs = {name: on_cpu(value) for name, value in kwargs.items()}
@@ -214,6 +214,7 @@ def install() -> None:
         "Event": PretendEvent,
         "CUDAGraph": PretendGraph,
         "graph": capture,
+        "make_graphed_callables": lambda network, samples: network,
         **dict.fromkeys(
             ("synchronize", "reset_peak_memory_stats", "set_sync_debug_mode", "empty_cache", "_sleep"),
             nothing,
