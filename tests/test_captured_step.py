@@ -118,6 +118,49 @@ def test_gradients_are_those_of_the_optimizer_that_is_not_captured(strategy: str
     assert_same_bits(*gradients)
 
 
+every_rule = pytest.mark.parametrize(
+    ("strategy", "cls_loss"),
+    [(rule, "soft_bce" if rule in SOFT_RULES else "focal") for rule in RULES]
+    + [("task_aligned", "varifocal"), ("dynamic_mutual", "quality_focal")],
+)
+
+
+def gradients_of(strategy: str, cls_loss: str, counts: tuple[int, ...]) -> list[Tensor | None]:
+    """Those of every parameter after one step."""
+    step = make_step(strategy=strategy, cls_loss=cls_loss)
+    step(*make_batch(counts, 0, 0))
+    return [parameter.grad for parameter in step.network.parameters()]
+
+
+@every_rule
+def test_without_an_object_every_parameter_has_a_gradient(strategy: str, cls_loss: str) -> None:
+    """DistributedDataParallel would wait without end for one that has none."""
+    for counts in ((0, 0, 0), (0, 3, 0)):
+        gradients = gradients_of(strategy, cls_loss, counts)
+        assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+@every_rule
+def test_gradients_are_equal_from_run_to_run_and_for_any_number_of_threads(strategy: str, cls_loss: str) -> None:
+    """Of what mg_ops computes: convolutions of other numbers of threads add up in other orders."""
+    step = make_step(strategy=strategy, cls_loss=cls_loss)
+    batch = make_batch(COUNTS[2], 2)
+    logits, deltas = (part.detach() for part in step.network(batch[0]))
+    answers = []
+    for threads in (1, 1, 2, 3):
+        torch.set_num_threads(threads)
+        outputs = (logits.clone().requires_grad_(), deltas.clone().requires_grad_())
+        match = step.matcher(step.anchors, *batch[1:3], batch[4], cls_logits=outputs[0], box_deltas=outputs[1])
+        parts = step.detection_loss(*outputs, step.anchors, match, *batch[1:3], batch[4])
+        answers.append(list(torch.autograd.grad(parts.cls_loss + parts.box_loss, outputs)))
+    torch.set_num_threads(1)
+    assert all(bool(gradient.any()) for gradient in answers[0])
+    for answer in answers[1:]:
+        assert_same_bits(answer, answers[0])
+    for one, other in zip(*(gradients_of(strategy, cls_loss, COUNTS[2]) for _ in range(2)), strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+
+
 def test_a_step_leaves_no_derivatives_behind() -> None:
     """They would tie a capture to the stream of the step before it."""
     result = make_step()(*make_batch(COUNTS[0], 0))
@@ -162,13 +205,6 @@ SYNCHRONIZING = {
 def test_what_is_forbidden_is_noticed(name: str) -> None:
     with Forbidden(), pytest.raises(RuntimeError, match=r"waits for the device|copies between devices"):
         SYNCHRONIZING[name](torch.arange(4.0))
-
-
-every_rule = pytest.mark.parametrize(
-    ("strategy", "cls_loss"),
-    [(rule, "soft_bce" if rule in SOFT_RULES else "focal") for rule in RULES]
-    + [("task_aligned", "varifocal"), ("dynamic_mutual", "quality_focal")],
-)
 
 
 @every_rule
