@@ -335,6 +335,12 @@ def test_a_training_as_a_graph_has_the_weights_of_one_whose_batches_all_run_eage
     curves = [loss_curve(tmp_path / run, "loss", "lr", "cls_positives") for run in ("graph", "plain")]
     for one, other in zip(*curves, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+    # Each goes on as the other: how it steps is not what it learned.
+    run("plain", epochs=5, resume=True)
+    detector.train.main(flags(voc, tmp_path / "graph", epochs=5, ema=0.9, resume=True))
+    groups = {run: read_checkpoint(tmp_path / run)["optimizer"]["param_groups"] for run in ("graph", "plain")}
+    assert all(group["fused"] is None and isinstance(group["lr"], float) for group in groups["graph"])
+    assert all(group["fused"] and isinstance(group["lr"], Tensor) for group in groups["plain"])
 
 
 class Frozen(nn.Module):
