@@ -243,7 +243,7 @@ def test_no_step_needs_data_or_the_host(monkeypatch: pytest.MonkeyPatch, strateg
 def test_a_graph_changes_no_bit(amp: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses, matches, weights and momenta of captured steps, with batches that run eagerly between them."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         plain, graphed = make_step("cuda", amp=amp), make_step("cuda", amp=amp)
         take_step = in_buffers(graphed, "cuda")
