@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py right           # are the answers right, and how fast do they come
     python benchmarks/gpu_check.py why             # what each kernel spends its time on, by Nsight Compute
-    python benchmarks/gpu_check.py rest            # Triton, the baselines, whole training steps
+    python benchmarks/gpu_check.py rest            # Triton, the baselines, training steps, also captured
     python benchmarks/gpu_check.py --dry-run       # every step on stand-ins, without a GPU
 
 Each call ends within 9 minutes, and keeps what it has when it is ended before: every result and log is written to the
@@ -46,6 +46,7 @@ CUDA_TESTS = (
     "tests/test_agrees_with_torchvision.py",
     "tests/test_atss_match.py",
     "tests/test_bounds_change_nothing.py",
+    "tests/test_captured_step.py",
     "tests/test_cpp_equals_reference.py",
     "tests/test_dynamic_k_backends.py",
     "tests/test_dynamic_mutual_match.py",
@@ -343,6 +344,12 @@ def training_steps(check: Check) -> Command:
     return script(check, "training_step", *words, **sizes)
 
 
+def captured_steps(check: Check) -> Command:
+    """Training steps as they are, with the network captured, and captured whole."""
+    words = ["--device", "cuda", "--amp", "bf16"]
+    return script(check, "captured_step", *words, dry="--image-size 64 --batch 2 4 --steps 1", real="--steps 20")
+
+
 BUILD = Step("build", 120.0, build)
 """Without it no other step of a call runs."""
 CALLS: dict[str, tuple[tuple[Step, ...], ...]] = {
@@ -359,8 +366,9 @@ CALLS: dict[str, tuple[tuple[Step, ...], ...]] = {
     "rest": (
         (BUILD,),
         (Step("triton-tests", 130.0, triton_tests),),
-        (Step("baselines", 170.0, baselines),),
-        (Step("training-steps", 90.0, training_steps),),
+        (Step("baselines", 140.0, baselines),),
+        (Step("training-steps", 65.0, training_steps),),
+        (Step("captured-steps", 65.0, captured_steps),),
     ),
 }
 """Call -> its steps in order, those in one row side by side."""

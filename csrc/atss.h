@@ -57,18 +57,14 @@ MG_OPS_INLINE uint64_t nearest_key(uint32_t distance, uint32_t index) {
   return (static_cast<uint64_t>(distance) << 32) | index;
 }
 
-// Mean plus unbiased standard deviation of the `count` (1 or more) IoUs, added up in their order.
-MG_OPS_INLINE float mean_plus_deviation(const float* iou, int32_t count) {
-  float sum = 0.0f;
-  for (int32_t i = 0; i < count; ++i) {
-    sum = sum + iou[i];
-  }
-  const float mean = sum / static_cast<float>(count);
-  float squares = 0.0f;
-  for (int32_t i = 0; i < count; ++i) {
+// Mean plus unbiased standard deviation of the `count` (1 or more) IoUs; sum(count, value) adds up value(i).
+template <class Sum>
+MG_OPS_INLINE float mean_plus_deviation(const float* iou, int32_t count, Sum sum) {
+  const float mean = sum(count, [&](int32_t i) { return iou[i]; }) / static_cast<float>(count);
+  const float squares = sum(count, [&](int32_t i) {
     const float deviation = iou[i] - mean;
-    squares = squares + deviation * deviation;
-  }
+    return deviation * deviation;
+  });
   return mean + square_root(squares / static_cast<float>(count > 1 ? count - 1 : 1));
 }
 

@@ -12,8 +12,8 @@ enum class BoxLoss : int64_t { kSmoothL1, kBalancedL1, kReleasedBalancedL1, kGio
 constexpr int64_t kNumBoxLosses = 5;
 
 // B images, A anchors, N objects in all.
-struct BoxLossProblem {
-  FloatInput predictions;                    // (B, A, 4) boxes, or deltas where `decode`
+struct PositivesProblem {
+  FloatInput predictions;                    // (B, A, ...)
   FloatInput anchors;                        // (A, 4)
   const int64_t* match;                      // (B, A) the object of a positive within its image; else below 0
   int64_t match_image_stride, match_stride;  // of match
@@ -21,11 +21,22 @@ struct BoxLossProblem {
   IntegerInput gt_offsets;                   // (B + 1,)
   FloatInput weights;                        // (B, A) of the positives; without data all weigh 1
   int64_t batch_size, num_anchors, num_gt;
+};
+
+struct BoxLossProblem : PositivesProblem {  // of predictions (B, A, 4): boxes, or deltas where `decode`
   bool decode;
   BoxCoder coder;
   BoxLoss loss;
   float alpha, gamma, beta;  // of the L1 losses
   float balance;             // exp(gamma / alpha) - 1
+};
+
+// The distribution focal loss (Li et al., NeurIPS 2020, equation 6) of predictions (B, A, 4 * num_bins): the logits of
+// the distances from an anchor's center to the left, top, right and bottom side of its object.
+struct DistributionLossProblem : PositivesProblem {
+  FloatInput strides;  // (A,) as of one image: how long a bin is
+  int64_t num_bins;
+  float margin;  // distances are clamped to num_bins - 1 - margin
 };
 
 // A loss, and its derivatives with respect to the four predicted numbers.
@@ -139,6 +150,57 @@ MG_OPS_INLINE LossAndSlopes box_loss_of(const BoxLossProblem& problem, const Box
     sum.slopes[i] = errors[i] < 0.0f ? -part.slope : errors[i] > 0.0f ? part.slope : errors[i] * 0.0f;
   }
   return sum;
+}
+
+// The two neighboring bins that a side's distance falls between.
+struct Bins {
+  int64_t low;
+  float upper;  // the weight of bin low + 1; that of bin low is 1 - upper
+};
+
+MG_OPS_INLINE Bins bins_of(const DistributionLossProblem& problem, const Box& anchor, const Box& gt_box, float stride,
+                           int64_t side) {
+  const float center = 0.5f * (side % 2 == 0 ? anchor.x1 + anchor.x2 : anchor.y1 + anchor.y2);
+  const float distance = side == 0   ? center - gt_box.x1
+                         : side == 1 ? center - gt_box.y1
+                         : side == 2 ? gt_box.x2 - center
+                                     : gt_box.y2 - center;
+  const float bins = distance / stride, most = static_cast<float>(problem.num_bins - 1) - problem.margin;
+  const float clamped = !(bins > 0.0f) ? 0.0f : bins < most ? bins : most;  // NaN counts as 0
+  const int64_t whole = static_cast<int64_t>(clamped), last = problem.num_bins - 2;
+  const int64_t low = whole < last ? whole : last;
+  return {low, clamped - static_cast<float>(low)};
+}
+
+// What the softmax over the bins of a side needs; `logit(bin)` reads one.
+struct Softmax {
+  float most, sum;  // the largest logit, and the sum of exp(logit - most)
+};
+
+template <class Logit>
+MG_OPS_INLINE Softmax softmax_of(int64_t num_bins, Logit logit) {
+  float most = logit(int64_t{0});
+  for (int64_t bin = 1; bin < num_bins; ++bin) {
+    const float x = logit(bin);
+    most = x > most ? x : most;
+  }
+  float sum = 0.0f;
+  for (int64_t bin = 0; bin < num_bins; ++bin) {
+    sum += det_exp(logit(bin) - most);
+  }
+  return {most, sum};
+}
+
+// The loss of a side, unweighted, and its derivative with respect to the logit of a bin.
+template <class Logit>
+MG_OPS_INLINE float distribution_loss_of(const Bins& bins, const Softmax& softmax, Logit logit) {
+  const float at_low = logit(bins.low) - softmax.most, at_upper = logit(bins.low + 1) - softmax.most;
+  return logf(softmax.sum) - ((1.0f - bins.upper) * at_low + bins.upper * at_upper);
+}
+
+MG_OPS_INLINE float distribution_slope_of(const Bins& bins, const Softmax& softmax, int64_t bin, float logit) {
+  const float wanted = bin == bins.low ? 1.0f - bins.upper : bin == bins.low + 1 ? bins.upper : 0.0f;
+  return det_exp(logit - softmax.most) / softmax.sum - wanted;
 }
 
 }  // namespace mg_ops

@@ -28,8 +28,6 @@ inline void set_constants(DynamicKProblem& problem) {
   problem.penalty = problem.rule == DynamicKRule::kCenter ? 1e6f : 1e5f;
 }
 
-// The sum over the classes is made of so many sums; class c goes to number c modulo this.
-constexpr int64_t kClassLanes = 16;
 // No cross-entropy of a class is more.
 constexpr float kMostLoss = 100.0f;
 

@@ -9,6 +9,10 @@ namespace mg_ops {
 // The most anchors that an object selects; MAX_K of mg_ops/rules/options.py.
 constexpr int32_t kMaxK = 128;
 
+// A sum is made of so many: value i is added to number i modulo 16. Then their second half is added to the first, until
+// one is left.
+constexpr int64_t kSumLanes = 16;
+
 // The center of an anchor.
 struct Point {
   float x, y;

@@ -71,6 +71,20 @@ STABLE_TORCH_LIBRARY(mg_ops, m) {
       "Tensor gt_offsets, Tensor? weights, float[]? box_coder, int loss, float alpha, float gamma, float beta) "
       "-> Tensor");
 
+  // The distribution focal loss of a batch (csrc/box_loss.h), added up over the positives and their four sides.
+  //
+  //   predictions  (B, A, 4 * bins) floating   the logits of the distances to the left, top, right and bottom side
+  //   strides      (A,) floating               how long a bin is
+  //   margin                                   distances are clamped to bins - 1 - margin
+  //
+  // All else is as of box_loss.
+  m.def(
+      "distribution_loss(Tensor predictions, Tensor anchors, Tensor match, Tensor gt_boxes, Tensor gt_offsets, "
+      "Tensor? weights, Tensor strides, float margin) -> Tensor");
+  m.def(
+      "distribution_loss_backward(Tensor grad_output, Tensor predictions, Tensor anchors, Tensor match, "
+      "Tensor gt_boxes, Tensor gt_offsets, Tensor? weights, Tensor strides, float margin) -> Tensor");
+
   // The other rules (docs/definition/rules.md) take the same inputs, whether they read them or not, and then options of
   // their own. They return cls_match as above, and num_pos (N,) int32: how many anchors have each object there.
   //

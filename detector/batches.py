@@ -70,7 +70,7 @@ class TrainingSample(NamedTuple):
 
 
 class TrainingBatch(NamedTuple):
-    """B augmented images and their N objects, packed as `mg_ops.mutual_match` takes them."""
+    """B augmented images and their N objects, packed as `mg_ops.mutual_match` takes them, padding after the last."""
 
     images: Tensor  # (B, 3, S, S) uint8
     gt_boxes: Tensor  # (N, 4) float32, pixels of the input
@@ -81,11 +81,16 @@ class TrainingBatch(NamedTuple):
     defects: list[tuple[str, str]]
 
 
-def collate(samples: list[TrainingSample]) -> TrainingBatch:
-    """Stacks the images and packs their objects."""
+def collate(samples: list[TrainingSample], capacity: int = 0) -> TrainingBatch:
+    """Stacks the images and packs their objects, padded to the capacity if there are fewer; padding does not count."""
     images, boxes, labels, crowd, names, defects = zip(*samples, strict=True)
     offsets = torch.tensor([0] + [len(of_image) for of_image in labels]).cumsum(0)
-    objects = torch.cat(boxes), torch.cat(labels), torch.cat(crowd)
+    padding = max(0, capacity - int(offsets[-1]))
+
+    def pack(values: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([*values, values[0].new_zeros(padding, *values[0].shape[1:])])
+
+    objects = pack(boxes), pack(labels), pack(crowd)
     return TrainingBatch(torch.stack(images), *objects, offsets, list(names), [*chain(*defects)])
 
 

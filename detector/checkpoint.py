@@ -29,7 +29,7 @@ ADDED_LATER = {
 
 # Flags that say where and how fast a run goes, not what it computes: they may differ when it is resumed.
 FREE_ON_RESUME = {"data", "format", "out", "resume", "backbone_weights", "init_from", "backend", "device", "workers"}
-FREE_ON_RESUME |= {"cache", "save_minutes", "log_every", "eval_every"}
+FREE_ON_RESUME |= {"cache", "cuda_graph", "graph_objects", "save_minutes", "log_every", "eval_every"}
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -79,6 +80,7 @@ from detector.program import (
 from detector.rules import RULES, SOFT_RULES, check_rule, make_matcher
 from detector.run_log import RunLog, claim_folder
 from detector.scores import format_metrics, score, to_coco_ground_truth
+from detector.step import CapturedStep, TrainingStep, make_buffers, set_learning_rate
 from detector.watches import LossWatch, Stopwatch
 
 
@@ -144,6 +146,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("running").add_argument
     add("--device", type=device_name, default=default_device(), help="cpu or cuda; under torchrun one GPU a process")
     add("--compile", action="store_true", help="torch.compile the network")
+    add("--cuda-graph", action="store_true", help="capture the whole step once, and replay it; one process, on a GPU")
+    fullest = "objects in a batch that --cuda-graph has room for; by default those of its fullest images"
+    add("--graph-objects", type=whole_number(1), help=f"{fullest}; a batch with more runs eagerly")
     add("--sync-batch-norm", action="store_true", help="batch statistics over all GPUs")
     add("--deterministic", action="store_true", help="deterministic kernels: runs on a GPU repeat bit for bit")
     add("--out", type=Path, help="folder of the run; by default runs/DATA-MODEL-BACKBONE-STRATEGY-SIZE-...-seedN")
@@ -164,6 +169,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         check_rule(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.cuda_graph and not args.device.startswith("cuda"):
+        parser.error(f"--cuda-graph: expected --device cuda, which a CUDA graph runs on, got {args.device}")
     if args.val_fraction is not None and args.eval_split is not None:
         parser.error("expected --val-fraction or --eval-split, got both")
     names = split_class_names(args.classes)
@@ -280,6 +287,8 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
             )
         torch.cuda.set_device(device)
     if distributed:
+        if args.cuda_graph:
+            raise ValueError(f"--cuda-graph: captures the step of one process, got {num_processes} by torchrun")
         held.enter_context(process_group("nccl" if device.type == "cuda" else "gloo"))
     is_first = rank == 0
 
@@ -372,7 +381,9 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
     others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.SGD(
         [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=args.lr,
+        # Those of --cuda-graph read the learning rate, and whether float16 overflowed, where they are: on the GPU.
+        lr=torch.tensor(args.lr, device=device) if args.cuda_graph else args.lr,
+        fused=args.cuda_graph or None,
         momentum=args.momentum,
     )
     autocast_type = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
@@ -380,6 +391,9 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
     if resumed is not None:
         for name, target in (("optimizer", optimizer), ("scaler", scaler)):
             try:
+                if target is optimizer:  # how it steps is this run's own, like its device
+                    for saved, group in zip(resumed[name]["param_groups"], optimizer.param_groups, strict=True):
+                        saved |= {"lr": group["lr"], "fused": group["fused"]}
                 target.load_state_dict(resumed[name])
             except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
                 raise ValueError(f"--resume: {checkpoint_file}: entry {name!r} does not fit: {error!r}") from error
@@ -391,6 +405,32 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
         network = cast(nn.Module, torch.compile(network))  # declared as a function, whatever it compiles
     box_coder = matcher.box_coder
     assert box_coder is not None  # make_matcher gives it one
+    matching_time, step_time, waiting = Stopwatch(device), Stopwatch(device), 0.0
+    step_of_batch = TrainingStep(
+        network,
+        model.anchors,
+        matcher,
+        partial(
+            detection_loss,
+            box_coder=box_coder,
+            cls_loss=args.cls_loss,
+            focal_alpha=args.focal_alpha,
+            focal_gamma=args.focal_gamma,
+            box_loss=args.box_loss,
+        ),
+        args.box_weight,
+        optimizer,
+        scaler,
+        autocast_type,
+        matching_time,
+    )
+    captured, capacity = None, 0
+    if args.cuda_graph:
+        fullest = sorted((len(image.boxes) for image in train_data.images), reverse=True)[: args.batch]
+        capacity = args.graph_objects or max(1, sum(fullest))
+        captured = CapturedStep(step_of_batch, make_buffers(args.batch, capacity, args.image_size, device))
+        say(f"--cuda-graph: room for {capacity} objects in a batch")
+    take_step = captured or step_of_batch
     evaluated = cast(OneStageDetector, average.module) if average is not None else model
 
     saved_step = start_step
@@ -484,7 +524,6 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
 
     # ---- Training
     losses, met = LossWatch(), Defects()
-    matching_time, step_time, waiting = Stopwatch(device), Stopwatch(device), 0.0
     images_since, images_done = 0, sampler.start_of(start_step)
     logged_at = saved_at = said_at = time.perf_counter()
     # Where it is no terminal, lines take the place of the bar.
@@ -495,7 +534,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
     batches = load_batches(
         TrainingImages(train_data, TrainingTransform(args.image_size), args.seed, decoded),
         sampler,
-        collate,
+        partial(collate, capacity=capacity),
         args.workers,
         pin_memory=device.type == "cuda",
     )
@@ -507,51 +546,10 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
             waiting += time.perf_counter() - wait_start
             step_time.start()
             torch.manual_seed(combine_seed(args.seed, step, rank))  # nothing random to save or restore
-            images = batch.images.to(device, non_blocking=True)  # (B, 3, S, S) uint8
-            gt_boxes = batch.gt_boxes.to(device, non_blocking=True)  # (N, 4) pixels of the input
-            gt_labels = batch.gt_labels.to(device, non_blocking=True)  # (N,)
-            gt_crowd = batch.gt_crowd.to(device, non_blocking=True)  # (N,)
-            gt_offsets = batch.gt_offsets.to(device, non_blocking=True)  # (B + 1,)
-
-            with torch.autocast(device.type, dtype=autocast_type, enabled=autocast_type is not None):
-                cls_logits, box_deltas = network(images)  # (B, A, C), (B, A, 4)
-
-            # With Mutual Guidance what the network predicts decides which anchors it learns from.
-            matching_time.start()
-            match = matcher(
-                model.anchors,
-                gt_boxes,
-                gt_labels,
-                gt_offsets,
-                cls_logits=cls_logits,
-                box_deltas=box_deltas,
-                gt_crowd=gt_crowd,
-            )
-            matching_time.stop()
-            parts = detection_loss(
-                cls_logits,
-                box_deltas,
-                model.anchors,
-                match,
-                gt_boxes,
-                gt_labels,
-                gt_offsets,
-                box_coder,
-                cls_loss=args.cls_loss,
-                focal_alpha=args.focal_alpha,
-                focal_gamma=args.focal_gamma,
-                box_loss=args.box_loss,
-            )
-            loss = parts.cls_loss + args.box_weight * parts.box_loss
-            losses.watch(loss, step, batch.image_names)
-
             lr = learning_rate(step, num_steps, args.lr, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            set_learning_rate(optimizer, lr)
+            done = take_step(*batch[:5])
+            losses.watch(done.loss, step, batch.image_names)
             if average is not None:
                 average.update_parameters(model)
             step_time.stop()
@@ -565,8 +563,8 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
             progress.update(images_done - images_before)
             is_last = step == num_steps - 1
             if step % args.log_every == 0 or is_last:
-                values = torch.stack([loss.detach(), parts.cls_loss.detach(), parts.box_loss.detach()])
-                positives = torch.stack([parts.num_cls_positives, parts.num_loc_positives])
+                values = torch.stack([done.loss, *done.parts[:2]])
+                positives = torch.stack(done.parts[2:])
                 if distributed:
                     torch.distributed.all_reduce(values)
                     torch.distributed.all_reduce(positives)
@@ -577,17 +575,21 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
                 entry["step"], entry["epoch"], entry["lr"] = step, images_done / len(train_data.images), lr
                 seconds = now - logged_at
                 entry["images_per_second"] = images_since / seconds
-                entry["matching_share"] = matching_time.read() / max(step_time.read(), 1e-9)
+                share = matching_time.read() / max(step_time.read(), 1e-9)
+                # Inside a graph the matching is not timed.
+                entry |= {"matching_share": share} if captured is None else {"eager_steps": captured.num_eager}
                 entry["waiting_share"] = waiting / seconds
                 if is_first:  # of the images of this process
-                    summary = mg_ops.summarize(match, gt_boxes, gt_offsets=gt_offsets, gt_crowd=gt_crowd).as_dict()
+                    summary = mg_ops.summarize(
+                        done.match, done.gt_boxes, gt_offsets=done.gt_offsets, gt_crowd=done.gt_crowd
+                    ).as_dict()
                     entry |= {f"match/{name}": float(value) for name, value in summary.items()}
                 logged_at, images_since, waiting = now, 0, 0.0
                 log(entry, step)
+                matching = f"matching {100 * share:.0f}%, " if captured is None else ""
                 shown = (
                     f"loss {entry['loss']:.3f} = cls {entry['cls_loss']:.3f} + box {entry['box_loss']:.3f}, "
-                    f"lr {lr:.1e}, matching {100 * entry['matching_share']:.0f}%, "
-                    f"waiting for data {100 * entry['waiting_share']:.0f}%"
+                    f"lr {lr:.1e}, {matching}waiting for data {100 * entry['waiting_share']:.0f}%"
                 )
                 progress.set_postfix_str(shown)
                 if progress.disable and (now - said_at > 30 or is_last or step == start_step):

@@ -10,7 +10,10 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time between `start` and `stop`: on a GPU by its events, which do not hold it up."""
+    """Adds up the time between `start` and `stop`: on a GPU by its events, which do not hold it up.
+
+    While a CUDA graph is captured it stands still: nothing runs then.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -20,6 +23,8 @@ class Stopwatch:
     def _now(self) -> Any:
         if not self.on_gpu:
             return time.perf_counter()
+        if torch.cuda.is_current_stream_capturing():
+            return None
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -30,7 +35,8 @@ class Stopwatch:
 
     def stop(self) -> None:
         """Ends it."""
-        self.pairs.append((self.running, self._now()))
+        if self.running is not None:
+            self.pairs.append((self.running, self._now()))
 
     def read(self) -> float:
         """Seconds since the last reading; waits for the GPU."""

@@ -23,15 +23,16 @@ _CLASS_LOSS_ARGUMENTS = (
     "Tensor cls_logits, Tensor class_targets, Tensor? soft_targets, float positive_weight, float positive_gamma, "
     "float negative_weight, float negative_gamma, bool weigh_by_target"
 )
-_BOX_LOSS_ARGUMENTS = (
-    "Tensor predictions, Tensor anchors, Tensor match, Tensor gt_boxes, Tensor gt_offsets, Tensor? weights, "
-    "float[]? box_coder, int loss, float alpha, float gamma, float beta"
-)
+_POSITIVES = "Tensor predictions, Tensor anchors, Tensor match, Tensor gt_boxes, Tensor gt_offsets, Tensor? weights"
+_BOX_LOSS_ARGUMENTS = f"{_POSITIVES}, float[]? box_coder, int loss, float alpha, float gamma, float beta"
+_DISTRIBUTION_LOSS_ARGUMENTS = f"{_POSITIVES}, Tensor strides, float margin"
 _COMPILED_OPERATORS = {name: rule.signature for name, rule in RULES.items()} | {
     "class_loss": f"({_CLASS_LOSS_ARGUMENTS}) -> Tensor",
     "class_loss_backward": f"(Tensor grad_output, {_CLASS_LOSS_ARGUMENTS}) -> Tensor",
     "box_loss": f"({_BOX_LOSS_ARGUMENTS}) -> Tensor",
     "box_loss_backward": f"(Tensor grad_output, {_BOX_LOSS_ARGUMENTS}) -> Tensor",
+    "distribution_loss": f"({_DISTRIBUTION_LOSS_ARGUMENTS}) -> Tensor",
+    "distribution_loss_backward": f"(Tensor grad_output, {_DISTRIBUTION_LOSS_ARGUMENTS}) -> Tensor",
 }
 
 LIBRARY_FILE = Path(__file__).parent / "libmg_ops.so"

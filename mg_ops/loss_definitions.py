@@ -76,14 +76,12 @@ def box_loss(
     with torch.autocast(autocast_type(predictions.device), enabled=False):
         dtype = torch.float64 if predictions.dtype == torch.float64 else torch.float32
         predictions, anchors, gt_boxes = predictions.to(dtype), anchors.to(dtype), gt_boxes.to(dtype)
-        num_gt = gt_boxes.shape[0]
-        if num_gt == 0:
-            return predictions.sum() * 0.0
-        index = gt_offsets[:-1].long().clamp(0, num_gt).unsqueeze(1) + match  # (B, A)
-        positive = (match >= 0) & (index < num_gt)
+        if gt_boxes.shape[0] == 0:
+            return predictions[:0].sum()
+        positive, owner = _positives(match, gt_boxes, gt_offsets)
         # An anchor that is no positive stands for itself, so that no value of its own reaches a gradient.
-        owner = gt_boxes[index.clamp(0, num_gt - 1)]  # (B, A, 4)
-        unit = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=dtype, device=anchors.device)
+        unit = anchors.new_zeros(4)
+        unit[2:] = 1.0
         at = positive.unsqueeze(-1)
         anchor, target = torch.where(at, anchors, unit), torch.where(at, owner, unit)
         predicted = torch.where(at, predictions, unit if box_coder is None else 0.0)
@@ -95,9 +93,50 @@ def box_loss(
             if box_coder is not None:
                 target = _encode(anchor, target, box_coder)
             losses = _l1_loss(BOX_LOSSES[loss], (predicted - target).abs(), alpha, gamma, beta).sum(-1)
-        if weights is not None:
-            losses = losses * torch.where(positive, weights, 0.0).to(dtype)
-        return torch.where(positive, losses, 0.0).sum()
+        return _sum_of_positives(losses, positive, weights)
+
+
+def distribution_loss(
+    logits: Tensor,
+    anchors: Tensor,
+    match: Tensor,
+    gt_boxes: Tensor,
+    gt_offsets: Tensor,
+    weights: Tensor | None,
+    strides: Tensor,
+    margin: float,
+) -> Tensor:
+    """The definition of the distribution focal loss, as `box_loss`: of logits (B, A, 4 * bins)."""
+    with torch.autocast(autocast_type(logits.device), enabled=False):
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        logits, anchors, gt_boxes = logits.to(dtype), anchors.to(dtype), gt_boxes.to(dtype)
+        if gt_boxes.shape[0] == 0:
+            return logits[:0].sum()
+        positive, owner = _positives(match, gt_boxes, gt_offsets)
+        at = positive.unsqueeze(-1)
+        center = 0.5 * (anchors[:, :2] + anchors[:, 2:])
+        sides = torch.cat([center - owner[..., :2], owner[..., 2:] - center], -1) / strides.to(dtype).unsqueeze(-1)
+        num_bins = logits.shape[-1] // 4
+        distance = torch.where(at, sides, 0.0).clamp(0, num_bins - 1 - margin)  # (B, A, 4), in bins
+        low = distance.detach().long().clamp(max=num_bins - 2)
+        upper = distance - low
+        log_p = torch.where(at, logits, 0.0).unflatten(-1, (4, num_bins)).log_softmax(-1)
+        at_low, at_upper = (log_p.gather(-1, bin.unsqueeze(-1)).squeeze(-1) for bin in (low, low + 1))
+        return _sum_of_positives(-((1 - upper) * at_low + upper * at_upper).sum(-1), positive, weights)
+
+
+def _positives(match: Tensor, gt_boxes: Tensor, gt_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which anchors are positives (B, A), and the box of each one's object (B, A, 4); any box where it is none."""
+    num_gt = gt_boxes.shape[0]
+    index = gt_offsets[:-1].long().clamp(0, num_gt).unsqueeze(1) + match
+    return (match >= 0) & (index < num_gt), gt_boxes[index.clamp(0, num_gt - 1)]
+
+
+def _sum_of_positives(losses: Tensor, positive: Tensor, weights: Tensor | None) -> Tensor:
+    """Weighted, of losses (B, A)."""
+    if weights is not None:
+        losses = losses * torch.where(positive, weights, 0.0).to(losses.dtype)
+    return torch.where(positive, losses, 0.0).sum()
 
 
 def _l1_loss(name: str, x: Tensor, alpha: float, gamma: float, beta: float) -> Tensor:

@@ -15,7 +15,7 @@ from mg_ops import library
 from mg_ops.backend_choice import choose_backend
 from mg_ops.boxes import BoxCoder, check_box_coder
 from mg_ops.checks import MAX_FLOAT, check_bool, check_number, check_tensor, describe, join_levels
-from mg_ops.loss_definitions import BOX_LOSSES, box_loss, class_loss
+from mg_ops.loss_definitions import BOX_LOSSES, box_loss, class_loss, distribution_loss
 from mg_ops.matcher import GroundTruth, Levels
 from mg_ops.objects import pack_objects
 
@@ -318,6 +318,63 @@ def ciou_loss(
     return _box_loss(name, predictions, *objects, box_coder, ("ciou", 1.0, 1.0, 1.0), weights, normalizer, backend)
 
 
+def distribution_focal_loss(
+    distance_logits: Levels,
+    loc_match: Tensor,
+    anchors: Levels,
+    gt_boxes: GroundTruth,
+    gt_offsets: Tensor | None = None,
+    *,
+    strides: Tensor | float,
+    margin: float = 0.01,
+    weights: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    gt_box_format: str = "xyxy",
+    backend: str | None = None,
+) -> Tensor:
+    """Distribution focal loss of the positives (Li et al., "Generalized Focal Loss", NeurIPS 2020, eq. 6), added up.
+
+    The distances from an anchor's center to the left, top, right and bottom side of its object, in strides, are learned
+    as distributions over the whole numbers 0 to R - 1. Each loss is the cross-entropy of the two numbers around the
+    distance, weighted by how near each is.
+
+    Args:
+        distance_logits: (B, A, 4 * R) floating, R >= 2: the R logits of the left side, then those of the other sides.
+        loc_match: as of `smooth_l1_loss`, like anchors, gt_boxes, gt_offsets, weights, normalizer and backend.
+        anchors: (A, 4) floating; only their centers count.
+        gt_boxes: the objects.
+        gt_offsets: where the packed objects of each image begin.
+        strides: (A,) floating, or a number: the length of one, in the anchors' unit.
+        margin: distances are clamped to [0, R - 1 - margin]; in [0, 1]. Ultralytics has 0.01, mmdetection 0.1.
+        weights: (B, A) of the positives.
+        normalizer: what the sum over positives and sides is divided by.
+        gt_box_format: of gt_boxes.
+        backend: None for the best one.
+
+    Returns:
+        () float32. The gradient of distance_logits comes in their dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `smooth_l1_loss`.
+    """
+    logits = join_levels("distance_logits", distance_logits)
+    width = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
+    if width < 8 or width % 4:
+        raise ValueError(f"distance_logits: expected shape (B, A, 4 * R) with R >= 2, got {describe(logits)}")
+    margin = _check_factor("margin", margin, most=1.0)
+    positives = _positives(
+        "distance_logits", logits, width, loc_match, anchors, gt_boxes, gt_offsets, gt_box_format, weights
+    )
+    num_anchors, device = positives[1].shape[0], positives[1].device
+    if isinstance(strides, Tensor):
+        strides = check_tensor("strides", strides, "floating point", (num_anchors,), device).detach()
+    else:
+        length = torch.full((), _check_positive("strides", strides), dtype=torch.float32, device=device)
+        strides = length.expand(num_anchors)
+    compute = torch.ops.mg_ops.distribution_loss.default if _is_fused(backend, device) else distribution_loss
+    return _normalize(compute(*positives, strides, margin), normalizer)
+
+
 def _boxes_or_deltas(pred_boxes: Any, box_deltas: Any, box_coder: object) -> tuple[str, Any]:
     """The name and the value of the one that is given."""
     if (pred_boxes is None) == (box_deltas is None):
@@ -395,9 +452,33 @@ def _box_loss(
 ) -> Tensor:
     """The sum over the normalizer; `numbers` are the last arguments of `box_loss`, the loss by its name."""
     check_box_coder(box_coder)
+    positives = _positives(name, predictions, 4, loc_match, anchors, gt_boxes, gt_offsets, gt_box_format, weights)
+    total: Tensor = (torch.ops.mg_ops.box_loss.default if _is_fused(backend, positives[0].device) else box_loss)(
+        *positives,
+        None if box_coder is None else [*box_coder.weights, box_coder.clip],
+        BOX_LOSSES.index(numbers[0]),
+        *numbers[1:],
+    )
+    return _normalize(total, normalizer)
+
+
+def _positives(
+    name: str,
+    predictions: Any,
+    width: int,
+    loc_match: Tensor,
+    anchors: Any,
+    gt_boxes: Any,
+    gt_offsets: Tensor | None,
+    gt_box_format: str,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The first arguments of the operators, checked: predictions, anchors, match, objects and weights."""
     anchors = check_tensor("anchors", join_levels("anchors", anchors), "floating point", ("A", 4), None)
     device, num_anchors = anchors.device, anchors.shape[0]
-    predictions = check_tensor(name, join_levels(name, predictions), "floating point", ("B", num_anchors, 4), device)
+    predictions = check_tensor(
+        name, join_levels(name, predictions), "floating point", ("B", num_anchors, width), device
+    )
     batch_size = predictions.shape[0]
     check_tensor("loc_match", loc_match, "int64", (batch_size, num_anchors), device)
     if weights is not None:
@@ -414,18 +495,7 @@ def _box_loss(
         device=device,
         labels_reader=None,
     )
-    total: Tensor = (torch.ops.mg_ops.box_loss.default if _is_fused(backend, device) else box_loss)(
-        predictions,
-        anchors.detach(),
-        loc_match,
-        objects.gt_boxes.detach(),
-        objects.gt_offsets,
-        weights,
-        None if box_coder is None else [*box_coder.weights, box_coder.clip],
-        BOX_LOSSES.index(numbers[0]),
-        *numbers[1:],
-    )
-    return _normalize(total, normalizer)
+    return predictions, anchors.detach(), loc_match, objects.gt_boxes.detach(), objects.gt_offsets, weights
 
 
 def _fake_loss(predictions: Tensor, *rest: Any) -> Tensor:
@@ -458,3 +528,4 @@ def _register_autograd(name: str) -> None:
 if not library.load_error:
     _register_autograd("class_loss")
     _register_autograd("box_loss")
+    _register_autograd("distribution_loss")

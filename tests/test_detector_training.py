@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,6 +296,51 @@ def test_coco_with_crowds_and_a_broken_image_trains_under_bf16(
     assert capsys.readouterr().out.count(kind) == 2  # once when met, once in the summary at the end
     assert json.loads((tmp_path / "run" / "results.json").read_text())["AP"] == metrics["AP"]
     assert [entry["epoch"] for entry in read_log(tmp_path / "run" / "log.jsonl") if "eval_AP" in entry] == [1, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step as a CUDA graph
+
+
+def test_a_graph_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        detector.train.main(["--data", "absent", "--device", "cpu", "--cuda-graph"])
+    assert stop.value.code == 2
+    assert "--cuda-graph: expected --device cuda, which a CUDA graph runs on, got cpu" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_training_as_a_graph_has_the_weights_of_one_whose_batches_all_run_eagerly(voc: Path, tmp_path: Path) -> None:
+    """On the stand-in for a GPU, which replays what it recorded of one step."""
+    program = tmp_path / "program.py"
+    program.write_text("from detector import program, train\nprogram.run_program(train.main)\n")
+    environment = {**ONE_THREAD, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+
+    def run(name: str, **changes: object) -> str:
+        changes = {"device": "cuda", "cuda-graph": True, "epochs": 4, "ema": 0.9, **changes}
+        command = [sys.executable, "-W", "ignore", "-m", "cuda_on_cpu.pretend_gpu", str(program)]
+        command += flags(voc, tmp_path / name, **changes)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "--cuda-graph: room for 6 objects in a batch" in run("graph")
+    run("eager", **{"graph-objects": 1})
+    # 28 images in batches of 3, but for the last two, which are smaller.
+    num_eager = {run: [entry[1] for entry in loss_curve(tmp_path / run, "eager_steps")] for run in ("graph", "eager")}
+    assert num_eager == {"graph": [0] * 8 + [1, 2], "eager": list(range(1, 11))}
+    assert_same_training(tmp_path / "graph", tmp_path / "eager")
+    detector.train.main(flags(voc, tmp_path / "plain", epochs=4, ema=0.9))
+    curves = [loss_curve(tmp_path / run, "loss", "lr", "cls_positives") for run in ("graph", "plain")]
+    for one, other in zip(*curves, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    # Each goes on as the other: how it steps is not what it learned.
+    run("plain", epochs=5, resume=True)
+    detector.train.main(flags(voc, tmp_path / "graph", epochs=5, ema=0.9, resume=True))
+    groups = {run: read_checkpoint(tmp_path / run)["optimizer"]["param_groups"] for run in ("graph", "plain")}
+    assert all(group["fused"] is None and isinstance(group["lr"], float) for group in groups["graph"])
+    assert all(group["fused"] and isinstance(group["lr"], Tensor) for group in groups["plain"])
 
 
 class Frozen(nn.Module):

@@ -26,12 +26,12 @@ ROOT = Path(__file__).parents[1]
 STEPS = {
     "right": ["build", "tests", "memcheck", "synccheck", "racecheck", "graph-replay", "card-limits"],
     "why": ["build", "kernel-profile"],
-    "rest": ["build", "triton-tests", "baselines", "training-steps"],
+    "rest": ["build", "triton-tests", "baselines", "training-steps", "captured-steps"],
 }
 RESULTS = {
     "right": {"graph_replay.json", "card_limits.json"},
     "why": {"kernel_profile.json"},
-    "rest": {"match_speed.json", "training_step.json"},
+    "rest": {"match_speed.json", "training_step.json", "captured_step.json"},
 }
 
 
@@ -132,6 +132,11 @@ def check_results(call: str, output: Path, summary: dict[str, Any]) -> None:
         detectors = results["training_step.json"]["detectors"]
         assert list(detectors) == ["fssd-resnet18", "retinanet-resnet18"]
         assert all("mg_ops cuda" in detector["matchings"] for detector in detectors.values())
+        batch_sizes = results["captured_step.json"]["batch_sizes"]
+        assert list(batch_sizes) == ["2", "4"]
+        for ways in batch_sizes.values():
+            assert list(ways) == ["eager", "network captured", "whole step captured"]
+            assert all(0 < low <= median <= high for low, median, high in ways.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,14 +148,16 @@ a = torch.arange(3.0)
 on_device = a.to("cuda")
 on_device += 1
 assert a.tolist() == [0, 1, 2]  # a copy to the device is a copy
-graph = torch.cuda.CUDAGraph()
+graph, count = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda")
 with torch.cuda.graph(graph):
+    count += 1
     double = 2 * on_device
     double[:1] += 1  # through a view, in place
     total = double.sum()
+assert count.item() == 0  # a capture runs nothing
 on_device.copy_(torch.tensor([10.0, 20.0, 30.0]))
 graph.replay()
-assert double.tolist() == [21, 40, 60] and total.item() == 121
+assert double.tolist() == [21, 40, 60] and total.item() == 121 and count.item() == 1
 for read in (lambda: total.item(), lambda: on_device.nonzero(), lambda: double[double > 1]):
     try:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):

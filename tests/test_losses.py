@@ -1,7 +1,7 @@
 """What holds for every loss: the same bits for any threads, strides and runs, a normalizer, torch's modes, a GPU's.
 
-On a GPU: the values of the definition, no synchronization, a graph. What each is, is in test_class_losses.py and
-test_box_losses.py.
+On a GPU: the values of the definition, no synchronization, a graph. What each is, is in test_class_losses.py,
+test_box_losses.py and test_distribution_loss.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import test_box_losses
 import test_class_losses
+import test_distribution_loss
 import torch
 from torch import Tensor
+
+from mg_ops import losses
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -31,6 +34,9 @@ def arguments_of(
     if name in test_class_losses.LOSSES:
         loss, options = test_class_losses.LOSSES[name]
         return loss, list(test_class_losses.random_batch((4, num_anchors, 20), dtype)), options
+    if name == "distribution focal":
+        batch = test_distribution_loss.random_batch(dtype, num_anchors)
+        return losses.distribution_focal_loss, [*batch[:3], *batch.packed], {"strides": 4.0}
     batch = test_box_losses.random_batch(dtype, num_anchors)
     return test_box_losses.LOSSES[name], [*batch[:3], *batch.packed], {}
 
@@ -42,7 +48,7 @@ def value_and_gradient(loss: Any, arguments: list[Any], **options: Any) -> tuple
     return value.detach(), torch.autograd.grad(value, predictions)[0]
 
 
-every_loss = pytest.mark.parametrize("name", [*test_class_losses.LOSSES, *test_box_losses.LOSSES])
+every_loss = pytest.mark.parametrize("name", [*test_class_losses.LOSSES, *test_box_losses.LOSSES, "distribution focal"])
 
 
 def assert_equal(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -69,7 +75,7 @@ def test_tensors_of_any_strides(name: str) -> None:
     loss, (predictions, *rest), options = arguments_of(name, num_anchors=60)
     expected = value_and_gradient(loss, [predictions, *rest], **options)
     channels_first = predictions.transpose(1, 2).contiguous().transpose(1, 2)
-    a_part = torch.randn(len(predictions), 80, 29)[:, 10:70, 2 : 2 + predictions.shape[2]].copy_(predictions)
+    a_part = torch.randn(len(predictions), 80, 99)[:, 10:70, 2 : 2 + predictions.shape[2]].copy_(predictions)
     for other in (channels_first, a_part):
         assert_equal(value_and_gradient(loss, [other, *rest], **options), expected)
     of_anchors = predictions.shape[:2]
@@ -103,7 +109,7 @@ def test_autocast_changes_nothing(name: str, backend: str | None) -> None:
     assert value.dtype == torch.float32 and torch.equal(value, expected)
 
 
-@pytest.mark.parametrize("name", ["varifocal", "GIoU of deltas"])
+@pytest.mark.parametrize("name", ["varifocal", "GIoU of deltas", "distribution focal"])
 @pytest.mark.parametrize("backend", [None, "eager"])
 def test_torch_compile_takes_the_whole_call(name: str, backend: str | None) -> None:
     loss, arguments, options = arguments_of(name, num_anchors=20)

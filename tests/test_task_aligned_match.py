@@ -7,11 +7,12 @@ LibreYOLO has it. A label may differ where `unexplained_of_task_aligned` says wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
 from conftest import Target, fuzz_cases
+from rule_batches import assert_same_match
 from torch import Tensor
 
 import mg_ops
@@ -196,6 +197,36 @@ def test_an_anchor_that_is_dropped_after_the_conflict_is_ignored_in_a_crowd(targ
         k_after_conflict=1,
     )
     assert match.cls_match.tolist() == [[0, IGNORED]]
+
+
+@pytest.mark.parametrize("num_objects", [15, 16, 17, 300])
+@pytest.mark.parametrize("conflict", ["inside", "all", "selecting"])
+def test_anchors_contested_in_a_crowd(
+    target: Target, conflict: Literal["inside", "all", "selecting"], num_objects: int
+) -> None:
+    """Objects near each other, some of them the same, and the largest finite ones among them."""
+    generator = torch.Generator().manual_seed(num_objects)
+    corners = (torch.rand(num_objects, 2, generator=generator) * 60).round()
+    gt_boxes = torch.cat([corners, corners + torch.randint(3, 30, (num_objects, 2), generator=generator)], dim=1)
+    gt_boxes[5] = torch.tensor([-3e38, -3e38, 3e38, 3e38])
+    gt_boxes[9:12] = gt_boxes[8]
+    y, x = torch.meshgrid(*[torch.arange(16) * 4 + 2.0] * 2, indexing="ij")
+    points = torch.stack([x, y], dim=-1).reshape(-1, 2)
+    pred_boxes = gt_boxes[torch.randint(0, num_objects, (256,), generator=generator)]
+    matches = [
+        mg_ops.task_aligned_match(
+            mg_ops.anchors_from_points(points, torch.ones(256), size=4.0).to(device),
+            [gt_boxes.to(device)],
+            [torch.zeros(num_objects, dtype=torch.int64, device=device)],
+            cls_probabilities=torch.rand(1, 256, 1, generator=torch.Generator().manual_seed(0)).to(device),
+            pred_boxes=pred_boxes[None].to(device),
+            conflict=conflict,
+            backend=backend,
+        )
+        for device, backend in ((target.device, target.backend), ("cpu", "eager"))
+    ]
+    assert_same_match(*matches)
+    assert (matches[0].cls_match >= 0).sum() >= 10
 
 
 @pytest.mark.parametrize(

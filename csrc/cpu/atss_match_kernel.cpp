@@ -139,6 +139,11 @@ static void merge(Nearest& nearest, const int32_t* distance, int64_t first, int3
   for (int64_t i = 0; i < kGroupSize; ++i) {
     sorted[place[i]] = nearest_key(static_cast<uint32_t>(distance[i]), static_cast<uint32_t>(first + i));
   }
+  if (nearest.count == 0) {  // as of the first group of each level
+    nearest.count = std::min(nearest.wanted, count);
+    std::memcpy(nearest.keys, sorted, static_cast<size_t>(nearest.count) * sizeof *sorted);
+    return;
+  }
   uint64_t before[kMaxK + 1];
   std::memcpy(before, nearest.keys, static_cast<size_t>(nearest.count) * sizeof *before);
   sorted[count] = before[nearest.count] = ~uint64_t{0};
@@ -245,6 +250,19 @@ static void load_candidates(const AtssProblem& problem, const uint64_t* candidat
   }
 }
 
+// The sum of the values of so many places in `iou`, which is readable to the end of a tile.
+template <class Value>
+MG_OPS_INLINE float sum_values(int32_t count, Value value) {
+  alignas(64) float sums[kSumLanes] = {};
+  for (int32_t first = 0; first < count; first += kSumLanes) {
+    for (int32_t lane = 0; lane < kSumLanes; ++lane) {  // vector loop
+      const float number = value(first + lane);
+      sums[lane] += first + lane < count ? number : 0.0f;
+    }
+  }
+  return add_lanes(sums);
+}
+
 static void select_by_iou(ImageWork& image_work, int64_t slot_begin, int64_t slot_end) {
   const DefaultFloatEnvironment environment;
   AtssWork& work = static_cast<AtssWork&>(image_work);
@@ -270,7 +288,8 @@ static void select_by_iou(ImageWork& image_work, int64_t slot_begin, int64_t slo
         iou[first + i] = box_iou({boxes.x1[i], boxes.y1[i], boxes.x2[i], boxes.y2[i]}, boxes.area[i], object, area);
       }
     }
-    const float threshold = mean_plus_deviation(iou, num_candidates);
+    const float threshold =
+        mean_plus_deviation(iou, num_candidates, [](int32_t count, auto value) { return sum_values(count, value); });
     uint64_t* selected = work.selected + slot * work.list_stride;
     int32_t count = 0;
     for (int32_t i = 0; i < num_candidates; ++i) {
@@ -289,13 +308,14 @@ static bool label_positives(ImageWork& image_work) {
   const AtssProblem& problem = problem_of(work);
   int64_t* row = problem.cls_match + work.image * problem.num_anchors;
   int32_t* num_pos = problem.num_pos + load_integer(problem.gt_offsets, work.image);
-  for_selected(work, [&](int32_t slot, uint32_t anchor, uint64_t key) {
-    if (row[anchor] == kBackground || key_order(key) > work.claim[anchor]) {
+  for_selected(work, [&](int32_t slot, uint32_t anchor, int64_t place) {
+    const uint32_t iou = key_order(work.selected[place]);
+    if (row[anchor] == kBackground || iou > work.claim[anchor]) {
       row[anchor] = work.object[slot];
-      work.claim[anchor] = key_order(key);
+      work.claim[anchor] = iou;
     }
   });
-  for_selected(work, [&](int32_t slot, uint32_t anchor, uint64_t) {
+  for_selected(work, [&](int32_t slot, uint32_t anchor, int64_t) {
     num_pos[work.object[slot]] += row[anchor] == work.object[slot] ? 1 : 0;
   });
   return true;

@@ -158,26 +158,21 @@ static void fill_unmarked(float* numbers, const uint8_t* marked, float number) {
 // The sum over the classes of one anchor, in the order of the definition.
 template <bool kIsProbability, bool kIsSoft, class T>
 static float sum_over_classes(const T* row, int64_t step, int64_t num_classes) {
-  alignas(64) float scores[kClassLanes], sums[kClassLanes] = {};
-  for (int64_t first = 0; first < num_classes; first += kClassLanes) {
-    const int32_t count = static_cast<int32_t>(std::min(kClassLanes, num_classes - first));
+  alignas(64) float scores[kSumLanes], sums[kSumLanes] = {};
+  for (int64_t first = 0; first < num_classes; first += kSumLanes) {
+    const int32_t count = static_cast<int32_t>(std::min(kSumLanes, num_classes - first));
     for (int32_t lane = 0; lane < count; ++lane) {
       scores[lane] = to_float(row[(first + lane) * step]);
     }
-    for (int32_t lane = count; lane < kClassLanes; ++lane) {
+    for (int32_t lane = count; lane < kSumLanes; ++lane) {
       scores[lane] = 0.0f;
     }
-    for (int32_t lane = 0; lane < kClassLanes; ++lane) {  // vector loop
+    for (int32_t lane = 0; lane < kSumLanes; ++lane) {  // vector loop
       const float loss = loss_if_other(scores[lane], kIsProbability, kIsSoft);
       sums[lane] += lane < count ? loss : 0.0f;
     }
   }
-  for (int64_t half = kClassLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) {
-      sums[lane] += sums[lane + half];
-    }
-  }
-  return sums[0];
+  return add_lanes(sums);
 }
 
 template <bool kIsProbability, bool kIsSoft>

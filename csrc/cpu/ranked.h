@@ -145,9 +145,9 @@ static void destroy_ranked(ImageWork* work) {
   destroy_work(work);
 }
 
-template <bool kWithPredicted>
+template <bool kWithPredicted, class Work = RankedWork>
 static ImageWork* create_ranked(const MatchProblem& problem, const BoxTile* anchor_tiles) {
-  RankedWork* work = new_work<RankedWork>(problem, anchor_tiles);
+  Work* work = new_work<Work>(problem, anchor_tiles);
   if (work == nullptr) {
     return nullptr;
   }
@@ -230,15 +230,38 @@ MG_OPS_INLINE Box object_of(const ImageWork& work, int64_t slot) {
   return {work.x1[slot], work.y1[slot], work.x2[slot], work.y2[slot]};
 }
 
+// The place of an anchor's score for a slot's class, which is known.
+MG_OPS_INLINE int64_t score_place(const ImageWork& work, uint32_t anchor, int64_t slot) {
+  const FloatInput& scores = work.problem->cls_scores;
+  return work.image * scores.image_stride + anchor * scores.row_stride + work.label[slot] * scores.column_stride;
+}
+
+// Scores lie apart, each in a cache line of its own: several asked for here arrive together.
+MG_OPS_INLINE void prefetch_score(const ImageWork& work, uint32_t anchor, int64_t slot) {
+  const FloatInput& scores = work.problem->cls_scores;
+  if (work.label[slot] >= 0) {
+    const int64_t place = score_place(work, anchor, slot) * bytes_of(scores.type);
+    __builtin_prefetch(static_cast<const char*>(scores.data) + place);
+  }
+}
+
 // p of an anchor for a slot's class.
 MG_OPS_INLINE float probability_of(const ImageWork& work, uint32_t anchor, int64_t slot) {
-  const FloatInput& scores = work.problem->cls_scores;
   if (work.label[slot] < 0) {
     return 0.0f;
   }
-  const float score = load_float(
-      scores, work.image * scores.image_stride + anchor * scores.row_stride + work.label[slot] * scores.column_stride);
+  const float score = load_float(work.problem->cls_scores, score_place(work, anchor, slot));
   return class_probability(score, work.problem->scores_are_probabilities);
+}
+
+// Adds up the sums that a sum is made of.
+MG_OPS_INLINE float add_lanes(float* sums) {
+  for (int64_t half = kSumLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) {
+      sums[lane] += sums[lane + half];
+    }
+  }
+  return sums[0];
 }
 
 // Which points of a tile are inside of a box by more than a margin. Whether any is.
@@ -279,25 +302,13 @@ MG_OPS_INLINE void for_tiles_near(const RankedWork& work, const TileBoxes& bound
   }
 }
 
-// Calls visit(slot), in ascending order, for the slots that a point is inside of.
-template <class Visit>
-MG_OPS_INLINE void for_slots_around(const RankedWork& work, Point point, float margin, Visit visit) {
-  for (int32_t begin = 0; begin < work.num_slots; begin += kSlotBlock) {
-    alignas(16) uint8_t inside[kSlotBlock];
-    for (int32_t i = 0; i < kSlotBlock; ++i) {  // vector loop
-      inside[i] = is_inside(point, gate_of(work, begin + i), margin);
-    }
-    for_marked<kSlotBlock>(inside, [&](int64_t i) { visit(static_cast<int32_t>(begin + i)); });
-  }
-}
-
-// Calls visit(slot, anchor, key) for all that is selected, slots ascending.
+// Calls visit(slot, anchor, place) for all that is selected, slots ascending; `place` is that in work.selected.
 template <class Visit>
 MG_OPS_INLINE void for_selected(const RankedWork& work, Visit visit) {
   for (int32_t slot = 0; slot < work.num_slots; ++slot) {
-    const uint64_t* list = work.selected + slot * work.list_stride;
-    for (int32_t i = 0; i < work.num_selected[slot]; ++i) {
-      visit(slot, key_index(list[i]), list[i]);
+    const int64_t begin = slot * work.list_stride;
+    for (int64_t place = begin; place < begin + work.num_selected[slot]; ++place) {
+      visit(slot, key_index(work.selected[place]), place);
     }
   }
 }

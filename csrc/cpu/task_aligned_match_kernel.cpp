@@ -10,9 +10,15 @@
 #pragma GCC diagnostic ignored "-Wunused-function"  // of the shared parts this rule uses a few
 
 #include "../task_aligned.h"
-#include "ranked.h"
+#include "nearby_slots.h"
 
 namespace mg_ops {
+
+struct TaskAlignedWork : RankedWork {
+  Block overlap_block;
+  float* selected_overlap;  // of each place in `selected`: the overlap of the anchor with the slot
+};
+
 namespace MG_OPS_CPU_TARGET {
 namespace {
 
@@ -27,14 +33,25 @@ static const TaskAlignedProblem& problem_of(const ImageWork& work) {
   return *static_cast<const TaskAlignedProblem*>(work.problem);
 }
 
+MG_OPS_INLINE TaskAlignedWork& task_aligned(ImageWork& work) { return static_cast<TaskAlignedWork&>(work); }
+
+static void destroy_task_aligned(ImageWork* work) {
+  if (work != nullptr) {
+    std::free(task_aligned(*work).overlap_block.memory);
+  }
+  destroy_ranked(work);
+}
+
 static bool begin_task_aligned(ImageWork& work, int64_t image) {
   const TaskAlignedProblem& problem = problem_of(work);
   std::memset(problem.soft_targets + image * problem.num_anchors, 0,
               static_cast<size_t>(problem.num_anchors) * sizeof(float));
-  RankedWork& ranking = ranked(work);
-  if (!begin_ranked(ranking, image, problem.k)) {
+  TaskAlignedWork& ranking = task_aligned(work);
+  if (!begin_ranked(ranking, image, problem.k) ||
+      !reserve(ranking.overlap_block, static_cast<size_t>(work.num_slots * ranking.list_stride) * sizeof(float))) {
     return false;
   }
+  ranking.selected_overlap = reinterpret_cast<float*>(ranking.overlap_block.memory);
   for (int32_t slot = 0; slot < work.num_slots; ++slot) {
     const Box gate = gate_box(object_of(work, slot), problem.minimum_side);
     ranking.gate_x1[slot] = gate.x1;
@@ -91,20 +108,71 @@ struct Gathered {
   int64_t size = 0;
   alignas(64) float x1[kTileSize], y1[kTileSize], x2[kTileSize], y2[kTileSize], area[kTileSize];
   uint32_t anchor[kTileSize];
+
+  void add(const Box& box, float box_area, uint32_t number) {
+    x1[size] = box.x1;
+    y1[size] = box.y1;
+    x2[size] = box.x2;
+    y2[size] = box.y2;
+    area[size] = box_area;
+    anchor[size++] = number;
+  }
 };
 
-// Shows the gathered anchors, which ascend, to the slot's best ones.
-static void evaluate(const RankedWork& work, int32_t slot, float object_angle, Gathered& gathered, BestKeys& best) {
+// The IoU of each with an object; 0 behind the last one.
+static void find_iou(Gathered& gathered, const Box& object, float area, float* iou) {
+  for (int64_t i = gathered.size; i < kTileSize; ++i) {  // overlaps nothing
+    gathered.x1[i] = gathered.y1[i] = gathered.x2[i] = gathered.y2[i] = gathered.area[i] = 0.0f;
+  }
+  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+    iou[i] = box_iou({gathered.x1[i], gathered.y1[i], gathered.x2[i], gathered.y2[i]}, gathered.area[i], object, area);
+  }
+}
+
+// Their CIoU in the place of their IoU.
+static void find_ciou(const Gathered& gathered, const Box& object, float object_angle, float* overlap_with) {
+  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+    const float iou = overlap_with[i];
+    const Box box = {gathered.x1[i], gathered.y1[i], gathered.x2[i], gathered.y2[i]};
+    const float ciou = positive_ciou(box, object, object_angle, iou);
+    overlap_with[i] = iou > 0.0f ? ciou : 0.0f;
+  }
+}
+
+// Those of them whose overlap may be enough. Their scores are on the way: each is in a cache line of its own, and
+// several that were asked for arrive together.
+struct Hopeful {
+  static constexpr int64_t kEnough = 16;
+
+  int64_t size = 0;
+  uint32_t anchor[kEnough + kTileSize];
+  float overlap_with[kEnough + kTileSize], possible[kEnough + kTileSize];  // the overlap, and overlap**beta
+};
+
+// Shows them, which ascend, to the slot's best ones.
+static void add_hopeful(const RankedWork& work, int32_t slot, Hopeful& hopeful, BestKeys& best) {
+  for (int64_t i = 0; i < hopeful.size; ++i) {
+    if (iou_order(hopeful.possible[i]) <= key_order(best.floor())) {
+      continue;
+    }
+    const float p = probability_of(work, hopeful.anchor[i], slot);
+    const float metric = pair_metric(problem_of(work), p, hopeful.overlap_with[i], hopeful.possible[i]);
+    if (metric > 0.0f) {
+      best.add(claim_key(iou_order(metric), hopeful.anchor[i]));
+    }
+  }
+  hopeful.size = 0;
+}
+
+// Finds the hopeful ones among those that are gathered.
+static void evaluate(const RankedWork& work, int32_t slot, float object_angle, Gathered& gathered, Hopeful& hopeful,
+                     BestKeys& best) {
   const TaskAlignedProblem& problem = problem_of(work);
   const Box object = object_of(work, slot);
-  const float area = work.area[slot];
   // Where x**beta is no product, it may be a little smaller for a larger x.
   const float slack = problem.beta.halves >= 0 ? 1.0f : 1.00001f;
   alignas(64) uint8_t wanted[kTileSize];
   alignas(64) float overlap_with[kTileSize], possible[kTileSize];  // overlap, and overlap**beta
-  for (int64_t i = gathered.size; i < kTileSize; ++i) {            // overlaps nothing
-    gathered.x1[i] = gathered.y1[i] = gathered.x2[i] = gathered.y2[i] = gathered.area[i] = 0.0f;
-  }
   // Marks the anchors whose overlap may be enough. Whether any is.
   const auto mark_hopeful = [&] {
     power_of_tile(overlap_with, problem.beta, possible);
@@ -116,18 +184,10 @@ static void evaluate(const RankedWork& work, int32_t slot, float object_angle, G
     }
     return any != 0;
   };
-  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
-    overlap_with[i] =
-        box_iou({gathered.x1[i], gathered.y1[i], gathered.x2[i], gathered.y2[i]}, gathered.area[i], object, area);
-  }
+  find_iou(gathered, object, work.area[slot], overlap_with);
   bool any = mark_hopeful();
   if (any && problem.by_ciou) {
-    for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
-      const float iou = overlap_with[i];
-      const Box box = {gathered.x1[i], gathered.y1[i], gathered.x2[i], gathered.y2[i]};
-      const float ciou = positive_ciou(box, object, object_angle, iou);
-      overlap_with[i] = iou > 0.0f ? ciou : 0.0f;
-    }
+    find_ciou(gathered, object, object_angle, overlap_with);
     any = mark_hopeful();
   }
   gathered.size = 0;
@@ -135,25 +195,25 @@ static void evaluate(const RankedWork& work, int32_t slot, float object_angle, G
     return;
   }
   for_marked<kTileSize>(wanted, [&](int64_t i) {
-    if (iou_order(possible[i]) <= key_order(best.floor())) {
-      return;  // the floor has risen meanwhile
-    }
-    const float p = probability_of(work, gathered.anchor[i], slot);
-    const float metric = pair_metric(problem, p, overlap_with[i], possible[i]);
-    if (metric > 0.0f) {
-      best.add(claim_key(iou_order(metric), gathered.anchor[i]));
-    }
+    prefetch_score(work, gathered.anchor[i], slot);
+    const int64_t place = hopeful.size++;
+    hopeful.anchor[place] = gathered.anchor[i];
+    hopeful.overlap_with[place] = overlap_with[i];
+    hopeful.possible[place] = possible[i];
   });
+  if (hopeful.size >= Hopeful::kEnough) {
+    add_hopeful(work, slot, hopeful, best);
+  }
 }
 
-static void select_of_slot(const RankedWork& work, int32_t slot, BestKeys& best) {
+static void select_of_slot(const RankedWork& work, int32_t slot, float object_angle, Gathered& gathered,
+                           BestKeys& best) {
+  Hopeful hopeful;
   const TaskAlignedProblem& problem = problem_of(work);
   const Box object = object_of(work, slot), gate = gate_of(work, slot);
-  const float object_angle = box_angle(object);
   const float slack = problem.beta.halves >= 0 ? 1.0f : 1.00001f;
   const TileBoxes& inside_bounds = problem.inside_first ? work.points_bounds : work.predicted_bounds;
   const Box& inside_of = problem.inside_first ? gate : object;
-  Gathered gathered;
   for_tiles_near(work, work.predicted_bounds, object, inside_bounds, inside_of, [&](int64_t tile_index) {
     const BoxTile& tile = work.predicted[tile_index];
     const float largest = slack * power(largest_possible_iou(tile, work, slot), problem.beta);
@@ -171,7 +231,7 @@ static void select_of_slot(const RankedWork& work, int32_t slot, BestKeys& best)
       count += wanted[i];
     }
     if (gathered.size + count > kTileSize) {
-      evaluate(work, slot, object_angle, gathered, best);
+      evaluate(work, slot, object_angle, gathered, hopeful, best);
     }
     if (count == kTileSize) {
       std::memcpy(gathered.x1, tile.x1, sizeof tile.x1);
@@ -186,37 +246,57 @@ static void select_of_slot(const RankedWork& work, int32_t slot, BestKeys& best)
       return;
     }
     for_marked<kTileSize>(wanted, [&](int64_t i) {
-      const int64_t place = gathered.size++;
-      gathered.x1[place] = tile.x1[i];
-      gathered.y1[place] = tile.y1[i];
-      gathered.x2[place] = tile.x2[i];
-      gathered.y2[place] = tile.y2[i];
-      gathered.area[place] = tile.area[i];
-      gathered.anchor[place] = static_cast<uint32_t>(tile_index * kTileSize + i);
+      gathered.add({tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]}, tile.area[i],
+                   static_cast<uint32_t>(tile_index * kTileSize + i));
     });
   });
   if (gathered.size > 0) {
-    evaluate(work, slot, object_angle, gathered, best);
+    evaluate(work, slot, object_angle, gathered, hopeful, best);
   }
+  add_hopeful(work, slot, hopeful, best);
 }
 
-static void select_by_metric(ImageWork& work, int64_t slot_begin, int64_t slot_end) {
+// Writes the overlaps of the anchors that a slot has selected.
+static void find_overlaps(TaskAlignedWork& work, int32_t slot, float object_angle, Gathered& gathered) {
+  const Box object = object_of(work, slot);
+  const int64_t begin = slot * work.list_stride, end = begin + work.num_selected[slot];
+  alignas(64) float overlap_with[kTileSize];
+  for (int64_t first = begin; first < end; first += kTileSize) {
+    gathered.size = 0;
+    for (int64_t place = first; place < std::min(end, first + kTileSize); ++place) {
+      float area;
+      const Box box = predicted_box(work, key_index(work.selected[place]), area);
+      gathered.add(box, area, 0);
+    }
+    find_iou(gathered, object, work.area[slot], overlap_with);
+    if (problem_of(work).by_ciou) {
+      find_ciou(gathered, object, object_angle, overlap_with);
+    }
+    std::memcpy(work.selected_overlap + first, overlap_with, static_cast<size_t>(gathered.size) * sizeof(float));
+  }
+  gathered.size = 0;
+}
+
+static void select_by_metric(ImageWork& image_work, int64_t slot_begin, int64_t slot_end) {
   const DefaultFloatEnvironment environment;
+  TaskAlignedWork& work = task_aligned(image_work);
   const TaskAlignedProblem& problem = problem_of(work);
-  RankedWork& ranking = ranked(work);
-  for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
+  Gathered gathered;
+  for (int32_t slot = static_cast<int32_t>(slot_begin); slot < slot_end; ++slot) {
     BestKeys best(problem.k);
-    select_of_slot(ranking, static_cast<int32_t>(slot), best);
-    uint64_t* list = ranking.selected + slot * ranking.list_stride;
+    const float object_angle = box_angle(object_of(work, slot));
+    select_of_slot(work, slot, object_angle, gathered, best);
+    uint64_t* list = work.selected + slot * work.list_stride;
     int32_t size = best.take(list);
     if (!problem.inside_first) {
-      const Box gate = gate_of(ranking, slot);
+      const Box gate = gate_of(work, slot);
       const uint64_t* end = std::remove_if(list, list + size, [&](uint64_t key) {
-        return !is_inside(anchor_point(ranking, key_index(key)), gate, problem.center_margin);
+        return !is_inside(anchor_point(work, key_index(key)), gate, problem.center_margin);
       });
       size = static_cast<int32_t>(end - list);
     }
-    ranking.num_selected[slot] = size;
+    work.num_selected[slot] = size;
+    find_overlaps(work, slot, object_angle, gathered);
   }
 }
 
@@ -226,44 +306,67 @@ static float overlap_of(const RankedWork& work, uint32_t anchor, int32_t slot) {
   return pair_overlap(problem_of(work), box, area, object_of(work, slot), work.area[slot]);
 }
 
-// Gives each selected anchor to one slot; returns how many there are, in the order of their slots but for those that
-// were contested among all.
-static int64_t resolve_conflicts(RankedWork& work, Positive* positives) {
+// The contested anchors, among all objects or those that they are inside of: the one of the largest overlap, the lower
+// slot on a tie.
+static void find_owners(const TaskAlignedWork& work, const NearbySlots& nearby, Positive* positives, int64_t count) {
   const TaskAlignedProblem& problem = problem_of(work);
-  int64_t count = 0;
-  for_selected(work, [&](int32_t slot, uint32_t anchor, uint64_t) {
-    int32_t& owner = work.selecting_owner[anchor];
-    if (owner == kNobody) {
-      owner = slot;
-    } else if (problem.conflict == Conflict::kSelecting) {  // slots ascend: a tie stays with the lower one
-      owner = overlap_of(work, anchor, slot) > overlap_of(work, anchor, owner) ? slot : owner;
-    } else if (owner != kContested) {
-      owner = kContested;
-      positives[count++].anchor = anchor;
-    }
-  });
   for (int64_t i = 0; i < count; ++i) {
     Positive& positive = positives[i];
     positive.overlap = -1.0f;
+    float area;
+    const Box box = predicted_box(work, positive.anchor, area);
     const auto compete = [&](int32_t slot) {
-      const float overlap = overlap_of(work, positive.anchor, slot);
-      if (overlap > positive.overlap) {
+      const Box object = object_of(work, slot);
+      float overlap = box_iou(box, area, object, work.area[slot]);
+      if (problem.by_ciou && overlap > 0.0f && overlap >= positive.overlap) {  // which CIoU cannot be above
+        overlap = positive_ciou(box, object, box_angle(object), overlap);
+      }
+      if (overlap > positive.overlap || (overlap == positive.overlap && slot < positive.slot)) {
         positive.overlap = overlap;
         positive.slot = slot;
       }
     };
     if (problem.conflict == Conflict::kInside) {
-      for_slots_around(work, anchor_point(work, positive.anchor), problem.center_margin, compete);
+      const Point point = anchor_point(work, positive.anchor);
+      const float margin = problem.center_margin;
+      for_nearby(nearby, [&](const Box& gate) { return is_inside(point, gate, margin); }, compete);
     } else {
-      float area;
-      for_overlapping_slots(work, predicted_box(work, positive.anchor, area), compete);
+      for_nearby(nearby, [&](const Box& object) { return overlap(object, box); }, compete);
     }
     positive.metric = pair_metric(problem, probability_of(work, positive.anchor, positive.slot), positive.overlap,
                                   power(positive.overlap, problem.beta));
   }
-  for_selected(work, [&](int32_t slot, uint32_t anchor, uint64_t key) {
+}
+
+// Gives each selected anchor to one slot; returns how many there are, in the order of their slots but for those that
+// were contested among all. `nearby_memory` is for
+// the slots by their place.
+static int64_t resolve_conflicts(TaskAlignedWork& work, Positive* positives, char* nearby_memory) {
+  const TaskAlignedProblem& problem = problem_of(work);
+  int64_t count = 0;
+  for_selected(work, [&](int32_t slot, uint32_t anchor, int64_t place) {
+    int32_t& owner = work.selecting_owner[anchor];
+    if (owner == kNobody) {
+      owner = slot;
+    } else if (problem.conflict == Conflict::kSelecting) {  // slots ascend: a tie stays with the lower one
+      owner = work.selected_overlap[place] > overlap_of(work, anchor, owner) ? slot : owner;
+    } else if (owner != kContested) {
+      owner = kContested;
+      positives[count++].anchor = anchor;
+    }
+  });
+  if (count > 0) {
+    NearbySlots nearby;
+    place_nearby(nearby, work.num_slots, nearby_memory);
+    load_nearby(nearby, work.num_slots, [&](int32_t slot) {
+      return problem.conflict == Conflict::kInside ? gate_of(work, slot) : object_of(work, slot);
+    });
+    find_owners(work, nearby, positives, count);
+  }
+  for_selected(work, [&](int32_t slot, uint32_t anchor, int64_t place) {
     if (work.selecting_owner[anchor] == slot) {
-      positives[count++] = {anchor, slot, bits_float(key_order(key)), overlap_of(work, anchor, slot)};
+      const float metric = bits_float(key_order(work.selected[place]));
+      positives[count++] = {anchor, slot, metric, work.selected_overlap[place]};
     }
   });
   return count;
@@ -289,7 +392,7 @@ static int64_t keep_best(Positive* positives, int64_t count, int32_t k_after_con
 static bool label_positives(ImageWork& work) {
   const DefaultFloatEnvironment environment;
   const TaskAlignedProblem& problem = problem_of(work);
-  RankedWork& ranking = ranked(work);
+  TaskAlignedWork& ranking = task_aligned(work);
   int64_t num_selected = 0;
   for (int32_t slot = 0; slot < work.num_slots; ++slot) {
     num_selected += ranking.num_selected[slot];
@@ -297,11 +400,15 @@ static bool label_positives(ImageWork& work) {
   if (num_selected == 0) {
     return true;
   }
-  if (!reserve(work.key_block, static_cast<size_t>(num_selected) * sizeof(Positive))) {
+  Positive* positives;
+  Placing placing{nullptr};
+  placing.place(positives, num_selected);
+  NearbySlots nearby;
+  if (!reserve(work.key_block, placing.bytes + place_nearby(nearby, work.num_slots, nullptr))) {
     return false;
   }
-  Positive* positives = reinterpret_cast<Positive*>(work.key_block.memory);
-  int64_t count = resolve_conflicts(ranking, positives);
+  positives = reinterpret_cast<Positive*>(work.key_block.memory);
+  int64_t count = resolve_conflicts(ranking, positives, work.key_block.memory + placing.bytes);
   if (problem.k_after_conflict > 0) {
     count = keep_best(positives, count, problem.k_after_conflict);
   }
@@ -333,8 +440,8 @@ static void label_crowds(ImageWork& work, int64_t tile_begin, int64_t tile_end) 
 
 RuleKernels task_aligned_kernels() {
   return {load_anchor_tiles,
-          create_ranked<true>,
-          destroy_ranked,
+          create_ranked<true, TaskAlignedWork>,
+          destroy_task_aligned,
           begin_task_aligned,
           count_slots,
           {{load_tiles}, {nullptr, nullptr, select_by_metric}, {nullptr, label_positives}, {label_crowds}}};

@@ -206,7 +206,13 @@ __global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_consta
     shared.iou[i] = box_iou(box, box_area(box), object.box, object.area);
   }
   __syncthreads();
-  const float threshold = mean_plus_deviation(shared.iou, count);
+  const float threshold = mean_plus_deviation(shared.iou, count, [](int32_t size, auto value) {
+    float sum = 0.0f;
+    for (int32_t i = lane_index() % 16; i < size; i += static_cast<int32_t>(kSumLanes)) {
+      sum += value(i);
+    }
+    return add_lanes(sum);
+  });
   const uint32_t index = blockIdx.x - static_cast<uint32_t>(problem.scratch.image_starts[image]);
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count; i += kThreads) {
     const uint32_t anchor = key_index(shared.keys[i]);

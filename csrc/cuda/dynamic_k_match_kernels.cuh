@@ -122,7 +122,6 @@ __global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_const
 // The sum over the classes of the anchors of a warp's lanes that are marked: half a warp an anchor, in the order of the
 // definition. Every lane must call it.
 MG_OPS_DEVICE float sum_over_classes(const DynamicKProblem& problem, uint32_t image, uint32_t anchor, bool marked) {
-  static_assert(kClassLanes == 16, "half a warp");
   const bool is_soft = problem.rule == DynamicKRule::kSoftLabel;
   const uint32_t first_anchor = anchor - static_cast<uint32_t>(lane_index());
   const int half = lane_index() / 16;
@@ -134,12 +133,10 @@ MG_OPS_DEVICE float sum_over_classes(const DynamicKProblem& problem, uint32_t im
     left &= left - 1;  // of 0 it leaves 0
     const uint32_t own = first_anchor + static_cast<uint32_t>(half == 0 ? first : second);
     float sum = 0.0f;
-    for (int64_t label = lane_index() % 16; label < problem.num_classes; label += kClassLanes) {
+    for (int64_t label = lane_index() % 16; label < problem.num_classes; label += kSumLanes) {
       sum += loss_if_other(load_score(problem, image, own, label), problem.scores_are_probabilities, is_soft);
     }
-    for (int distance = 8; distance > 0; distance /= 2) {
-      sum += __shfl_sync(kAllLanes, sum, lane_index() ^ distance);
-    }
+    sum = add_lanes(sum);
     const float of_first = __shfl_sync(kAllLanes, sum, 0), of_second = __shfl_sync(kAllLanes, sum, 16);
     result = lane_index() == first ? of_first : lane_index() == second ? of_second : result;
   }

@@ -45,6 +45,15 @@ MG_OPS_DEVICE void prepare_groups(const MatchProblem& problem, const RankedScrat
   }
 }
 
+// Adds up the sums that a sum is made of, one a lane of each half of a warp. Every lane must call it.
+MG_OPS_DEVICE float add_lanes(float sum) {
+  static_assert(kSumLanes == 16, "half a warp");
+  for (int distance = 8; distance > 0; distance /= 2) {
+    sum += __shfl_sync(kAllLanes, sum, lane_index() ^ distance);
+  }
+  return sum;
+}
+
 // The image of an object; batch_size for one past the last offset.
 MG_OPS_DEVICE uint32_t image_of(const MatchProblem& problem, const ObjectScratch& scratch, uint32_t object) {
   uint32_t low = 0, high = static_cast<uint32_t>(problem.batch_size);

@@ -36,10 +36,11 @@ from torch.nn import functional
 from torchvision.models.detection import _utils as detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.fcos import FCOS
-from torchvision.models.detection.retinanet import RetinaNet
+from torchvision.models.detection.retinanet import RetinaNet, RetinaNetClassificationHead
 from torchvision.models.detection.ssd import SSD
 
 from mg_ops.boxes import BoxCoder, anchors_from_points
+from mg_ops.losses import focal_loss
 from mg_ops.matcher import Matcher
 from mg_ops.matching import AnyMatch, AnyMatcher, MutualMatcher
 from mg_ops.reference import BACKGROUND
@@ -317,3 +318,36 @@ def _anchors_are_shared(model: Detector, anchors: list[Tensor]) -> bool:
     if type(model.anchor_generator).forward in (AnchorGenerator.forward, DefaultBoxGenerator.forward):
         return True
     return all(torch.equal(anchors[0], others) for others in anchors[1:])
+
+
+def use_fused_focal_loss(model: _Model) -> _Model:
+    """Has a RetinaNet compute its classification loss by `mg_ops.losses.focal_loss`, with or without mutual guidance.
+
+    The value is torchvision's, without its one-hot targets and its tensors of the size of the logits, and without
+    waiting for the device.
+
+    Args:
+        model: a RetinaNet, changed in place, before DDP or torch.compile wrap it.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: the model is no RetinaNet, or its head is not torchvision's.
+    """
+    head = getattr(getattr(model, "head", None), "classification_head", None)
+    if not isinstance(model, RetinaNet) or not isinstance(head, RetinaNetClassificationHead):
+        raise TypeError(f"model: expected torchvision's RetinaNet with its own head, got {type(model).__name__}")
+    head.compute_loss = _fused_focal_loss
+    return model
+
+
+def _fused_focal_loss(targets: list[Target], head_outputs: Target, matched_idxs: list[Tensor]) -> Tensor:
+    """`RetinaNetClassificationHead.compute_loss`: of each image over its own positives, then the mean over images."""
+    losses = []
+    for target, cls_logits, matched in zip(targets, head_outputs["cls_logits"], matched_idxs, strict=True):
+        labels = torch.cat([target["labels"], target["labels"].new_zeros(1)])  # one to read where there is none
+        class_targets = torch.where(matched >= 0, labels[matched.clamp(min=0)], matched)
+        num_positives = (matched >= 0).sum().clamp(min=1)
+        losses.append(focal_loss(cls_logits[None], class_targets[None], normalizer=num_positives))
+    return torch.stack(losses).mean()

@@ -43,6 +43,7 @@ NEEDS_A_GPU = {
     "test_compiled_calls_give_the_same_integers": "the stand-in for the function cannot be traced",
     "test_calls_from_several_threads_at_once": "the stand-in is there for one thread",
     "test_opcheck": "torch's check asks the device for its random state",
+    "test_nothing_waits_for_the_gpu": "nothing can be asynchronous here",
     "test_a_step_as_a_cuda_graph_learns": "a process of its own, without this stand-in",
 }
 """Tests that say nothing here, and why."""
@@ -60,7 +61,7 @@ class CudaMeansCpu(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function is Tensor.cuda:
+        if function in (Tensor.cuda, Tensor.pin_memory):
             return args[0].clone()
         moved = [on_cpu(value) for value in args]
         kwargs = {name: on_cpu(value) for name, value in kwargs.items()}
@@ -82,19 +83,39 @@ def reads_back(function: Any, args: Any) -> bool:
     return name.startswith(tuple(f"{operation}." if "." not in operation else operation for operation in READS_BACK))
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Those at its leaves."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 class Record(TorchDispatchMode):
-    """Every operation and what it returned, so that all can be run again into the same memory."""
+    """Every operation and what it returned, so that all can be run again into the same memory.
+
+    They do run, for their shapes; `undo` puts back what they changed, since a capture runs nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.runs: list[tuple[Callable[..., Any], Any, Any, list[Any]]] = []
+        self.known: set[int] = set()
+        self.before: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if reads_back(function, args):
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({function})")
+        for storage in (tensor.untyped_storage() for tensor in tensors_in([args, kwargs])):
+            if storage.data_ptr() not in self.known:
+                self.known.add(storage.data_ptr())
+                self.before.append((storage, storage.clone()))
         result = function(*args, **(kwargs or {}))
+        self.known.update(tensor.untyped_storage().data_ptr() for tensor in tensors_in(result))
         self.runs.append((function, args, kwargs or {}, tree_leaves(result)))
         return result
+
+    def undo(self) -> None:
+        """Leaves what was there before the first operation as it was."""
+        for storage, before in self.before:
+            storage.copy_(before)
 
 
 class PretendGraph:
@@ -125,12 +146,17 @@ def capture(graph: PretendGraph, **options: Any) -> Iterator[None]:
             yield
     finally:
         capturing = False
+        graph.record.undo()
 
 
 class PretendStream:
     """In place of torch.cuda.Stream: all runs at once, so there is nothing to wait for."""
 
     cuda_stream = 0
+
+    def is_capturing(self) -> bool:
+        """There is one stream."""
+        return capturing
 
     def wait_stream(self, other: PretendStream) -> None:
         """Nothing to wait for."""
@@ -172,6 +198,7 @@ def install() -> None:
         "is_bf16_supported": lambda *arguments: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "set_device": lambda device: None,
         "get_device_name": lambda *arguments: "no GPU, but a stand-in",
         "get_device_capability": lambda *arguments: (9, 0),
         "get_device_properties": lambda *arguments: SimpleNamespace(
@@ -187,12 +214,15 @@ def install() -> None:
         "Event": PretendEvent,
         "CUDAGraph": PretendGraph,
         "graph": capture,
+        "make_graphed_callables": lambda network, samples: network,
         **dict.fromkeys(
-            ("synchronize", "reset_peak_memory_stats", "set_sync_debug_mode", "empty_cache", "_sleep"), nothing
+            ("synchronize", "reset_peak_memory_stats", "set_sync_debug_mode", "empty_cache", "_sleep"),
+            nothing,
         ),
     }
     for name, value in stands_in.items():
         setattr(torch.cuda, name, value)
+    torch.accelerator.current_stream = lambda *arguments: PretendStream()
     torch.accelerator.synchronize = torch.cuda.profiler.start = torch.cuda.profiler.stop = nothing
     profile, activities = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
     torch.profiler.profile = lambda **options: profile(**{**options, "activities": activities})  # type: ignore[misc]

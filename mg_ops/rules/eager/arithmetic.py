@@ -13,6 +13,21 @@ def square_root(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
+SUM_LANES = 16
+"""How many sums a sum is made of; csrc/ranked.h."""
+
+
+def sum_rows(values: Tensor) -> Tensor:
+    """(M, C) -> (M,) sums in one order: value c goes to sum c modulo 16, then halves of the sums are added."""
+    sums = values.new_zeros(len(values), SUM_LANES)
+    for part in values.split(SUM_LANES, dim=1):
+        sums[:, : part.shape[1]] += part
+    while sums.shape[1] > 1:
+        lower, upper = sums.chunk(2, dim=1)
+        sums = lower + upper
+    return sums[:, 0]
+
+
 def power(x: Tensor, exponent: float) -> Tensor:
     """x**exponent in float32 of x and an exponent >= 0: a product where twice the exponent is whole and up to 16."""
     halves = 2 * exponent

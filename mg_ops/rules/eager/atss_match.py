@@ -18,7 +18,7 @@ from mg_ops.reference import (
     match_images,
     split_arguments,
 )
-from mg_ops.rules.eager.arithmetic import square_root
+from mg_ops.rules.eager.arithmetic import square_root, sum_rows
 
 
 def centers(boxes: Tensor) -> Tensor:
@@ -33,21 +33,13 @@ def center_distance(anchors: Tensor, gt_boxes: Tensor) -> Tensor:
     return torch.where(distance.isnan(), torch.inf, distance)
 
 
-def sum_rows(rows: Tensor) -> Tensor:
-    """(n, G) -> (G,) sums, one row after the other."""
-    total = torch.zeros_like(rows[0])
-    for row in rows:
-        total = total + row
-    return total
-
-
 def mean_plus_deviation(iou: Tensor) -> Tensor:
     """(n, G) IoUs of candidates -> (G,) their mean plus their unbiased standard deviation, of one alone 0."""
     # A division by a Python number becomes a multiplication by its reciprocal on CUDA: divide by a tensor.
     count = torch.full_like(iou[0], len(iou))
-    mean = sum_rows(iou) / count
+    mean = sum_rows(iou.T) / count
     deviation = iou - mean
-    return mean + square_root(sum_rows(deviation * deviation) / (count - 1).clamp(min=1))
+    return mean + square_root(sum_rows((deviation * deviation).T) / (count - 1).clamp(min=1))
 
 
 def match_image(

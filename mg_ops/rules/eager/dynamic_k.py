@@ -21,8 +21,6 @@ from mg_ops.reference import (
 )
 from mg_ops.rules.eager.arithmetic import log, log1p
 
-CLASS_LANES = 16
-"""How many sums the sum over the classes is made of."""
 MOST_LOSS = 100.0
 """No cross-entropy of a class is more."""
 
@@ -57,19 +55,6 @@ def class_losses(scores: Tensor, are_probabilities: bool) -> ClassLosses:
     tail = log1p(e)
     p = torch.where(x < 0, e, 1.0) / (1.0 + e)
     return ClassLosses(p, (-x).clamp(min=0.0) + tail, x.clamp(min=0.0) + tail)
-
-
-def sum_over_classes(values: Tensor) -> Tensor:
-    """(M, C) -> (M,) in one order: class c goes to sum c modulo 16, then halves of the sums are added."""
-    num_rows, num_classes = values.shape
-    sums = values.new_zeros(num_rows, CLASS_LANES)
-    for first in range(0, num_classes, CLASS_LANES):
-        part = values[:, first : first + CLASS_LANES]
-        sums[:, : part.shape[1]] += part
-    while sums.shape[1] > 1:
-        lower, upper = sums.chunk(2, dim=1)
-        sums = lower + upper
-    return sums[:, 0]
 
 
 def anchor_centers(image: Image) -> tuple[Tensor, Tensor]:

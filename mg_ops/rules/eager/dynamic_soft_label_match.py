@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mg_ops.reference import Image, float32_numbers, split_arguments
-from mg_ops.rules.eager.arithmetic import exp10
+from mg_ops.rules.eager.arithmetic import exp10, sum_rows
 from mg_ops.rules.eager.dynamic_k import (
     anchor_centers,
     cost_of,
@@ -16,7 +16,6 @@ from mg_ops.rules.eager.dynamic_k import (
     make_pairs,
     match_batch,
     match_pairs,
-    sum_over_classes,
 )
 
 
@@ -30,7 +29,7 @@ def match_image(
 
     # Cost.
     p, of_target, of_other = pairs.labels
-    if_no_class = sum_over_classes(pairs.classes.of_other * (pairs.classes.p * pairs.classes.p)).unsqueeze(1)
+    if_no_class = sum_rows(pairs.classes.of_other * (pairs.classes.p * pairs.classes.p)).unsqueeze(1)
     cross_entropy = pairs.iou * of_target + (1.0 - pairs.iou) * of_other
     difference = pairs.iou - p
     cls_cost = if_no_class + (cross_entropy * (difference * difference) - of_other * (p * p))

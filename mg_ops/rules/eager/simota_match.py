@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mg_ops.reference import Image, float32_numbers, split_arguments
+from mg_ops.rules.eager.arithmetic import sum_rows
 from mg_ops.rules.eager.dynamic_k import (
     anchor_centers,
     cost_of,
@@ -15,7 +16,6 @@ from mg_ops.rules.eager.dynamic_k import (
     make_pairs,
     match_batch,
     match_pairs,
-    sum_over_classes,
 )
 from mg_ops.rules.options import SIMOTA_CANDIDATES
 
@@ -45,7 +45,7 @@ def match_image(
     pairs = make_pairs(image, near)
 
     # Cost.
-    if_no_class = sum_over_classes(pairs.classes.of_other).unsqueeze(1)
+    if_no_class = sum_rows(pairs.classes.of_other).unsqueeze(1)
     cls_cost = if_no_class + (pairs.labels.of_target - pairs.labels.of_other)
     cost = cost_of(cls_cost, pairs, cls_weight, iou_weight, epsilon)
     cost = cost + torch.where(preferred[pairs.anchors][:, pairs.objects], 0.0, penalty)
