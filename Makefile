@@ -38,7 +38,7 @@ export MG_OPS_REQUIRE_LIBRARY := 1
 export PIP_NO_INPUT := 1
 SANITIZER_LIBRARIES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),g++) -print-file-name=$(library)))
 
-.PHONY: help venv build bench bench-step gpu-check test test-python asan-checkout test-asan fuzz races soak test-wheel test-wheels test-headers wheel docs lint format clean FORCE
+.PHONY: help venv build bench bench-step gpu-check examples test test-python asan-checkout test-asan fuzz races soak test-wheel test-wheels test-headers wheel docs lint format clean FORCE
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -74,6 +74,14 @@ bench-step: build  ## where the time of a training step goes, for each detector 
 
 gpu-check:  ## check and measure on this machine's GPU, with PYTHON and no .venv; options in GPU_CHECK_ARGS, "--help" among them
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
+
+# Each is a training of a minute or two on a CPU.
+examples: build  ## the trainings of examples/frameworks whose framework is installed in .venv
+	@for script in examples/frameworks/train_*.py; do \
+	  framework=$${script##*train_}; framework=$${framework%.py}; \
+	  if $(PY) -c "import $$framework" 2>/dev/null; then echo "$$script"; $(PY) $$script; \
+	  else echo "$$script: skipped, $$framework is not installed"; fi; \
+	done
 
 test: test-wheel test-asan test-python  ## everything a change must pass
 	@echo "make test: all passed"

@@ -117,7 +117,11 @@ class MutualMatcher(Matcher[MutualMatch]):
         return mutual_match(*arguments, **options)
 
 
-def check_counts(match: MutualMatch | Match | DynamicMutualMatch, num_gt: int, device: torch.device) -> None:
+AnyMatch: TypeAlias = "MutualMatch | Match | DynamicMutualMatch"
+AnyMatcher: TypeAlias = "Matcher[MutualMatch] | Matcher[Match] | Matcher[DynamicMutualMatch]"
+
+
+def check_counts(match: AnyMatch, num_gt: int, device: torch.device) -> None:
     """Raises unless the match was made for so many objects."""
     check_tensor("match.num_pos", match.num_pos, "integer", ("...",), device)
     if match.num_pos.numel() != num_gt:

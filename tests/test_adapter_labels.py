@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mg_ops
-from mg_ops.adapters import detectron2, labels
+from mg_ops.adapters import labels
 
 ROOT = Path(__file__).parent.parent
 HAND_MADE = torch.tensor([[3, -1, -2], [0, 1, -1]])
@@ -36,20 +36,6 @@ def test_torchvision_needs_no_conversion() -> None:
 def test_wrong_tensors_are_named() -> None:
     with pytest.raises(TypeError, match=r"match: expected a signed integer tensor, got a torch\.float32 tensor"):
         labels.to_mmdet(torch.zeros(2))
-
-
-def test_detectron2_matches_are_the_mutual_match() -> None:
-    anchors = torch.tensor(
-        [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 9.0, 5.5], [40.0, 40.0, 50.0, 50.0]]
-    )
-    boxes = [torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.zeros(0, 4)]
-    classes = [torch.tensor([1]), torch.zeros(0, dtype=torch.int64)]
-    predictions = {"pred_boxes": anchors.expand(2, 4, 4), "cls_logits": torch.zeros(2, 4, 2)}
-    result = detectron2.match_anchors(anchors, boxes, classes, matcher=mg_ops.MutualMatcher(), **predictions)
-    # IoU 1, 0.9, 0.495 and 0: two positives and one ignored.
-    assert result.classification.match_labels.tolist() == [[1, 1, -1, 0], [0, 0, 0, 0]]
-    assert result.localization.match_labels.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
-    assert result.match.num_pos.tolist() == [2]
 
 
 def test_importing_mg_ops_imports_no_adapter() -> None:

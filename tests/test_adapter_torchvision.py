@@ -1,5 +1,5 @@
-"""torchvision's RetinaNet and SSD train by mutual guidance after one line, and with strategy="iou" as torchvision
-does."""
+"""torchvision's RetinaNet, SSD and FCOS train by mutual guidance after one line; the first two with strategy="iou" as
+torchvision does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from torch import nn
 import mg_ops
 
 pytest.importorskip("torchvision")
+from torchvision import ops
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
@@ -32,11 +34,11 @@ SIZE = 64
 class TwoLevels(nn.Module):
     """A backbone of two convolutions: strides 8 and 16."""
 
-    def __init__(self, out_channels: int | list[int]) -> None:
+    def __init__(self, out_channels: int | list[int], channels: int = 8) -> None:
         super().__init__()
         self.out_channels = out_channels
-        self.first = nn.Conv2d(3, 8, 3, stride=8, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.first = nn.Conv2d(3, channels, 3, stride=8, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         first = self.first(images).relu()
@@ -61,6 +63,12 @@ def small_ssd() -> SSD:
     return SSD(TwoLevels([8, 8]), generator, (SIZE, SIZE), num_classes=4)
 
 
+def small_fcos() -> FCOS:
+    torch.manual_seed(0)
+    generator = AnchorGenerator(((8,), (16,)), ((1.0,),) * 2)
+    return FCOS(TwoLevels(32, 32), num_classes=4, anchor_generator=generator, min_size=SIZE, max_size=SIZE)
+
+
 def small_batch() -> tuple[list[torch.Tensor], Targets]:
     """Two images of two and one objects, none of whose best anchors is another's, and one image without objects."""
     generator = torch.Generator().manual_seed(1)
@@ -74,7 +82,8 @@ def small_batch() -> tuple[list[torch.Tensor], Targets]:
     return images, targets
 
 
-MODELS = {"retinanet": small_retinanet, "ssd": small_ssd}
+MODELS = {"retinanet": small_retinanet, "ssd": small_ssd, "fcos": small_fcos}
+WITH_ANCHORS = ["retinanet", "ssd"]
 
 
 @pytest.fixture(params=MODELS)
@@ -104,12 +113,16 @@ def losses_and_gradients(
 
 def guide(model: nn.Module, **options: Any) -> nn.Module:
     """Mutual guidance with the model's own thresholds and these options."""
-    own = model.proposal_matcher
-    thresholds = {"iou_positive": own.high_threshold, "iou_ignored": own.low_threshold}
+    thresholds = {}
+    if not isinstance(model, FCOS):
+        own = model.proposal_matcher
+        thresholds = {"iou_positive": own.high_threshold, "iou_ignored": own.low_threshold}
     return use_mutual_guidance(model, mg_ops.MutualMatcher(**{**thresholds, **options}))
 
 
-def test_iou_strategy_has_torchvisions_losses_and_gradients(make_model: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("name", WITH_ANCHORS)
+def test_iou_strategy_has_torchvisions_losses_and_gradients(name: str) -> None:
+    make_model = MODELS[name]
     images, targets = small_batch()
     expected, expected_gradients = losses_and_gradients(make_model(), images, targets)
     assert expected["classification"] > 0 and expected["bbox_regression"] > 0
@@ -119,7 +132,7 @@ def test_iou_strategy_has_torchvisions_losses_and_gradients(make_model: Callable
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITH_ANCHORS)
 def test_max_iou_matching_has_torchvisions_losses_and_gradients(name: str) -> None:
     matcher = mg_ops.MaxIouMatcher()
     if name == "ssd":
@@ -141,11 +154,60 @@ def test_other_rules_train(make_model: Callable[[], nn.Module], matcher: Any, mo
     matches: list[Any] = []
     for shared in (True, False):
         monkeypatch.setattr(adapter, "_anchors_are_shared", lambda *_, shared=shared: shared)
-        model = use_mutual_guidance(make_model(), matcher, on_match=lambda match, _: matches.append(match))
+        model = make_model()
+        if isinstance(model, FCOS):
+            with_opinions(model)  # boxes of some size, which a new head's may not have
+        use_mutual_guidance(model, matcher, on_match=lambda match, _: matches.append(match))
         losses, _ = losses_and_gradients(model, *small_batch())
         assert all(loss > 0 for loss in losses.values())
     for one, other in zip(*matches, strict=True):
         assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["retinanet", "fcos"])
+def test_atss_is_told_the_levels(name: str) -> None:
+    found: list[Any] = []
+    model = use_mutual_guidance(
+        MODELS[name](), mg_ops.AtssMatcher(), anchor_size=4.0, on_match=lambda match, _: found.append(match)
+    )
+    anchors: list[torch.Tensor] = []
+    model.anchor_generator.register_forward_hook(lambda module, inputs, output: anchors.extend(output))
+    images, targets = small_batch()
+    losses_and_gradients(model, images, targets)
+    num_anchors = [64 * 6, 16 * 6] if name == "retinanet" else [64, 16]
+    if name == "fcos":
+        center = (anchors[0][:, :2] + anchors[0][:, 2:]) / 2
+        side = 2 * (anchors[0][:, 2:] - anchors[0][:, :2])
+        anchors[0] = torch.cat([center - side, center + side], dim=1)
+    boxes, labels = ([target[key] for target in targets] for key in ("boxes", "labels"))
+    assert torch.equal(found[0].cls_match, mg_ops.atss_match(anchors[0].split(num_anchors), boxes, labels).cls_match)
+
+
+def test_fcos_has_its_own_loss_for_the_labels_of_each_task() -> None:
+    """Classes by the first match, boxes and centerness by the second, and ignored anchors nowhere."""
+    images, targets = small_batch()
+    model = with_opinions(small_fcos())
+    found: dict[str, Any] = {}
+    use_mutual_guidance(model, mg_ops.MutualMatcher(sigma=1.01), on_match=lambda match, _: found.update(match=match))
+    model.head.register_forward_hook(lambda module, inputs, output: found.update(outputs=output))
+    model.anchor_generator.register_forward_hook(lambda module, inputs, output: found.update(anchors=output))
+    losses, _ = losses_and_gradients(model, images, targets)
+    match, outputs, anchors = found["match"], found["outputs"], found["anchors"]
+    assert match.ignored.any() and not torch.equal(match.cls_positive, match.loc_positive)
+    inside = match.loc_match.clone()
+    for image, anchor in match.loc_positive.nonzero().tolist():
+        x, y = ((anchors[image][anchor, :2] + anchors[image][anchor, 2:]) / 2).tolist()
+        x1, y1, x2, y2 = targets[image]["boxes"][inside[image, anchor]].tolist()
+        if not (x1 < x < x2 and y1 < y < y2):
+            inside[image, anchor] = mg_ops.BACKGROUND
+    assert not torch.equal(inside, match.loc_match)
+    by_loc = model.head.compute_loss(targets, outputs, anchors, list(inside))
+    assert losses["bbox_regression"] == by_loc["bbox_regression"] and losses["bbox_ctrness"] == by_loc["bbox_ctrness"]
+    wanted = torch.zeros_like(outputs["cls_logits"])
+    for image, anchor in match.cls_positive.nonzero().tolist():
+        wanted[image, anchor, targets[image]["labels"][match.cls_match[image, anchor]]] = 1.0
+    error = ops.sigmoid_focal_loss(outputs["cls_logits"], wanted)[~match.ignored].sum() / match.cls_positive.sum()
+    assert losses["classification"] == pytest.approx(float(error.detach()), rel=1e-5)
 
 
 def test_each_loss_takes_its_own_match(make_model: Callable[[], nn.Module]) -> None:
@@ -179,11 +241,13 @@ def test_the_batch_is_matched_as_mutual_match_says(make_model: Callable[[], nn.M
     model(images, targets)
     (match, seen_targets) = seen[0]
     assert len(seen) == 1 and len(anchors) == 3
-    boxes = torch.stack(
-        [model.box_coder.decode_single(deltas, anchors[0]) for deltas in outputs["bbox_regression"].detach()]
-    )
+    decode = model.box_coder.decode if isinstance(model, FCOS) else model.box_coder.decode_single
+    boxes = torch.stack([decode(deltas, anchors[0]) for deltas in outputs["bbox_regression"].detach()])
     logits = outputs["cls_logits"].detach()
-    scores = logits if isinstance(model, RetinaNet) else torch.logit(logits.softmax(-1))
+    scores = torch.logit(logits.softmax(-1)) if isinstance(model, SSD) else logits
+    if isinstance(model, FCOS):  # a square of four strides
+        center, half = (anchors[0][:, :2] + anchors[0][:, 2:]) / 2, 2 * (anchors[0][:, 2:] - anchors[0][:, :2])
+        anchors[0] = torch.cat([center - half, center + half], dim=1)
     expected = matcher(anchors[0], seen_targets, pred_boxes=boxes, cls_logits=scores)
     for actual, wanted in zip(match, expected, strict=True):
         assert actual.tolist() == wanted.tolist()
@@ -375,18 +439,27 @@ def test_removing_gives_torchvisions_loss_back(make_model: Callable[[], nn.Modul
 
 
 def test_wrong_models_and_options_say_so() -> None:
-    with pytest.raises(TypeError, match="expected torchvision's RetinaNet or SSD, got Linear"):
+    with pytest.raises(TypeError, match="expected torchvision's RetinaNet, SSD or FCOS, got Linear"):
         use_mutual_guidance(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"matcher: expected mg_ops\.MutualMatcher, another matcher or None, got str"):
         use_mutual_guidance(small_retinanet(), "mutual")
+    with pytest.raises(ValueError, match="anchor_size: expected a positive number of strides, got 0"):
+        use_mutual_guidance(small_fcos(), anchor_size=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large"]
+    "name",
+    [
+        "retinanet_resnet50_fpn",
+        "retinanet_resnet50_fpn_v2",
+        "ssd300_vgg16",
+        "ssdlite320_mobilenet_v3_large",
+        "fcos_resnet50_fpn",
+    ],
 )
 def test_torchvisions_own_models_take_a_training_step(name: str) -> None:
-    sizes = {"min_size": 96, "max_size": 96} if "retinanet" in name else {}
+    sizes = {} if "ssd" in name else {"min_size": 96, "max_size": 96}
     model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=4, **sizes)
     images, targets = small_batch()
     losses, gradients = losses_and_gradients(use_mutual_guidance(model), images[:2], targets[:2])

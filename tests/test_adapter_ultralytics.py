@@ -69,7 +69,7 @@ def test_points_get_boxes_of_their_stride() -> None:
     points, steps = anchor_points(sizes, (8, 16, 64))
     assigner = MutualAssigner(stride=[8, 16, 64], anchor_size=5.0)
     assigner.level_sizes = sizes
-    anchors = assigner.anchors()
+    anchors = torch.cat(assigner.anchors())
     assert anchors.shape == (15 + 6 + 1, 4)
     assert torch.equal(anchors[:, 2:] - anchors[:, :2], (5 * steps).expand(-1, 2))
     assert torch.equal((anchors[:, 2:] + anchors[:, :2]) / 2, points)
@@ -220,7 +220,7 @@ def test_the_real_detection_loss_trains(losses: Any, sizes: list[tuple[int, int]
     loss.sum().backward()
     assert loss.isfinite().all() and loss[1] > 0
     points, steps = anchor_points(sizes)
-    anchors = criterion.assigner.anchors()
+    anchors = torch.cat(criterion.assigner.anchors())
     assert torch.equal((anchors[:, :2] + anchors[:, 2:]) / 2, points)
     assert torch.equal(anchors[:, 2:] - anchors[:, :2], (4 * steps).expand(-1, 2))
     has_gradient = (predictions["boxes"].grad != 0).any(1)  # (B, A)
@@ -249,6 +249,42 @@ def test_the_fused_assigner_changes_no_loss_and_no_gradient(losses: Any, name: s
         use_fused_assigner(use_mutual_guidance(losses.v8DetectionLoss(Model())))
 
 
+@pytest.mark.parametrize("num_objects", [3, 0])
+@pytest.mark.parametrize(
+    ("matcher", "anchor_size"),
+    [
+        (mg_ops.MaxIouMatcher(), 4.0),
+        (mg_ops.AtssMatcher(), 8.0),
+        (mg_ops.SimOtaMatcher(), 1.0),
+        (mg_ops.DynamicSoftLabelMatcher(), 1.0),
+        (mg_ops.DynamicMutualMatcher(), 4.0),
+    ],
+)
+def test_other_rules_train_the_real_loss(losses: Any, matcher: Any, anchor_size: float, num_objects: int) -> None:
+    """Each box has the weight that its rule gives it, and what has none learns no box."""
+    criterion = use_mutual_guidance(losses.v8DetectionLoss(Model()), matcher, anchor_size=anchor_size)
+    predictions = outputs()
+    loss, _ = criterion(predictions, objects(num_objects))
+    loss.sum().backward()
+    match, weights = criterion.assigner.match, criterion.assigner.loc_weights
+    assert loss.isfinite().all() and match.loc_positive.any() == (num_objects > 0)
+    assert torch.equal((predictions["boxes"].grad != 0).any(1), weights > 0)
+    if match.soft_targets is None:
+        assert torch.equal(weights, match.loc_positive.float())
+
+
+def test_the_box_and_the_class_of_task_aligned_matching_weigh_what_ultralytics_gives_them(losses: Any) -> None:
+    """As any rule with soft targets: the loss is that of ultralytics, which has this rule."""
+    found = []
+    for guided in (True, False):
+        criterion = losses.v8DetectionLoss(Model())
+        matcher = use_fused_assigner(copy.deepcopy(criterion)).assigner.matcher
+        if guided:
+            use_mutual_guidance(criterion, matcher)
+        found.append(criterion(outputs(), objects())[0].detach())
+    torch.testing.assert_close(*found)
+
+
 def test_every_positive_of_localization_weighs_1_in_the_real_box_loss(losses: Any) -> None:
     """Whatever its class target is: as if the real loss had one-hot class targets of these positives."""
     criterion = use_mutual_guidance(losses.v8DetectionLoss(Model()))
@@ -263,6 +299,7 @@ def test_every_positive_of_localization_weighs_1_in_the_real_box_loss(losses: An
     one_hot = nn.functional.one_hot(fg_mask.long(), CLASSES).float() * fg_mask.unsqueeze(-1)
     expected = losses.BboxLoss(4)(*arguments, one_hot, one_hot.sum(), *rest)
     soft = torch.rand(2, len(points), CLASSES, generator=generator)
+    criterion.assigner.loc_weights = fg_mask.float()
     actual = criterion.bbox_loss(*arguments, soft, soft.sum(), *rest)
     assert actual[0] > 0 and actual[1] > 0
     torch.testing.assert_close(actual, expected)
@@ -285,7 +322,7 @@ def test_half_precision_finds_the_same_anchors_in_large_images(losses: Any, dtyp
         criterion = use_mutual_guidance(losses.v8DetectionLoss(Model()), mg_ops.MutualMatcher(strategy="iou"))
         criterion(outputs(sizes, precision, images=1), small)
         matches.append(criterion.assigner.match)
-        anchors = criterion.assigner.anchors()
+        anchors = torch.cat(criterion.assigner.anchors())
         assert (anchors[:, 2:] > anchors[:, :2]).all()
     assert (matches[0].loc_match >= 0).sum() >= 40
     assert torch.equal(matches[0].loc_match, matches[1].loc_match)

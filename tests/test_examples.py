@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -41,9 +41,24 @@ def run_here(
     return run
 
 
+@pytest.fixture
+def run_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs the training of a framework, in a process of its own, where it is installed; what it prints."""
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
+
+    def run_it(framework: str, *words: str) -> str:
+        pytest.importorskip(framework, reason=f"{framework} is not installed")
+        finished = run(f"examples/frameworks/train_{framework}.py", *words)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        return finished.stdout
+
+    return run_it
+
+
 def losses(output: str) -> list[float]:
-    """What follows the word loss on each line."""
-    return [float(line.split("loss ")[1].split()[0].rstrip(",")) for line in output.splitlines() if "loss " in line]
+    """What follows the word loss."""
+    return [float(number) for number in re.findall(r"\bloss ([\d.]+)", output)]
 
 
 def test_the_plain_loop_learns(run_here: Callable[..., str]) -> None:
@@ -52,36 +67,35 @@ def test_the_plain_loop_learns(run_here: Callable[..., str]) -> None:
 
 
 @pytest.mark.slow
-def test_torchvisions_retinanet_trains_on_a_small_set(run_here: Callable[..., str]) -> None:
-    pytest.importorskip("torchvision")
-    words = ("--steps", "2", "--size", "64", "--device", "cpu")
-    lines = run_here("examples/torchvision_retinanet.py", *words).splitlines()
-    steps = [line for line in lines if line.startswith("step ")]
-    assert len(steps) == 2 and all("classification" in line and "0 without a positive" in line for line in steps)
+@pytest.mark.parametrize("model", ["retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"])
+def test_torchvisions_detectors_learn_shapes(run_framework: Callable[..., str], model: str, tmp_path: Path) -> None:
+    out = tmp_path / "weights.pt"
+    found = losses(run_framework("torchvision", "--model", model, "--size", "96", "--steps", "30", "--out", str(out)))
+    assert len(found) == 4 and found[-1] < 0.8 * found[0]
+    loaded = "from torchvision.models import detection as d; import torch, sys; sys.modules['mg_ops'] = None; "
+    loaded += f"m = d.{model}(weights=None, weights_backbone=None, num_classes=4); "
+    loaded += f"print(m.load_state_dict(torch.load({str(out)!r})))"
+    assert "All keys matched" in run("-c", loaded).stdout
 
 
 @pytest.mark.slow
-def test_torchvisions_retinanet_trains_on_annotations_as_people_have_them(
-    run_here: Callable[..., str], tmp_path: Path
-) -> None:
-    """Flags as text, a box without a size, an image that is not there, one that cannot be decoded."""
-    pytest.importorskip("torchvision")
+def test_torchvisions_retinanet_trains_on_your_images(run_framework: Callable[..., str], tmp_path: Path) -> None:
     root = write_coco(tmp_path, {"train": 4})
-    file = root / "annotations" / "instances_train.json"
-    content = json.loads(file.read_text())
-    for entry in content["annotations"]:
-        entry["iscrowd"] = "0"
-    content["annotations"].append({"image_id": 1, "category_id": 3, "bbox": [5, 5, 0, 5]})
-    content["images"].append({"id": 9, "file_name": "gone.jpg"})
-    file.write_text(json.dumps(content))
-    (root / "train" / "000000000002.jpg").write_bytes(b"")
-    command = ["--images", str(root / "train"), "--annotations", str(file), "--steps", "3", "--size", "64"]
-    printed = run_here("examples/torchvision_retinanet.py", *command, "--batch-size", "3", "--device", "cpu")
-    assert "4 images, 8 objects, 2 classes" in printed
-    assert "1 x object without area inside its image: left out" in printed
-    assert "1 x image file missing: skipped (gone.jpg)" in printed
-    assert "000000000002.jpg: left out: cannot identify image file" in printed
-    assert len([line for line in printed.splitlines() if line.startswith("step ")]) == 2
+    given = ["--images", str(root / "train"), "--annotations", str(root / "annotations/instances_train.json")]
+    assert len(losses(run_framework("torchvision", *given, "--size", "64", "--steps", "2", "--batch-size", "2"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "assigner"), [("yolo11n", "fused"), ("yolo26n", "mutual")])
+def test_yolos_learn_shapes(run_framework: Callable[..., str], model: str, assigner: str) -> None:
+    found = losses(run_framework("ultralytics", "--model", model, "--assigner", assigner, "epochs=8"))
+    assert len(found) == 8 and found[-1] < found[0]
+
+
+@pytest.mark.slow
+def test_detectron2s_retinanet_learns_shapes(run_framework: Callable[..., str]) -> None:
+    found = losses(run_framework("detectron2"))
+    assert found[-1] < found[0]
 
 
 @pytest.mark.slow

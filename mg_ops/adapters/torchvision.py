@@ -1,11 +1,11 @@
-"""Mutual guidance in torchvision's anchor-based detectors, by replacing how the loss matches and nothing else.
+"""Mutual guidance in torchvision's dense detectors, by replacing how the loss matches and nothing else.
 
     model = torchvision.models.detection.retinanet_resnet50_fpn_v2(weights=None)
     mg_ops.adapters.torchvision.use_mutual_guidance(model)
 
-works for `RetinaNet` (`retinanet_resnet50_fpn`, `retinanet_resnet50_fpn_v2`) and `SSD` (`ssd300_vgg16`,
-`ssdlite320_mobilenet_v3_large`). Parameters, state_dict, evaluation and the wrapping by DDP or torch.compile stay as
-they are.
+works for `RetinaNet` (`retinanet_resnet50_fpn`, `retinanet_resnet50_fpn_v2`), `SSD` (`ssd300_vgg16`,
+`ssdlite320_mobilenet_v3_large`) and `FCOS` (`fcos_resnet50_fpn`). Parameters, state_dict, evaluation and the wrapping
+by DDP or torch.compile stay as they are.
 
 The matcher of another rule may be passed in its place: with `mg_ops.MaxIouMatcher()` a RetinaNet has torchvision's own
 loss, for every image in which an anchor overlaps each object.
@@ -35,17 +35,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.detection import _utils as detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.retinanet import RetinaNet, RetinaNetClassificationHead
 from torchvision.models.detection.ssd import SSD
 
-from mg_ops.boxes import BoxCoder
+from mg_ops.boxes import BoxCoder, anchors_from_points
 from mg_ops.losses import focal_loss
 from mg_ops.matcher import Matcher
-from mg_ops.matching import MutualMatch, MutualMatcher
-from mg_ops.rules.result import DynamicMutualMatch, Match
+from mg_ops.matching import AnyMatch, AnyMatcher, MutualMatcher
+from mg_ops.reference import BACKGROUND
+from mg_ops.rules.atss_match import AtssMatcher
 
-AnyMatch: TypeAlias = "MutualMatch | Match | DynamicMutualMatch"
-AnyMatcher: TypeAlias = "Matcher[MutualMatch] | Matcher[Match] | Matcher[DynamicMutualMatch]"
+Detector: TypeAlias = "RetinaNet | SSD | FCOS"
 _Model = TypeVar("_Model", bound=nn.Module)
 Target = dict[str, Tensor]
 MatchHook = Callable[[Any, list[Target]], None]
@@ -55,6 +56,7 @@ class _Guidance(NamedTuple):
     """How a model matches; the arguments of `use_mutual_guidance`."""
 
     matcher: AnyMatcher
+    anchor_size: float
     crowd_key: str | None
     on_match: MatchHook | None
 
@@ -63,26 +65,32 @@ def use_mutual_guidance(
     model: _Model,
     matcher: AnyMatcher | None = None,
     *,
+    anchor_size: float = 4.0,
     crowd_key: str | None = None,
     on_match: MatchHook | None = None,
 ) -> _Model:
-    """Makes a torchvision RetinaNet or SSD match by mutual guidance when it computes its training loss.
+    """Makes a torchvision RetinaNet, SSD or FCOS match by mutual guidance when it computes its training loss.
 
     The batch is matched in one call, by the network's own predictions. The classification loss then takes its positives
     and ignored anchors from `cls_match`, the box loss its positives from `loc_match`, each averaged over its own
-    positives. RetinaNet's loss functions are torchvision's; SSD's is torchvision's written for two matches: ignored
-    anchors (none with its own thresholds) are no hard negatives. Anchors are matched in the resized images' pixels.
+    positives. The loss functions of RetinaNet and FCOS are torchvision's, and FCOS' centerness goes with the boxes;
+    SSD's is torchvision's written for two matches: ignored anchors (none with its own thresholds) are no hard
+    negatives. Anchors are matched in the resized images' pixels.
 
-    p, the score of a class, is sigmoid(logit) in RetinaNet, and in SSD the softmax probability over the classes and the
-    background.
+    p, the score of a class, is sigmoid(logit) in RetinaNet and FCOS, and in SSD the softmax probability over the
+    classes and the background.
 
     Args:
-        model: a RetinaNet or SSD, changed in place, before DDP or torch.compile wrap it. Calling again replaces the
-            options.
+        model: a RetinaNet, SSD or FCOS, changed in place, before DDP or torch.compile wrap it. Calling again replaces
+            the options.
         matcher: how to match. By default with the thresholds the model was made with: RetinaNet 0.5 and 0.4, as in the
-            paper; SSD 0.5 twice, so that nothing is ignored. The matcher of another rule, such as
+            paper, and so FCOS; SSD 0.5 twice, so that nothing is ignored. The matcher of another rule, such as
             `mg_ops.TaskAlignedMatcher`, takes its place; soft targets are not read. Its box coder is not used: the
             model has its own.
+        anchor_size: FCOS has points: the side of a point's square anchor, in strides. Points outside of their object
+            learn its class and not its box, which they cannot reach. `mg_ops.SimOtaMatcher` and
+            `mg_ops.DynamicSoftLabelMatcher` want 1.0, `mg_ops.AtssMatcher` its authors' 8.0. RetinaNet and SSD have
+            anchors of their own.
         crowd_key: the entry of a target that flags crowd regions, (G,) integer or bool ("iscrowd" in COCO's); an image
             without it has none. None, as in torchvision: all boxes are objects.
         on_match: called in every training step with the match and the targets (boxes in the resized image), for
@@ -92,29 +100,40 @@ def use_mutual_guidance(
         The model itself.
 
     Raises:
-        TypeError: the model is no RetinaNet or SSD, its box coder is not torchvision's `BoxCoder`, or the matcher is no
+        TypeError: the model is no RetinaNet, SSD or FCOS, its box coder is not torchvision's, or the matcher is no
             matcher of `mg_ops`.
+        ValueError: anchor_size is not positive.
     """
-    if not isinstance(model, (RetinaNet, SSD)):
+    if not isinstance(model, (RetinaNet, SSD, FCOS)):
         raise TypeError(
-            f"model: expected torchvision's RetinaNet or SSD, got {type(model).__name__}; "
+            f"model: expected torchvision's RetinaNet, SSD or FCOS, got {type(model).__name__}; "
             "if this wraps one (DDP, torch.compile), call use_mutual_guidance before wrapping"
         )
     if matcher is not None and not isinstance(matcher, Matcher):
         found = type(matcher).__name__
         raise TypeError(f"matcher: expected mg_ops.MutualMatcher, another matcher or None, got {found}")
-    if not isinstance(model.box_coder, detection.BoxCoder):
-        raise TypeError(f"model.box_coder: expected torchvision's BoxCoder, got {type(model.box_coder).__name__}")
+    expected = detection.BoxLinearCoder if isinstance(model, FCOS) else detection.BoxCoder
+    if not isinstance(model.box_coder, expected):
+        found = type(model.box_coder).__name__
+        raise TypeError(f"model.box_coder: expected torchvision's {expected.__name__}, got {found}")
+    if not anchor_size > 0:
+        raise ValueError(f"anchor_size: expected a positive number of strides, got {anchor_size}")
     remove_mutual_guidance(model)
-    replaced = model.proposal_matcher
+    replaced = getattr(model, "proposal_matcher", None)  # FCOS has none
     if matcher is None:
-        matcher = MutualMatcher(iou_positive=replaced.high_threshold, iou_ignored=replaced.low_threshold)
-    coder = BoxCoder(weights=tuple(model.box_coder.weights), clip=model.box_coder.bbox_xform_clip)
+        matcher = MutualMatcher()
+        if replaced is not None:
+            matcher = MutualMatcher(iou_positive=replaced.high_threshold, iou_ignored=replaced.low_threshold)
+    coder = None
+    if isinstance(model.box_coder, detection.BoxCoder):
+        coder = BoxCoder(weights=tuple(model.box_coder.weights), clip=model.box_coder.bbox_xform_clip)
     replacement: Any = dataclasses.replace(cast(Any, matcher), box_coder=coder, gt_box_format="xyxy")
-    guidance = _Guidance(replacement, crowd_key, on_match)
+    guidance = _Guidance(replacement, anchor_size, crowd_key, on_match)
     # An attribute of the instance hides the method of its class, survives copy.deepcopy and pickle, and is deleted to
     # undo.
-    if isinstance(model, RetinaNet):
+    if isinstance(model, FCOS):
+        model.compute_loss = functools.partial(_fcos_loss, model, guidance)
+    elif isinstance(model, RetinaNet):
         model.compute_loss = functools.partial(_retinanet_loss, model, guidance)
     else:
         model.compute_loss = functools.partial(_ssd_loss, model, guidance)
@@ -148,12 +167,51 @@ def _retinanet_loss(
 ) -> Target:
     """`RetinaNet.compute_loss` with a match for each of the two losses."""
     deltas, cls_logits = head_outputs["bbox_regression"], head_outputs["cls_logits"]
-    match = _match(model, guidance, targets, anchors, box_deltas=deltas, cls_logits=cls_logits)
+    levels = _level_sizes(model, anchors[0]) if isinstance(guidance.matcher, AtssMatcher) else None
+    match = _match(model, guidance, targets, anchors, levels, box_deltas=deltas, cls_logits=cls_logits)
     head = model.head
     return {
         "classification": head.classification_head.compute_loss(targets, head_outputs, list(match.cls_match)),
         "bbox_regression": head.regression_head.compute_loss(targets, head_outputs, anchors, list(match.loc_match)),
     }
+
+
+def _fcos_loss(
+    model: FCOS,
+    guidance: _Guidance,
+    targets: list[Target],
+    head_outputs: Target,
+    anchors: list[Tensor],
+    num_anchors_per_level: list[int],
+) -> Target:
+    """`FCOS.compute_loss` with a match for each of the two tasks: the loss of its head, called for each."""
+    cls_logits = head_outputs["cls_logits"]
+    # What torchvision calls an anchor is a square of one stride around a point.
+    squares = [
+        anchors_from_points((box[:, :2] + box[:, 2:]) / 2, box[:, 2] - box[:, 0], guidance.anchor_size)
+        for box in anchors
+    ]
+    pred_boxes = model.box_coder.decode(head_outputs["bbox_regression"].detach().float(), torch.stack(anchors))
+    predictions = {"pred_boxes": pred_boxes, "cls_logits": cls_logits}
+    match = _match(model, guidance, targets, squares, num_anchors_per_level, **predictions)
+    # It knows no ignored anchors: their loss is made 0, and no gradient reaches them.
+    seen = head_outputs | {"cls_logits": torch.where(match.ignored.unsqueeze(-1), -100.0, cls_logits)}
+    of_classes = model.head.compute_loss(targets, seen, anchors, list(match.cls_match))
+    # From a point outside of its object no distances to the sides lead to it, and its centerness is not a number.
+    inside = [
+        torch.where(_centers_are_inside(box, target["boxes"], objects), objects, BACKGROUND)
+        for box, target, objects in zip(anchors, targets, match.loc_match, strict=True)
+    ]
+    of_boxes = model.head.compute_loss(targets, head_outputs, anchors, inside)
+    return {**of_boxes, "classification": of_classes["classification"]}
+
+
+def _centers_are_inside(anchors: Tensor, boxes: Tensor, objects: Tensor) -> Tensor:
+    """(A,) bool: whether the center of each anchor (A, 4) is inside the box (G, 4) of its object (A,)."""
+    # One box more than there are, for anchors without an object: an empty one.
+    box = torch.cat([boxes, boxes.new_zeros(1, 4)])[objects]
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    return ((centers > box[:, :2]) & (centers < box[:, 2:])).all(1)
 
 
 def _ssd_loss(
@@ -167,7 +225,7 @@ def _ssd_loss(
     """`SSD.compute_loss` with a match for each of the two losses, in shapes known beforehand."""
     deltas, cls_logits = head_outputs["bbox_regression"], head_outputs["cls_logits"].float()
     probabilities = cls_logits.detach().softmax(-1)
-    match = _match(model, guidance, targets, anchors, box_deltas=deltas, cls_probabilities=probabilities)
+    match = _match(model, guidance, targets, anchors, None, box_deltas=deltas, cls_probabilities=probabilities)
 
     # One row more than there are objects: what anchors without an object read, label 0, the background.
     boxes = torch.cat([target["boxes"].float() for target in targets] + [deltas.new_zeros(1, 4, dtype=torch.float32)])
@@ -202,8 +260,21 @@ def _ssd_loss(
     return {"bbox_regression": box_loss, "classification": class_loss}
 
 
+def _level_sizes(model: RetinaNet, anchors: Tensor) -> list[int]:
+    """How many of the anchors each feature level has, which the loss is not told; waits for the device."""
+    per_location = model.anchor_generator.num_anchors_per_location()[0]
+    widths = anchors[::per_location, 2] - anchors[::per_location, 0]
+    counts = torch.unique_consecutive(widths, return_counts=True)[1]
+    return [per_location * int(count) for count in counts.tolist()]
+
+
 def _match(
-    model: RetinaNet | SSD, guidance: _Guidance, targets: list[Target], anchors: list[Tensor], **predictions: Tensor
+    model: Detector,
+    guidance: _Guidance,
+    targets: list[Target],
+    anchors: list[Tensor],
+    level_sizes: list[int] | None,
+    **predictions: Tensor,
 ) -> AnyMatch:
     """Matches a batch: in one call where its images have the same anchors, else image by image."""
     boxes = [target["boxes"] for target in targets]
@@ -218,7 +289,7 @@ def _match(
 
     def match_images(images: slice) -> AnyMatch:
         return guidance.matcher(
-            anchors[images][0],
+            anchors[images][0] if level_sizes is None else anchors[images][0].split(level_sizes),
             boxes[images],
             labels[images],
             gt_crowd=None if crowd is None else crowd[images],
@@ -238,7 +309,7 @@ def _match(
     return match
 
 
-def _anchors_are_shared(model: RetinaNet | SSD, anchors: list[Tensor]) -> bool:
+def _anchors_are_shared(model: Detector, anchors: list[Tensor]) -> bool:
     """Whether all images have the same anchors.
 
     torchvision's own generators lay them on the padded batch, the same for every image; those of others are compared,

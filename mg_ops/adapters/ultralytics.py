@@ -13,7 +13,7 @@ guidance in three ways:
   `target_scores` say what to classify, `fg_mask`, `target_bboxes` and `target_gt_idx` what to localize.
 - Their box loss weighs each box by its class target, which a positive for localization alone does not have.
   `use_mutual_guidance` gives the box loss the weights it needs: 1 for each positive of localization, averaged over
-  these.
+  these; the soft target, or the weight, where the rule has one.
 
 They have no ignored anchors either: an ignored anchor is trained as background; `MutualAssigner.match` keeps which are.
 """
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from mg_ops.boxes import anchors_from_points
-from mg_ops.matching import MutualMatch, MutualMatcher
-from mg_ops.rules.result import Match
+from mg_ops.matching import AnyMatch, AnyMatcher, MutualMatcher
+from mg_ops.rules.result import DynamicMutualMatch, Match
 from mg_ops.rules.task_aligned_match import TaskAlignedMatcher
 
 
@@ -146,7 +146,7 @@ def fuse_trainer(trainer: Any) -> None:
 
 
 class MutualAssigner(nn.Module):
-    """Assigns by mutual guidance with the call and the results of ultralytics' `TaskAlignedAssigner`.
+    """Assigns by mutual guidance, or another rule, with the call and the results of ultralytics' `TaskAlignedAssigner`.
 
     Args:
         num_classes: C.
@@ -155,10 +155,10 @@ class MutualAssigner(nn.Module):
         matcher: how to match; `mg_ops.MutualMatcher()` by default.
 
     Attributes:
+        loc_weights: (B, A) float32, the weight of each box in the box loss of the last batch, 0 where there is none.
         level_sizes: (height, width) of each level's feature map. Set it before each call: the anchor points do not
             tell, as bfloat16 cannot hold positions beyond 1024 pixels. `use_mutual_guidance` sets it.
-        match: the `MutualMatch` of the last batch, None before the first; its objects are all rows of gt_bboxes,
-            padding too.
+        match: the match of the last batch, None before the first; its objects are all rows of gt_bboxes, padding too.
 
     Raises:
         ValueError: a stride or a size that is not positive.
@@ -169,7 +169,7 @@ class MutualAssigner(nn.Module):
         num_classes: int = 80,
         stride: Sequence[float] = (8, 16, 32),
         anchor_size: float = 4.0,
-        matcher: MutualMatcher | None = None,
+        matcher: AnyMatcher | None = None,
     ) -> None:
         super().__init__()
         strides = [float(step) for step in stride]
@@ -182,16 +182,17 @@ class MutualAssigner(nn.Module):
         self.anchor_size = anchor_size
         self.matcher = MutualMatcher() if matcher is None else matcher
         self.level_sizes: Sequence[tuple[int, int]] | None = None
-        self.match: MutualMatch | None = None
+        self.match: AnyMatch | None = None
+        self.loc_weights: Tensor | None = None
 
-    def anchors(self, device: torch.device | str = "cpu") -> Tensor:
+    def anchors(self, device: torch.device | str = "cpu") -> list[Tensor]:
         """The anchor boxes of the levels in `level_sizes`: a square around the center of each cell.
 
         Args:
             device: where to put them.
 
         Returns:
-            (A, 4) float32, (x1, y1, x2, y2) in pixels, level by level and row by row.
+            (A, 4) float32 for each level, (x1, y1, x2, y2) in pixels, row by row.
 
         Raises:
             ValueError: level_sizes is not set, or has not one size for each stride.
@@ -207,7 +208,7 @@ class MutualAssigner(nn.Module):
             x = torch.arange(0.5, width, device=device) * step
             points = torch.cartesian_prod(y, x).flip(1)
             levels.append(anchors_from_points(points, points.new_full((len(points),), step), self.anchor_size))
-        return torch.cat(levels)
+        return levels
 
     @torch.no_grad()
     def forward(
@@ -232,7 +233,7 @@ class MutualAssigner(nn.Module):
         Returns:
             target_labels: (B, A) int64, the class of a positive for classification; C elsewhere.
             target_bboxes: (B, A, 4) like gt_bboxes, the box of a positive for localization; 0 elsewhere.
-            target_scores: (B, A, C) like pd_scores, the one-hot target of classification.
+            target_scores: (B, A, C) like pd_scores, the target of classification: one-hot, or soft where the rule is.
             fg_mask: (B, A) bool, the positives for localization.
             target_gt_idx: (B, A) int64, the object of a positive for localization; 0 elsewhere.
 
@@ -242,41 +243,48 @@ class MutualAssigner(nn.Module):
         """
         batch_size, max_objects = gt_bboxes.shape[:2]
         anchors = self.anchors(pd_bboxes.device)
-        if len(anchors) != len(anc_points):
+        num_anchors = sum(map(len, anchors))
+        if num_anchors != len(anc_points):
             raise ValueError(
                 f"level_sizes: expected levels of {len(anc_points)} cells in all, one for each anchor point, "
-                f"got {self.level_sizes} with {len(anchors)}"
+                f"got {self.level_sizes} with {num_anchors}"
             )
         valid = mask_gt.reshape(batch_size, max_objects).bool()
         labels = gt_labels.reshape(batch_size, max_objects).long()
-        self.match = self.matcher(
+        self.match = match = self.matcher(
             anchors, gt_bboxes, labels, gt_mask=valid, cls_probabilities=pd_scores, pred_boxes=pd_bboxes
         )
-        cls_match, loc_match = self.match.cls_match, self.match.loc_match
+        loc_match = match.loc_match
         # One object more than there are, for what has none: class C, an empty box.
         labels = torch.cat([labels, labels.new_full((batch_size, 1), self.num_classes)], dim=1)
         boxes = torch.cat([gt_bboxes, gt_bboxes.new_zeros(batch_size, 1, 4)], dim=1)
-        target_labels = labels.gather(1, torch.where(self.match.cls_positive, cls_match, max_objects))
-        fg_mask = self.match.loc_positive
+        target_labels = labels.gather(1, torch.where(match.cls_positive, match.cls_match, max_objects))
+        fg_mask = loc_match >= 0
         objects = torch.where(fg_mask, loc_match, max_objects)
         target_bboxes = boxes.gather(1, objects.unsqueeze(-1).expand(-1, -1, 4))
-        return target_labels, target_bboxes, self._one_hot(target_labels, pd_scores), fg_mask, loc_match.clamp(min=0)
+        target_scores = self._targets_at(target_labels, match.soft_targets, pd_scores)
+        if isinstance(match, DynamicMutualMatch):
+            self.loc_weights = match.loc_weights
+        else:
+            self.loc_weights = fg_mask.float() if match.soft_targets is None else match.soft_targets
+        return target_labels, target_bboxes, target_scores, fg_mask, loc_match.clamp(min=0)
 
-    def _one_hot(self, labels: Tensor, like: Tensor) -> Tensor:
-        """(B, A) -> (B, A, C) of like's dtype; all 0 for a label outside [0, C)."""
+    def _targets_at(self, labels: Tensor, soft_targets: Tensor | None, like: Tensor) -> Tensor:
+        """(B, A) -> (B, A, C) of like's dtype: 1, or the soft target, at the label; all 0 for one outside [0, C)."""
         known = (labels >= 0) & (labels < self.num_classes)
         scores = torch.zeros_like(like)
         if self.num_classes == 0:
             return scores
-        return scores.scatter_(2, torch.where(known, labels, 0).unsqueeze(-1), known.unsqueeze(-1).to(like.dtype))
+        values = known if soft_targets is None else known * soft_targets
+        return scores.scatter_(2, torch.where(known, labels, 0).unsqueeze(-1), values.unsqueeze(-1).to(like.dtype))
 
 
 class _GuidedBoxLoss(nn.Module):
     """ultralytics' box loss, weighing its boxes by the match of localization instead of the class targets."""
 
-    def __init__(self, bbox_loss: nn.Module) -> None:
+    def __init__(self, bbox_loss: nn.Module, assigner: MutualAssigner) -> None:
         super().__init__()
-        self.bbox_loss = bbox_loss
+        self.bbox_loss, self.assigner = bbox_loss, assigner
 
     def forward(
         self,
@@ -289,24 +297,26 @@ class _GuidedBoxLoss(nn.Module):
         fg_mask: Tensor,
         *rest: Any,
     ) -> tuple[Tensor, Tensor]:
-        # It sums the class targets of each anchor: one column of ones says the same as C columns.
-        weights = fg_mask.unsqueeze(-1).to(target_scores.dtype)
-        total = fg_mask.sum().clamp(min=1)
+        # It sums the class targets of each anchor: one column of weights says the same as C columns.
+        assert self.assigner.loc_weights is not None  # the loss has just called the assigner
+        weights = self.assigner.loc_weights.unsqueeze(-1).to(target_scores.dtype)
+        total = self.assigner.loc_weights.sum().clamp(min=1)
         losses: tuple[Tensor, Tensor] = self.bbox_loss(
             pred_dist, pred_bboxes, anchor_points, target_bboxes, weights, total, fg_mask, *rest
         )
         return losses
 
 
-def use_mutual_guidance(criterion: Any, matcher: MutualMatcher | None = None, *, anchor_size: float = 4.0) -> Any:
+def use_mutual_guidance(criterion: Any, matcher: AnyMatcher | None = None, *, anchor_size: float = 4.0) -> Any:
     """Makes an ultralytics detection loss assign by mutual guidance.
 
     Args:
         criterion: a `v8DetectionLoss` (YOLOv8 to YOLO12), or the `E2ELoss` of an end-to-end detector (YOLOv10, YOLO26),
             whose `one2many` half is guided. Its `one2one` half keeps its own assigner: it learns one box per object,
             which inference without NMS needs. Changed in place.
-        matcher: how to match; `mg_ops.MutualMatcher()` by default.
-        anchor_size: side of a point's anchor box, in strides.
+        matcher: how to match; `mg_ops.MutualMatcher()` by default, or the matcher of another rule.
+        anchor_size: side of a point's anchor box, in strides. `mg_ops.SimOtaMatcher` and
+            `mg_ops.DynamicSoftLabelMatcher` want 1.0, `mg_ops.AtssMatcher` its authors' 8.0.
 
     Returns:
         The criterion itself.
@@ -331,8 +341,9 @@ def use_mutual_guidance(criterion: Any, matcher: MutualMatcher | None = None, *,
         )
     strides = [float(step) for step in criterion.stride]
     criterion.assigner = MutualAssigner(criterion.nc, strides, anchor_size, matcher)
-    if not isinstance(criterion.bbox_loss, _GuidedBoxLoss):
-        criterion.bbox_loss = _GuidedBoxLoss(criterion.bbox_loss)
+    own = criterion.bbox_loss
+    own = own.bbox_loss if isinstance(own, _GuidedBoxLoss) else own
+    criterion.bbox_loss = _GuidedBoxLoss(own, criterion.assigner)
     # A partial, unlike a closure, belongs to the copy when the criterion is copied.
     criterion.get_assigned_targets_and_loss = functools.partial(_guided_loss, criterion)
     return criterion
@@ -344,7 +355,7 @@ def _guided_loss(criterion: Any, preds: dict[str, Any], *args: Any, **kwargs: An
     return type(criterion).get_assigned_targets_and_loss(criterion, preds, *args, **kwargs)
 
 
-def guide_trainer(trainer: Any, matcher: MutualMatcher | None = None, *, anchor_size: float = 4.0) -> None:
+def guide_trainer(trainer: Any, matcher: AnyMatcher | None = None, *, anchor_size: float = 4.0) -> None:
     """Makes an ultralytics trainer assign by mutual guidance; a callback for `on_pretrain_routine_end`.
 
     Checkpoints hold nothing of it: they load where mg_ops is not installed. Add the callback again to resume one. The
