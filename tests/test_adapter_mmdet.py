@@ -18,6 +18,7 @@ from torch import Tensor
 
 import mg_ops
 from mg_ops.adapters import mmdet
+from mg_ops.adapters.labels import to_mmdet
 
 ANCHORS = torch.tensor(
     [
@@ -37,12 +38,18 @@ def image() -> tuple[SimpleNamespace, SimpleNamespace, SimpleNamespace]:
     return predictions, objects, SimpleNamespace(bboxes=torch.tensor([[60.0, 0.0, 90.0, 20.0]]))
 
 
+def localization(result: Any) -> list[int]:
+    """The match of localization in mmdetection's convention."""
+    (match,) = to_mmdet(result.get_extra_property("match").loc_match).tolist()
+    return match
+
+
 def check_contract(result: Any) -> None:
     assert result.num_gts == 2 and result.num_preds == 5
     assert result.gt_inds.tolist() == [2, 2, -1, 1, -1]
     assert result.labels.tolist() == [4, 4, -1, 7, -1]
     assert result.max_overlaps.tolist() == pytest.approx([1.0, 0.9, 0.0, 1.0, 0.0])
-    assert result.get_extra_property("loc_gt_inds").tolist() == [2, 2, 0, 1, 0]
+    assert localization(result) == [2, 2, 0, 1, 0]
 
 
 def test_background_is_0_ignored_minus_1_and_objects_count_from_1() -> None:
@@ -56,9 +63,9 @@ def test_each_task_can_be_asked_for() -> None:
     result = assigner.assign(
         pred_instances=predictions, num_level_priors=[5], gt_instances=objects, gt_instances_ignore=regions
     )
-    assert result.gt_inds.tolist() == [2, 2, 0, 1, 0] == result.get_extra_property("loc_gt_inds").tolist()
+    assert result.gt_inds.tolist() == [2, 2, 0, 1, 0] == localization(result)
     assert result.labels.tolist() == [4, 4, -1, 7, -1]
-    with pytest.raises(ValueError, match="task: expected 'classification' or 'localization', got 'both'"):
+    with pytest.raises(ValueError, match="task: expected one of 'classification', 'localization', got 'both'"):
         mmdet.MutualAssigner(task="both")
 
 
@@ -119,7 +126,7 @@ def test_logits_and_probabilities_give_the_same_match() -> None:
     by_logit = mmdet.MutualAssigner(scores_are_logits=True, **options).assign(predictions, objects)
     for result in (by_probability, by_logit):
         assert result.gt_inds.tolist() == (expected.cls_match[0] + 1).tolist()
-        assert result.get_extra_property("loc_gt_inds").tolist() == (expected.loc_match[0] + 1).tolist()
+        assert localization(result) == (expected.loc_match[0] + 1).tolist()
 
 
 def test_a_head_without_predictions_is_told_so() -> None:
@@ -140,7 +147,7 @@ def test_points_get_squares_of_their_strides() -> None:
     objects = SimpleNamespace(bboxes=SQUARES[1:2], labels=torch.tensor([5]))
     result = mmdet.MutualAssigner(anchor_size=4.0).assign(predictions, objects)
     assert result.gt_inds.tolist() == [1, 1, 0]
-    assert result.get_extra_property("loc_gt_inds").tolist() == [1, 1, 0]
+    assert localization(result) == [1, 1, 0]
     assert result.labels.tolist() == [5, 5, -1]
     assert result.max_overlaps.tolist() == pytest.approx([0.6, 1.0, 0.0])
     # Half the side, around the same points: IoU 8 * 16 / (2 * 16 * 16 - 8 * 16) = 0.33, 1 and 0.25.
