@@ -54,9 +54,7 @@ except ImportError:
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            raise ImportError(
-                "GuidedRetinaHead: expected mmdetection and mmcv with its operators, got none; install both"
-            )
+            raise ImportError("GuidedRetinaHead: expected mmdetection, and mmcv with its operators; install them")
 
     class AssignResult:  # type: ignore[no-redef]
         """The attributes of mmdetection's `AssignResult`, which is used where it can be imported.
