@@ -1,7 +1,8 @@
 """The libraries whose rules are ours to reproduce, loaded as far as the rules go.
 
 mmdetection imports its compiled companion mmcv in every `__init__`, and LibreYOLO all of its models. The rules need
-none of that: their packages are stood in for by empty ones that lead to their own files.
+none of that: their packages are stood in for by empty ones that lead to their own files, mmdetection's where mmcv is
+not installed with its operators.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ def stand_ins(packages: list[str]) -> Iterator[None]:
 def mmdet_assigners() -> dict[str, Any]:
     """What makes each of mmdetection's assigners, by the class's name; ImportError says what is not installed."""
     assigners = "mmdet.models.task_modules.assigners"
+    if importlib.util.find_spec("mmcv") and importlib.util.find_spec("mmcv._ext"):
+        module = importlib.import_module(assigners)
+        return {name: getattr(module, name) for name in MMDET_ASSIGNERS}
     packages = ["mmdet", "mmdet.models", "mmdet.models.task_modules", assigners]
     packages += ["mmdet.structures", "mmdet.structures.bbox", "mmdet.utils"]
     with stand_ins(packages):

@@ -1,7 +1,7 @@
-"""`MutualAssigner` keeps mmdetection's assigner contract, without mmdetection and with its own `AssignResult`.
+"""The assigners keep mmdetection's contract and give its own assigners' labels; its heads train by them.
 
-mmdetection imports its compiled companion mmcv in every `__init__`. Where only its Python files are installed, the test
-against them loads `assign_result.py` and `util_mixins.py` themselves, and nothing else of mmdetection is run.
+mmdetection imports its compiled companion mmcv in every `__init__`. Where only its Python files are installed, its
+`AssignResult` and its assigners are loaded from their own files, and the tests of its heads are skipped.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import mg_ops
+from benchmarks import upstream
 from mg_ops.adapters import mmdet
+from mg_ops.adapters.labels import to_mmdet
 
 ANCHORS = torch.tensor(
     [
@@ -37,12 +40,18 @@ def image() -> tuple[SimpleNamespace, SimpleNamespace, SimpleNamespace]:
     return predictions, objects, SimpleNamespace(bboxes=torch.tensor([[60.0, 0.0, 90.0, 20.0]]))
 
 
+def localization(result: Any) -> list[int]:
+    """The match of localization in mmdetection's convention."""
+    (match,) = to_mmdet(result.get_extra_property("match").loc_match).tolist()
+    return match
+
+
 def check_contract(result: Any) -> None:
     assert result.num_gts == 2 and result.num_preds == 5
     assert result.gt_inds.tolist() == [2, 2, -1, 1, -1]
     assert result.labels.tolist() == [4, 4, -1, 7, -1]
     assert result.max_overlaps.tolist() == pytest.approx([1.0, 0.9, 0.0, 1.0, 0.0])
-    assert result.get_extra_property("loc_gt_inds").tolist() == [2, 2, 0, 1, 0]
+    assert localization(result) == [2, 2, 0, 1, 0]
 
 
 def test_background_is_0_ignored_minus_1_and_objects_count_from_1() -> None:
@@ -56,9 +65,9 @@ def test_each_task_can_be_asked_for() -> None:
     result = assigner.assign(
         pred_instances=predictions, num_level_priors=[5], gt_instances=objects, gt_instances_ignore=regions
     )
-    assert result.gt_inds.tolist() == [2, 2, 0, 1, 0] == result.get_extra_property("loc_gt_inds").tolist()
+    assert result.gt_inds.tolist() == [2, 2, 0, 1, 0] == localization(result)
     assert result.labels.tolist() == [4, 4, -1, 7, -1]
-    with pytest.raises(ValueError, match="task: expected 'classification' or 'localization', got 'both'"):
+    with pytest.raises(ValueError, match="task: expected one of 'classification', 'localization', got 'both'"):
         mmdet.MutualAssigner(task="both")
 
 
@@ -119,7 +128,7 @@ def test_logits_and_probabilities_give_the_same_match() -> None:
     by_logit = mmdet.MutualAssigner(scores_are_logits=True, **options).assign(predictions, objects)
     for result in (by_probability, by_logit):
         assert result.gt_inds.tolist() == (expected.cls_match[0] + 1).tolist()
-        assert result.get_extra_property("loc_gt_inds").tolist() == (expected.loc_match[0] + 1).tolist()
+        assert localization(result) == (expected.loc_match[0] + 1).tolist()
 
 
 def test_a_head_without_predictions_is_told_so() -> None:
@@ -140,7 +149,7 @@ def test_points_get_squares_of_their_strides() -> None:
     objects = SimpleNamespace(bboxes=SQUARES[1:2], labels=torch.tensor([5]))
     result = mmdet.MutualAssigner(anchor_size=4.0).assign(predictions, objects)
     assert result.gt_inds.tolist() == [1, 1, 0]
-    assert result.get_extra_property("loc_gt_inds").tolist() == [1, 1, 0]
+    assert localization(result) == [1, 1, 0]
     assert result.labels.tolist() == [5, 5, -1]
     assert result.max_overlaps.tolist() == pytest.approx([0.6, 1.0, 0.0])
     # Half the side, around the same points: IoU 8 * 16 / (2 * 16 * 16 - 8 * 16) = 0.33, 1 and 0.25.
@@ -191,6 +200,178 @@ def test_the_real_assign_result_takes_it(monkeypatch: pytest.MonkeyPatch) -> Non
     check_contract(result)
     result.add_gt_(objects.labels)
     assert result.gt_inds.tolist() == [1, 2, 2, 2, -1, 1, -1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Label for label
+
+
+LEVEL_SIZES = [400, 100, 25]
+
+
+class Scene(NamedTuple):
+    """An image of 160 x 160 pixels with three feature levels. Its objects' places are numbers that hardly ever tie."""
+
+    points: Tensor
+    """(525, 4) centers, and strides twice."""
+    anchors: Tensor
+    """(525, 4) their squares of 4 strides."""
+    pred_boxes: Tensor
+    scores: Tensor
+    """(525, 6) probabilities."""
+    objects: SimpleNamespace
+
+
+def random_scene(seed: int, num_objects: int = 5) -> Scene:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    levels = []
+    for stride, side in ((8.0, 20), (16.0, 10), (32.0, 5)):
+        centers = (torch.arange(side) + 0.5) * stride
+        levels.append(functional.pad(torch.cartesian_prod(centers, centers).flip(1), (0, 2), value=stride))
+    points = torch.cat(levels)
+    anchors = mg_ops.anchors_from_points(points[:, :2], points[:, 2], 4.0)
+    first, size = 110 * random(num_objects, 2), 12 + 38 * random(num_objects, 2)
+    objects = SimpleNamespace(
+        bboxes=torch.cat([first, first + size], dim=1),
+        labels=torch.randint(6, (num_objects,), generator=generator),
+    )
+    pred_boxes = anchors + points[:, 2:3] * (random(525, 4) - 0.5)
+    return Scene(points, anchors, pred_boxes, 0.02 + 0.9 * random(525, 6), objects)
+
+
+OWN = {
+    "max_iou": ("MaxIoUAssigner", {"pos_iou_thr": 0.5, "neg_iou_thr": 0.4}),
+    "atss": ("ATSSAssigner", {"topk": 9}),
+    "task_aligned": ("TaskAlignedAssigner", {"topk": 13}),
+    "simota": ("SimOTAAssigner", {}),
+    "dynamic_soft_label": ("DynamicSoftLabelAssigner", {}),
+}
+"""Rule -> mmdetection's own assigner, with its options in the head whose rule it is."""
+
+
+@pytest.mark.parametrize("rule", OWN)
+@pytest.mark.parametrize("num_objects", [0, 1, 7])
+def test_each_rule_gives_what_mmdetections_own_assigner_gives(rule: str, num_objects: int) -> None:
+    name, options = OWN[rule]
+    try:
+        own = upstream.mmdet_assigners()[name](**options)
+    except ImportError as error:
+        pytest.skip(str(error))
+    assigner = mmdet.RuleAssigner(rule)
+    for seed in range(20):
+        scene = random_scene(seed, num_objects)
+        scores = torch.logit(scene.scores) if rule == "dynamic_soft_label" else scene.scores
+        predictions = {"bboxes": scene.pred_boxes, "scores": scores}
+        priors = scene.points if rule in ("simota", "dynamic_soft_label") else scene.anchors
+        instances = upstream.instances(priors=priors, **({} if rule in ("max_iou", "atss") else predictions))
+        objects = upstream.instances(**vars(scene.objects))
+        call: tuple[Any, ...] = (instances, objects, None)
+        if rule == "atss":
+            call = (instances, LEVEL_SIZES, objects, None)
+        elif rule == "task_aligned":
+            call = (*call, 1, 6)
+        result, wanted = assigner.assign(*call), own.assign(*call)
+        assert result.num_gts == wanted.num_gts == num_objects
+        assert result.gt_inds.tolist() == wanted.gt_inds.tolist()
+        assert result.labels.tolist() == wanted.labels.tolist()
+        positive = result.gt_inds > 0
+        assert bool(positive.any()) == (num_objects > 0)
+        overlaps = wanted.max_overlaps
+        if rule == "max_iou" and num_objects > 0:
+            # mmdetection's own is the largest of any object, whichever the anchor is given to.
+            iou = mg_ops.box_iou(scene.anchors, scene.objects.bboxes)
+            overlaps = iou.gather(1, (wanted.gt_inds - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(result.max_overlaps[positive], overlaps[positive])
+        assert result.max_overlaps[~positive].eq(0).all()
+        if rule == "task_aligned":
+            torch.testing.assert_close(result.assign_metrics, wanted.assign_metrics)
+
+
+@pytest.mark.parametrize("task", ["classification", "localization"])
+def test_dynamic_mutual_matching_says_either_task(task: str) -> None:
+    scene = random_scene(0)
+    instances = SimpleNamespace(priors=scene.anchors, bboxes=scene.pred_boxes, scores=scene.scores)
+    result = mmdet.RuleAssigner("dynamic_mutual", task=task, k=9).assign(instances, scene.objects)
+    match = mg_ops.dynamic_mutual_match(
+        scene.anchors,
+        [scene.objects.bboxes],
+        [scene.objects.labels],
+        k=9,
+        cls_probabilities=scene.scores[None],
+        pred_boxes=scene.pred_boxes[None],
+    )
+    task_match = match.cls_match if task == "classification" else match.loc_match
+    assert result.gt_inds.tolist() == (task_match[0] + 1).tolist()
+    if task == "classification":
+        torch.testing.assert_close(result.max_overlaps, match.soft_targets[0])
+
+
+def test_the_levels_are_those_of_each_call() -> None:
+    """Heads leave out anchors beyond the image's border, other ones for each image."""
+    scene, assigner = random_scene(1), mmdet.RuleAssigner("atss")
+    for keep in ([400, 100, 25], [300, 100, 25], [400, 60, 0]):
+        anchors = torch.cat(
+            [level[:count] for level, count in zip(scene.anchors.split(LEVEL_SIZES), keep, strict=True)]
+        )
+        match = mg_ops.atss_match(anchors, [scene.objects.bboxes], level_sizes=keep)
+        expected = to_mmdet(match.cls_match[0]).tolist()
+        predictions = SimpleNamespace(priors=anchors)
+        assert assigner.assign(predictions, keep, scene.objects, None).gt_inds.tolist() == expected
+        by_name = assigner.assign(pred_instances=predictions, num_level_priors=keep, gt_instances=scene.objects)
+        assert by_name.gt_inds.tolist() == expected
+
+
+def test_tood_decides_alpha_and_beta() -> None:
+    scene, assigner = random_scene(2), mmdet.RuleAssigner("task_aligned")
+    instances = SimpleNamespace(priors=scene.anchors, bboxes=scene.pred_boxes, scores=scene.scores)
+    found = []
+    for alpha, beta in ((1, 6), (4, 0.5), (1, 6)):
+        result = assigner.assign(instances, scene.objects, None, alpha, beta)
+        assert (assigner.matcher.alpha, assigner.matcher.beta) == (alpha, beta)
+        found.append(result.gt_inds.tolist())
+    assert found[0] == found[2] != found[1]
+
+
+def test_rules_and_what_they_read_are_named() -> None:
+    scene = random_scene(3)
+    with pytest.raises(ValueError, match=r"rule: expected one of 'mutual', 'dynamic_mutual', .*, got 'hungarian'"):
+        mmdet.RuleAssigner("hungarian")
+    with pytest.raises(ValueError, match="got no bboxes, scores; SimOtaMatcher needs a head"):
+        mmdet.RuleAssigner("simota").assign(SimpleNamespace(priors=scene.points), scene.objects)
+    with pytest.raises(ValueError, match="level_sizes: expected the number of anchors of each level"):
+        mmdet.RuleAssigner("atss").assign(SimpleNamespace(priors=scene.anchors), scene.objects)
+    with pytest.raises(TypeError, match="k_nearest"):
+        mmdet.RuleAssigner("atss", k_nearest=9)
+
+
+def test_priors_that_change_are_looked_at_again() -> None:
+    """Multi-scale training has other points in each batch."""
+    scene, assigner = random_scene(4), mmdet.RuleAssigner("simota")
+    for points in (scene.points, scene.points[:400], scene.points + torch.tensor([8.0, 8.0, 0.0, 0.0])):
+        instances = SimpleNamespace(
+            priors=points, bboxes=scene.pred_boxes[: len(points)], scores=scene.scores[: len(points)]
+        )
+        result = assigner.assign(instances, scene.objects)
+        fresh = mmdet.RuleAssigner("simota").assign(instances, scene.objects)
+        assert result.gt_inds.tolist() == fresh.gt_inds.tolist()
+    with pytest.raises(ValueError, match="priors: expected points"):
+        instances.priors = scene.anchors
+        assigner.assign(instances, scene.objects)
+
+
+def test_without_mmdetection_its_head_says_what_is_missing() -> None:
+    if mmdet.MODELS is not None:
+        pytest.skip("mmdet is installed, with mmcv")
+    with pytest.raises(ImportError, match="GuidedRetinaHead: expected mmdetection, and mmcv"):
+        mmdet.GuidedRetinaHead(num_classes=3, in_channels=8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its heads
 
 
 RTMDET_HEAD = {
