@@ -99,6 +99,14 @@ def test_detectron2s_retinanet_learns_shapes(run_framework: Callable[..., str]) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["retinanet", "tood"])
+def test_mmdetections_heads_learn_shapes(run_framework: Callable[..., str], model: str) -> None:
+    pytest.importorskip("mmcv.ops", reason="mmcv is not installed with its operators")
+    found = losses(run_framework("mmdet", "--model", model, "--steps", "30"))
+    assert found[-1] < found[0]
+
+
+@pytest.mark.slow
 def test_torchrun_keeps_two_processes_equal() -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "examples/torchrun_ddp.py"]
     finished = run(*command, "--steps", "5")
