@@ -487,3 +487,146 @@ def test_the_real_tood_head_trains_each_positive_toward_the_iou_of_its_box(small
         positive = result.gt_inds > 0
         assert positive.any() and len(result.max_overlaps[positive].unique()) > 1
         torch.testing.assert_close(target, torch.where(positive, result.max_overlaps, 0.0), rtol=1e-4, atol=0)
+
+
+RETINA_HEAD = {
+    "anchor_generator": {
+        "type": "AnchorGenerator",
+        "octave_base_scale": 4,
+        "scales_per_octave": 2,
+        "ratios": [0.5, 1.0],
+        "strides": [8, 16, 32],
+    },
+    "bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_stds": (0.1, 0.1, 0.2, 0.2)},
+    "loss_cls": {"type": "FocalLoss", "use_sigmoid": True, "alpha": 0.3},
+    "loss_bbox": {"type": "L1Loss"},
+    "train_cfg": {
+        "assigner": {"type": "MaxIoUAssigner", "pos_iou_thr": 0.45, "neg_iou_thr": 0.35, "min_pos_iou": 0},
+        "allowed_border": -1,
+        "pos_weight": -1,
+    },
+    "num_classes": 3,
+    "in_channels": 8,
+    "feat_channels": 8,
+    "stacked_convs": 1,
+}
+GUIDED = "mg_ops.adapters.mmdet.GuidedRetinaHead"
+
+
+@pytest.fixture
+def retina_head() -> Any:
+    """Makes a RetinaNet head by its name in the registry, always with the same weights."""
+    pytest.importorskip("mmcv.ops", reason="mmcv is not installed with its operators")
+    registry = pytest.importorskip("mmdet.registry", reason="mmdet is not installed")
+    pytest.importorskip("mmdet.models")
+    engine = pytest.importorskip("mmengine")
+
+    def make(kind: str, assigner: dict[str, Any] | None = None, **options: Any) -> Any:
+        torch.manual_seed(0)
+        config = engine.ConfigDict({**RETINA_HEAD, "type": kind, **options})
+        if assigner is not None:
+            config.train_cfg = {**RETINA_HEAD["train_cfg"], "assigner": assigner}
+        head = registry.MODELS.build(config)
+        head.init_weights()
+        return head
+
+    return make
+
+
+def retina_losses(head: Any, *, pads: Any = ((64, 64), (64, 64)), empty: int = 0, regions: Any = None) -> Any:
+    """The losses for two images, the first `empty` of them without objects."""
+    structures = pytest.importorskip("mmengine.structures")
+    boxes = [torch.tensor([[4.3, 4.1, 40.7, 36.9], [30.2, 20.4, 61.9, 58.6]]), torch.tensor([[7.7, 8.1, 39.2, 41.6]])]
+    labels = [torch.tensor([0, 2]), torch.tensor([1])]
+    objects = [
+        structures.InstanceData(bboxes=image[: 0 if i < empty else 2], labels=of_image[: 0 if i < empty else 2])
+        for i, (image, of_image) in enumerate(zip(boxes, labels, strict=True))
+    ]
+    generator = torch.Generator().manual_seed(1)
+    features = [torch.randn(2, 8, 64 // stride, 64 // stride, generator=generator) for stride in (8, 16, 32)]
+    outputs = head(features)
+    metas = [{"img_shape": pad, "pad_shape": pad} for pad in pads]
+    losses = head.loss_by_feat(*outputs, objects, metas, regions)
+    return outputs, objects, {name: torch.stack(loss).sum() for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+@pytest.mark.parametrize("pads", [((64, 64), (64, 64)), ((64, 64), (64, 40))], ids=["one size", "two sizes"])
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_by_max_iou_the_guided_head_has_the_losses_of_retina_head(
+    retina_head: Any, decoded: bool, pads: Any, empty: int
+) -> None:
+    """And its gradients: one match for both tasks, so that the normalizers are the same."""
+    options = {"reg_decoded_bbox": decoded}
+    if decoded:
+        options["loss_bbox"] = {"type": "GIoULoss"}
+    own = retina_head("RetinaHead", **options)
+    rule = {"type": "mg_ops.adapters.mmdet.RuleAssigner", "rule": "max_iou", "iou_positive": 0.45, "iou_ignored": 0.35}
+    guided = retina_head(GUIDED, rule, **options)
+    guided.load_state_dict(own.state_dict(), strict=True)
+    found = []
+    for head in (own, guided):
+        _, _, losses = retina_losses(head, pads=pads, empty=empty)
+        sum(losses.values()).backward()
+        found.append((losses, [parameter.grad for parameter in head.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_each_loss_has_its_own_match_and_its_own_number_of_positives(retina_head: Any) -> None:
+    """By dynamic mutual matching, whose two numbers differ; those of mutual matching are equal here."""
+    head = retina_head(GUIDED, {"type": "mg_ops.adapters.mmdet.RuleAssigner", "rule": "dynamic_mutual"})
+    torch.nn.init.normal_(head.retina_reg.weight, std=0.5)  # boxes that have left their anchors
+    (scores, deltas), objects, losses = retina_losses(head)
+    logits = torch.cat([level.permute(0, 2, 3, 1).reshape(2, -1, 3) for level in scores], dim=1)
+    deltas = torch.cat([level.permute(0, 2, 3, 1).reshape(2, -1, 4) for level in deltas], dim=1)
+    anchors = torch.cat(head.prior_generator.grid_priors([(8, 8), (4, 4), (2, 2)], device="cpu"))
+    coder = mg_ops.BoxCoder()
+    boxes, labels = [image.bboxes for image in objects], [image.labels for image in objects]
+    match = mg_ops.dynamic_mutual_match(anchors, boxes, labels, cls_logits=logits, box_deltas=deltas, box_coder=coder)
+    assert head.match.cls_match.tolist() == match.cls_match.tolist()
+    assert head.match.loc_match.tolist() == match.loc_match.tolist()
+    assert match.cls_positive.sum() != match.loc_positive.sum()
+    targets = mg_ops.encode_targets(match, anchors, boxes, labels, num_classes=3, box_coder=coder)
+    cls_loss = mg_ops.losses.focal_loss(
+        logits, targets.class_targets, alpha=0.3, normalizer=match.cls_positive.sum().float()
+    )
+    box_error = (deltas - targets.box_targets).abs().sum(-1)[match.loc_positive].sum() / match.loc_positive.sum()
+    torch.testing.assert_close(losses["loss_cls"], cls_loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses["loss_bbox"], box_error, rtol=1e-4, atol=0)
+
+
+def test_mutual_guidance_takes_the_thresholds_of_max_iou(retina_head: Any) -> None:
+    matcher = retina_head(GUIDED).matcher
+    assert isinstance(matcher, mg_ops.MutualMatcher)
+    assert (matcher.iou_positive, matcher.iou_ignored) == (0.45, 0.35)
+
+
+def test_regions_to_ignore_are_neither_background_nor_objects(retina_head: Any) -> None:
+    structures = pytest.importorskip("mmengine.structures")
+    head = retina_head(GUIDED)
+    region = structures.InstanceData(bboxes=torch.tensor([[0.0, 0.0, 64.0, 64.0]]))
+    _, _, losses = retina_losses(head, empty=2, regions=[None, region])
+    assert losses["loss_cls"] > 0
+    assert not head.match.ignored[0].any() and head.match.ignored[1].any()
+    retina_losses(head, empty=1, regions=[region, None])
+    assert head.match.ignored[0].any() and head.match.cls_match.max() == 0
+
+
+def test_the_guided_head_in_bfloat16(retina_head: Any) -> None:
+    head = retina_head(GUIDED)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, losses = retina_losses(head)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+
+
+def test_what_the_guided_head_cannot_take_is_named(retina_head: Any) -> None:
+    with pytest.raises(ValueError, match="target_means: expected zeros"):
+        retina_head(GUIDED, bbox_coder={"type": "DeltaXYWHBBoxCoder", "target_means": (0.1, 0.0, 0.0, 0.0)})
+    with pytest.raises(TypeError, match="bbox_coder: expected DeltaXYWHBBoxCoder, got TBLRBBoxCoder"):
+        retina_head(GUIDED, bbox_coder={"type": "TBLRBBoxCoder"})
+    with pytest.raises(TypeError, match=r"assigner: expected MaxIoUAssigner, .*, got ATSSAssigner"):
+        retina_head(GUIDED, {"type": "ATSSAssigner", "topk": 9})
+    with pytest.raises(ValueError, match="use_sigmoid: expected True"):
+        retina_head(GUIDED, loss_cls={"type": "CrossEntropyLoss"})
