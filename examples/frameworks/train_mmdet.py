@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader
 
 CONFIGURATIONS = {
     "retinanet": "retinanet/retinanet_r18_fpn_1x_coco.py",
-    "ddod": "ddod/ddod_r50_fpn_1x_coco.py",
     "tood": "tood/tood_r50_fpn_1x_coco.py",
     "rtmdet": "rtmdet/rtmdet_tiny_8xb32-300e_coco.py",
     "yolox": "yolox/yolox_tiny_8xb8-300e_coco.py",
@@ -42,9 +41,6 @@ def guide(name: str, model: Any) -> None:
     """Changes the configuration of a model."""
     if name == "retinanet":
         model.bbox_head.type = "mg_ops.adapters.mmdet.GuidedRetinaHead"
-    elif name == "ddod":  # an assigner for each task
-        model.train_cfg.assigner = {"type": ASSIGNER, "scores_are_logits": True}
-        model.train_cfg.reg_assigner = {"type": ASSIGNER, "scores_are_logits": True, "task": "localization"}
     elif name == "tood":
         model.train_cfg.assigner = {"type": ASSIGNER}
         model.train_cfg.initial_epoch = 0  # mutual guidance from the first epoch on
@@ -88,7 +84,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=CONFIGURATIONS, default="retinanet")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--size", type=int, default=128, help="of the images, in pixels; ddod needs 384")
     parser.add_argument("--out", type=Path, help="where the weights go; none: they are not kept")
     arguments = parser.parse_args()
 
@@ -98,8 +93,9 @@ def main() -> None:
     configuration = mmengine.Config.fromfile(file).model
     configuration.bbox_head.num_classes = 3
     configuration.backbone.pop("init_cfg", None)  # random weights, so all of them learn
-    if "frozen_stages" in configuration.backbone:
-        configuration.backbone.update(frozen_stages=-1, norm_eval=False)
+    if configuration.backbone.type == "ResNet":
+        configuration.backbone.update(depth=18, frozen_stages=-1, norm_eval=False)
+        configuration.neck.in_channels = [64, 128, 256, 512]
     configuration.data_preprocessor.update(batch_augments=None, pad_size_divisor=32)
     guide(arguments.model, configuration)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +104,7 @@ def main() -> None:
     model.train()
     optimizer = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=2e-4))
     with tempfile.TemporaryDirectory() as folder:
-        data = Shapes(make_shapes(Path(folder), size=arguments.size))
+        data = Shapes(make_shapes(Path(folder)))
         loader = DataLoader(data, batch_size=4, shuffle=True, collate_fn=collate)
         losses: list[float] = []
         while len(losses) < arguments.steps:
