@@ -27,13 +27,12 @@ from torch import Tensor
 from mg_ops.adapters.labels import to_mmdet
 from mg_ops.boxes import BoxCoder, anchors_from_points
 from mg_ops.matcher import Matcher
-from mg_ops.matching import MutualMatch, MutualMatcher
+from mg_ops.matching import AnyMatch, MutualMatcher
 from mg_ops.rules.atss_match import AtssMatcher
 from mg_ops.rules.dynamic_mutual_match import DynamicMutualMatcher
 from mg_ops.rules.dynamic_soft_label_match import DynamicSoftLabelMatcher
 from mg_ops.rules.max_iou_match import MaxIouMatcher
 from mg_ops.rules.options import check_choice
-from mg_ops.rules.result import DynamicMutualMatch, Match
 from mg_ops.rules.simota_match import SimOtaMatcher
 from mg_ops.rules.task_aligned_match import TaskAlignedMatcher
 
@@ -87,7 +86,6 @@ except ImportError:
             return self._extra_properties.get(key)
 
 
-AnyMatch: TypeAlias = "MutualMatch | Match | DynamicMutualMatch"
 Task: TypeAlias = Literal["classification", "localization"]
 TASKS = ("classification", "localization")
 
