@@ -57,14 +57,11 @@ MG_OPS_INLINE uint64_t nearest_key(uint32_t distance, uint32_t index) {
   return (static_cast<uint64_t>(distance) << 32) | index;
 }
 
-// Mean plus unbiased standard deviation of the `count` (1 or more) IoUs; sum(count, value) adds up value(i).
+// Mean plus unbiased standard deviation of the `count` (1 or more) IoUs; sum(iou, count, value) adds up value(iou[i]).
 template <class Sum>
 MG_OPS_INLINE float mean_plus_deviation(const float* iou, int32_t count, Sum sum) {
-  const float mean = sum(count, [&](int32_t i) { return iou[i]; }) / static_cast<float>(count);
-  const float squares = sum(count, [&](int32_t i) {
-    const float deviation = iou[i] - mean;
-    return deviation * deviation;
-  });
+  const float mean = sum(iou, count, [](float number) { return number; }) / static_cast<float>(count);
+  const float squares = sum(iou, count, [mean](float number) { return (number - mean) * (number - mean); });
   return mean + square_root(squares / static_cast<float>(count > 1 ? count - 1 : 1));
 }
 

@@ -250,14 +250,17 @@ static void load_candidates(const AtssProblem& problem, const uint64_t* candidat
   }
 }
 
-// The sum of the values of so many places in `iou`, which is readable to the end of a tile.
+// The sum of value(iou[i]) for the `count` IoUs, which are readable to the end of a tile.
 template <class Value>
-MG_OPS_INLINE float sum_values(int32_t count, Value value) {
+MG_OPS_INLINE float sum_values(const float* iou, int32_t count, Value value) {
   alignas(64) float sums[kSumLanes] = {};
-  for (int32_t first = 0; first < count; first += kSumLanes) {
+  for (int64_t first = 0; first < count; first += kSumLanes) {
+    const int32_t left = static_cast<int32_t>(count - first);
+// Unrolled it would not become vectors.
+#pragma GCC unroll 1
     for (int32_t lane = 0; lane < kSumLanes; ++lane) {  // vector loop
-      const float number = value(first + lane);
-      sums[lane] += first + lane < count ? number : 0.0f;
+      const float number = value(iou[first + lane]);
+      sums[lane] += lane < left ? number : 0.0f;
     }
   }
   return add_lanes(sums);
@@ -288,8 +291,8 @@ static void select_by_iou(ImageWork& image_work, int64_t slot_begin, int64_t slo
         iou[first + i] = box_iou({boxes.x1[i], boxes.y1[i], boxes.x2[i], boxes.y2[i]}, boxes.area[i], object, area);
       }
     }
-    const float threshold =
-        mean_plus_deviation(iou, num_candidates, [](int32_t count, auto value) { return sum_values(count, value); });
+    const float threshold = mean_plus_deviation(
+        iou, num_candidates, [](const float* of, int32_t count, auto value) { return sum_values(of, count, value); });
     uint64_t* selected = work.selected + slot * work.list_stride;
     int32_t count = 0;
     for (int32_t i = 0; i < num_candidates; ++i) {

@@ -206,10 +206,10 @@ __global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_consta
     shared.iou[i] = box_iou(box, box_area(box), object.box, object.area);
   }
   __syncthreads();
-  const float threshold = mean_plus_deviation(shared.iou, count, [](int32_t size, auto value) {
+  const float threshold = mean_plus_deviation(shared.iou, count, [](const float* iou, int32_t size, auto value) {
     float sum = 0.0f;
     for (int32_t i = lane_index() % 16; i < size; i += static_cast<int32_t>(kSumLanes)) {
-      sum += value(i);
+      sum += value(iou[i]);
     }
     return add_lanes(sum);
   });
