@@ -339,8 +339,7 @@ static void find_owners(const TaskAlignedWork& work, const NearbySlots& nearby, 
 }
 
 // Gives each selected anchor to one slot; returns how many there are, in the order of their slots but for those that
-// were contested among all. `nearby_memory` is for
-// the slots by their place.
+// were contested among all. `nearby_memory` is for the slots by their place.
 static int64_t resolve_conflicts(TaskAlignedWork& work, Positive* positives, char* nearby_memory) {
   const TaskAlignedProblem& problem = problem_of(work);
   int64_t count = 0;
