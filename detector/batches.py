@@ -6,6 +6,7 @@ import atexit
 import copy
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -323,6 +324,18 @@ def end_workers() -> None:
         worker.kill()
 
 
+def wait_for_the_lost(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    """Raises RuntimeError for the worker whose connection broke, as soon as it has ended; none is left to wait for.
+
+    While this waits, torch's handler of SIGCHLD may do so first, in much the same words.
+    """
+    ends = {worker.sentinel: worker for worker in workers}
+    for end in multiprocessing.connection.wait(list(ends), timeout=10):
+        worker = ends[cast(int, end)]
+        worker.join()
+        raise RuntimeError(f"worker process {worker.pid} exited unexpectedly, with exit code {worker.exitcode}")
+
+
 def load_batches(
     dataset: Dataset[Any],
     keys: Iterable[list[Any]],
@@ -350,13 +363,17 @@ def load_batches(
             worker_init_fn=leave_signals_to_the_trainer,
         )
     )
-    workers_of_this_process.update(set(multiprocessing.active_children()) - before)
+    workers = set(multiprocessing.active_children()) - before
+    workers_of_this_process.update(workers)
     try:
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 return
+            except (OSError, EOFError):  # what a worker raises comes as a WorkerError, unless there are none
+                wait_for_the_lost(workers)
+                raise
             if isinstance(batch, WorkerError):
                 raise batch.error from RuntimeError(f"in a worker:\n{batch.trace}")
             yield batch

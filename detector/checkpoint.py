@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ def save_atomically(content: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: it cannot be written; with the path.
     """
+    before = sys.exc_info()[1]  # what made the caller save
     with whole_file(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
             # torch.save closes its archive even when writing failed, and that fails again in words of its own.
-            if isinstance(error.__context__, OSError):
+            if isinstance(error.__context__, OSError) and error.__context__ is not before:
                 raise error.__context__ from None
             raise
 

@@ -165,6 +165,62 @@ def test_a_worker_that_hangs_does_not_keep_the_process_from_ending() -> None:
     assert "Traceback" not in text
 
 
+LOST_WORKER = """
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from detector.batches import load_batches
+from detector.checkpoint import save_atomically
+from detector.program import run_program
+from detector.train import saving_on_error
+
+def receive(worker):
+    os.kill(worker, signal.SIGKILL)
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+class Batch:
+    def __reduce__(self):
+        return receive, (os.getpid(),)
+
+class Images(Dataset):
+    def __getitem__(self, key):
+        return key
+
+def main():
+    batches = load_batches(Images(), [[0]], lambda keys: (Batch(),), 1)
+    with saving_on_error(lambda step: save_atomically({"step": step}, Path(sys.argv[1])), 7):
+        next(batches)
+
+run_program(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked, with the classes of the program")
+def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_said_to_be(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "last.pt"
+    status, text, errors = end_of(start(LOST_WORKER, checkpoint, launcher=("-c",)))
+    assert status == 1, text
+    assert len(errors) == 1 and re.search("killed by signal: Killed|exited unexpectedly", errors[0]), text
+    assert torch.load(checkpoint) == {"step": 7}
+
+
+class Unsavable:
+    def __reduce__(self) -> str:
+        raise RuntimeError("not this one")
+
+
+def test_what_fails_in_a_checkpoint_is_not_taken_for_the_error_before_it(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="not this one"):
+        try:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        except OSError:
+            save_atomically({"model": Unsavable()}, tmp_path / "last.pt")
+
+
 class LocalError(Exception):
     """Cannot be made again from its message, as pickle does."""
 
