@@ -16,7 +16,7 @@
 
 namespace mg_ops {
 
-// An image's scratch, with the centers of the anchors by groups in the place of its tiles of points.
+// An image's scratch, with the centers of the anchors by groups in rule_block.
 struct AtssWork : RankedWork {
   int64_t group_begin[kMaxLevels + 1];  // groups [group_begin[l], group_begin[l + 1]) are of level l
   float *center_x, *center_y;           // by group
@@ -91,11 +91,11 @@ static ImageWork* create_atss(const MatchProblem& problem, const BoxTile* anchor
   for (int32_t level = 0; level < problem_of(*work).num_levels; ++level) {
     work->group_begin[level + 1] = work->group_begin[level] + groups_of_level(problem_of(*work), level);
   }
-  if (!reserve(work->point_block, place_centers(*work, nullptr))) {
+  if (!reserve(work->rule_block, place_centers(*work, nullptr))) {
     destroy_ranked(work);
     return nullptr;
   }
-  place_centers(*work, work->point_block.memory);
+  place_centers(*work, work->rule_block.memory);
   load_groups(*work);
   return work;
 }

@@ -9,9 +9,9 @@ namespace mg_ops {
 // box.
 struct NearbySlots {
   int64_t num_blocks;
-  uint64_t* order;           // the slots along a curve through the image, each behind its place on the curve
-  float *x1, *y1, *x2, *y2;  // of whole blocks
-  TileBoxes bounds;          // around each block, and behind the last one boxes that hold nothing
+  uint64_t* order;       // the slots along a curve through the image, each behind its place on the curve
+  BoundingBoxes boxes;   // of whole blocks
+  BoundingBoxes bounds;  // around each block
 
   int32_t slot(int64_t i) const { return static_cast<int32_t>(order[i] & 0xffffffffu); }
 };
@@ -25,12 +25,8 @@ static size_t place_nearby(NearbySlots& nearby, int32_t num_slots, char* memory)
   nearby.num_blocks = (num_slots + kSlotBlock - 1) / kSlotBlock;
   const int64_t padded_blocks = (nearby.num_blocks + kSlotBlock - 1) / kSlotBlock * kSlotBlock;
   placing.place(nearby.order, nearby.num_blocks * kSlotBlock);
-  for (float** side : {&nearby.x1, &nearby.y1, &nearby.x2, &nearby.y2}) {
-    placing.place(*side, nearby.num_blocks * kSlotBlock);
-  }
-  for (float** side : {&nearby.bounds.x1, &nearby.bounds.y1, &nearby.bounds.x2, &nearby.bounds.y2}) {
-    placing.place(*side, padded_blocks);
-  }
+  place_boxes(placing, nearby.boxes, nearby.num_blocks * kSlotBlock);
+  place_boxes(placing, nearby.bounds, padded_blocks);
   return placing.bytes;
 }
 
@@ -69,10 +65,7 @@ MG_OPS_INLINE void load_nearby(NearbySlots& nearby, int32_t num_slots, BoxOf box
     Box bounds = kNoBounds;
     for (int64_t i = block * kSlotBlock; block < nearby.num_blocks && i < (block + 1) * kSlotBlock; ++i) {
       const Box box = i < num_slots ? box_of(nearby.slot(i)) : kNoBounds;
-      nearby.x1[i] = box.x1;
-      nearby.y1[i] = box.y1;
-      nearby.x2[i] = box.x2;
-      nearby.y2[i] = box.y2;
+      nearby.boxes.set(i, box);
       extend(bounds, box);
     }
     nearby.bounds.set(block, bounds);
@@ -85,16 +78,13 @@ template <class IsWanted, class Visit>
 MG_OPS_INLINE void for_nearby(const NearbySlots& nearby, IsWanted is_wanted, Visit visit) {
   alignas(16) uint8_t wanted_blocks[kSlotBlock], wanted[kSlotBlock];
   for (int64_t first = 0; first < nearby.num_blocks; first += kSlotBlock) {
-    const TileBoxes& bounds = nearby.bounds;
     for (int64_t i = 0; i < kSlotBlock; ++i) {  // vector loop
-      const int64_t block = first + i;
-      wanted_blocks[i] = is_wanted({bounds.x1[block], bounds.y1[block], bounds.x2[block], bounds.y2[block]});
+      wanted_blocks[i] = is_wanted(nearby.bounds.get(first + i));
     }
     for_marked<kSlotBlock>(wanted_blocks, [&](int64_t block) {
       const int64_t begin = (first + block) * kSlotBlock;
       for (int64_t i = 0; i < kSlotBlock; ++i) {  // vector loop
-        const int64_t place = begin + i;
-        wanted[i] = is_wanted({nearby.x1[place], nearby.y1[place], nearby.x2[place], nearby.y2[place]});
+        wanted[i] = is_wanted(nearby.boxes.get(begin + i));
       }
       for_marked<kSlotBlock>(wanted, [&](int64_t i) { visit(nearby.slot(begin + i)); });
     });

@@ -14,20 +14,41 @@
 
 namespace mg_ops {
 
+// The centers of the anchors of a tile.
+struct alignas(64) PointTile {
+  float x[kTileSize], y[kTileSize];
+};
+
+// An anchor that several slots selected, and the one that gets it.
+struct Contested {
+  uint64_t key;  // its claim_key by the metric
+  int32_t slot;
+  float overlap;
+};
+
+// An image's scratch. Until the labels are written, the image's row of cls_match holds the owners of the anchors.
 struct TaskAlignedWork : RankedWork {
-  Block overlap_block;
-  float* selected_overlap;  // of each place in `selected`: the overlap of the anchor with the slot
+  // In rule_block, per tile: 30 bytes an anchor.
+  BoxTile* predicted;
+  PointTile* points;
+  BoundingBoxes predicted_bounds;
+  BoundingBoxes point_bounds;  // around those of its points that are anywhere
+
+  // Per slot, of the anchors that are its own in the end.
+  Block largest_block;
+  float *largest_metric, *largest_overlap;
+
+  Contested* contested;  // in key_block; with k_after_conflict by slot, the best first
+  int64_t num_contested;
 };
 
 namespace MG_OPS_CPU_TARGET {
 namespace {
 
-// An anchor and the slot that it belongs to.
-struct Positive {
-  uint32_t anchor;
-  int32_t slot;
-  float metric, overlap;
-};
+// Owners that are no slot.
+constexpr int64_t kNobody = kBackground;
+constexpr int64_t kSeveral = -2;  // several slots want the anchor, and others may have it too
+constexpr int64_t kListed = -3;   // the same, and it is among the contested ones
 
 static const TaskAlignedProblem& problem_of(const ImageWork& work) {
   return *static_cast<const TaskAlignedProblem*>(work.problem);
@@ -35,46 +56,154 @@ static const TaskAlignedProblem& problem_of(const ImageWork& work) {
 
 MG_OPS_INLINE TaskAlignedWork& task_aligned(ImageWork& work) { return static_cast<TaskAlignedWork&>(work); }
 
+MG_OPS_INLINE int64_t* owners_of(const TaskAlignedWork& work) {
+  return work.problem->cls_match + work.image * work.problem->num_anchors;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Anchors and their predicted boxes
+
+constexpr int64_t kTileBlock = 16;
+
+// Returns how many bytes the arrays of the tiles need.
+static size_t place_tiles(TaskAlignedWork& work, char* memory) {
+  Placing placing{memory};
+  const int64_t padded = (work.num_tiles + kTileBlock - 1) / kTileBlock * kTileBlock;
+  placing.place(work.predicted, work.num_tiles);
+  placing.place(work.points, work.num_tiles);
+  for (BoundingBoxes* bounds : {&work.predicted_bounds, &work.point_bounds}) {
+    place_boxes(placing, *bounds, padded);
+    for (int64_t tile = work.num_tiles; memory != nullptr && tile < padded; ++tile) {
+      bounds->set(tile, kNoBounds);
+    }
+  }
+  return placing.bytes;
+}
+
 static void destroy_task_aligned(ImageWork* work) {
   if (work != nullptr) {
-    std::free(task_aligned(*work).overlap_block.memory);
+    std::free(task_aligned(*work).largest_block.memory);
   }
   destroy_ranked(work);
 }
 
-static bool begin_task_aligned(ImageWork& work, int64_t image) {
+static ImageWork* create_task_aligned(const MatchProblem& problem, const BoxTile* anchor_tiles) {
+  TaskAlignedWork* work = new_work<TaskAlignedWork>(problem, anchor_tiles);
+  if (work == nullptr) {
+    return nullptr;
+  }
+  if (!reserve(work->rule_block, place_tiles(*work, nullptr))) {
+    destroy_task_aligned(work);
+    return nullptr;
+  }
+  place_tiles(*work, work->rule_block.memory);
+  return work;
+}
+
+// Reads the centers of the anchors of a tile; behind the last one there is nothing anywhere.
+static void load_points(const ImageWork& work, int64_t tile_index, PointTile& points) {
+  const MatchProblem& problem = *work.problem;
+  const int64_t count = tile_count(problem, tile_index);
+  alignas(64) float x1[kTileSize], y1[kTileSize], x2[kTileSize], y2[kTileSize];
+  load_columns(problem.anchors, 0, tile_index * kTileSize, count, x1, y1, x2, y2);
+  for (int64_t i = count; i < kTileSize; ++i) {
+    x1[i] = y1[i] = x2[i] = y2[i] = kMaxFloat;
+  }
+  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+    const Point point = box_center({x1[i], y1[i], x2[i], y2[i]});
+    points.x[i] = point.x;
+    points.y[i] = point.y;
+  }
+}
+
+static Box bounds_of(const PointTile& points) {
+  Box bounds = kNoBounds;
+  for (int64_t i = 0; i < kTileSize; ++i) {
+    const Point point = {points.x[i], points.y[i]};
+    const bool somewhere = point.x != kNowhere.x || point.y != kNowhere.y;
+    bounds.x1 = somewhere ? min_float(bounds.x1, point.x) : bounds.x1;
+    bounds.y1 = somewhere ? min_float(bounds.y1, point.y) : bounds.y1;
+    bounds.x2 = somewhere ? max_float(bounds.x2, point.x) : bounds.x2;
+    bounds.y2 = somewhere ? max_float(bounds.y2, point.y) : bounds.y2;
+  }
+  return bounds;
+}
+
+// Which points of a tile are inside of a box by more than a margin. Whether any is.
+MG_OPS_INLINE bool find_inside(const PointTile& points, const Box& gate, float margin, uint8_t* inside) {
+  uint8_t any = 0;
+  for (int64_t i = 0; i < kTileSize; ++i) {  // vector loop
+    inside[i] = is_inside({points.x[i], points.y[i]}, gate, margin);
+    any |= inside[i];
+  }
+  return any != 0;
+}
+
+static bool begin_task_aligned(ImageWork& image_work, int64_t image) {
+  TaskAlignedWork& work = task_aligned(image_work);
   const TaskAlignedProblem& problem = problem_of(work);
   std::memset(problem.soft_targets + image * problem.num_anchors, 0,
               static_cast<size_t>(problem.num_anchors) * sizeof(float));
-  TaskAlignedWork& ranking = task_aligned(work);
-  if (!begin_ranked(ranking, image, problem.k) ||
-      !reserve(ranking.overlap_block, static_cast<size_t>(work.num_slots * ranking.list_stride) * sizeof(float))) {
+  work.num_contested = 0;
+  if (!begin_ranked(work, image, std::max(problem.k, problem.k_after_conflict))) {
     return false;
   }
-  ranking.selected_overlap = reinterpret_cast<float*>(ranking.overlap_block.memory);
-  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
-    const Box gate = gate_box(object_of(work, slot), problem.minimum_side);
-    ranking.gate_x1[slot] = gate.x1;
-    ranking.gate_y1[slot] = gate.y1;
-    ranking.gate_x2[slot] = gate.x2;
-    ranking.gate_y2[slot] = gate.y2;
+  const size_t bytes = static_cast<size_t>(work.num_slots) * sizeof(float);
+  if (!reserve(work.largest_block, 2 * bytes)) {
+    return false;
   }
+  std::memset(work.largest_block.memory, 0, 2 * bytes);
+  work.largest_metric = reinterpret_cast<float*>(work.largest_block.memory);
+  work.largest_overlap = work.largest_metric + work.num_slots;
   return true;
 }
 
-static void load_tiles(ImageWork& work, int64_t tile_begin, int64_t tile_end) {
-  if (work.num_slots == 0) {
+static void load_tiles(ImageWork& image_work, int64_t tile_begin, int64_t tile_end) {
+  if (image_work.num_slots == 0) {
     return;
   }
   const DefaultFloatEnvironment environment;
-  RankedWork& ranking = ranked(work);
+  TaskAlignedWork& work = task_aligned(image_work);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    load_points(ranking, tile);
-    load_predicted(ranking, tile);
+    load_points(work, tile, work.points[tile]);
+    work.point_bounds.set(tile, bounds_of(work.points[tile]));
+    load_regressed_tile(work, tile, work.predicted[tile]);
+    work.predicted_bounds.set(tile, work.predicted[tile].bounds);
   }
-  std::memset(ranking.selecting_owner + tile_begin * kTileSize, 0xff,
-              static_cast<size_t>((tile_end - tile_begin) * kTileSize) * sizeof(int32_t));
 }
+
+MG_OPS_INLINE Point anchor_point(const TaskAlignedWork& work, uint32_t anchor) {
+  const PointTile& tile = work.points[anchor / kTileSize];
+  return {tile.x[anchor % kTileSize], tile.y[anchor % kTileSize]};
+}
+
+MG_OPS_INLINE Box predicted_box(const TaskAlignedWork& work, uint32_t anchor, float& area) {
+  const BoxTile& tile = work.predicted[anchor / kTileSize];
+  const int64_t i = anchor % kTileSize;
+  area = tile.area[i];
+  return {tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
+}
+
+// The box that the center of an anchor must be inside of to be selected.
+MG_OPS_INLINE Box gate_of(const ImageWork& work, int64_t slot) {
+  return gate_box(object_of(work, slot), problem_of(work).minimum_side);
+}
+
+// Calls visit(tile), in ascending order, for the tiles whose bounds overlap the box, and whose other bounds the other.
+template <class Visit>
+MG_OPS_INLINE void for_tiles_near(const ImageWork& work, const BoundingBoxes& bounds, const Box& box,
+                                  const BoundingBoxes& other_bounds, const Box& other_box, Visit visit) {
+  for (int64_t begin = 0; begin < work.num_tiles; begin += kTileBlock) {
+    alignas(16) uint8_t near[kTileBlock];
+    for (int64_t i = 0; i < kTileBlock; ++i) {  // vector loop
+      near[i] = overlap(bounds.get(begin + i), box) & overlap(other_bounds.get(begin + i), other_box);
+    }
+    for_marked<kTileBlock>(near, [&](int64_t i) { visit(begin + i); });
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The best anchors of a slot
 
 // `power` of 64 numbers: the same products, of vectors.
 static void power_of_tile(const float* x, Exponent exponent, float* result) {
@@ -150,7 +279,7 @@ struct Hopeful {
 };
 
 // Shows them, which ascend, to the slot's best ones.
-static void add_hopeful(const RankedWork& work, int32_t slot, Hopeful& hopeful, BestKeys& best) {
+static void add_hopeful(const TaskAlignedWork& work, int32_t slot, Hopeful& hopeful, BestKeys& best) {
   for (int64_t i = 0; i < hopeful.size; ++i) {
     if (iou_order(hopeful.possible[i]) <= key_order(best.floor())) {
       continue;
@@ -165,8 +294,8 @@ static void add_hopeful(const RankedWork& work, int32_t slot, Hopeful& hopeful, 
 }
 
 // Finds the hopeful ones among those that are gathered.
-static void evaluate(const RankedWork& work, int32_t slot, float object_angle, Gathered& gathered, Hopeful& hopeful,
-                     BestKeys& best) {
+static void evaluate(const TaskAlignedWork& work, int32_t slot, float object_angle, Gathered& gathered,
+                     Hopeful& hopeful, BestKeys& best) {
   const TaskAlignedProblem& problem = problem_of(work);
   const Box object = object_of(work, slot);
   // Where x**beta is no product, it may be a little smaller for a larger x.
@@ -206,13 +335,13 @@ static void evaluate(const RankedWork& work, int32_t slot, float object_angle, G
   }
 }
 
-static void select_of_slot(const RankedWork& work, int32_t slot, float object_angle, Gathered& gathered,
+static void select_of_slot(const TaskAlignedWork& work, int32_t slot, float object_angle, Gathered& gathered,
                            BestKeys& best) {
   Hopeful hopeful;
   const TaskAlignedProblem& problem = problem_of(work);
   const Box object = object_of(work, slot), gate = gate_of(work, slot);
   const float slack = problem.beta.halves >= 0 ? 1.0f : 1.00001f;
-  const TileBoxes& inside_bounds = problem.inside_first ? work.points_bounds : work.predicted_bounds;
+  const BoundingBoxes& inside_bounds = problem.inside_first ? work.point_bounds : work.predicted_bounds;
   const Box& inside_of = problem.inside_first ? gate : object;
   for_tiles_near(work, work.predicted_bounds, object, inside_bounds, inside_of, [&](int64_t tile_index) {
     const BoxTile& tile = work.predicted[tile_index];
@@ -256,27 +385,6 @@ static void select_of_slot(const RankedWork& work, int32_t slot, float object_an
   add_hopeful(work, slot, hopeful, best);
 }
 
-// Writes the overlaps of the anchors that a slot has selected.
-static void find_overlaps(TaskAlignedWork& work, int32_t slot, float object_angle, Gathered& gathered) {
-  const Box object = object_of(work, slot);
-  const int64_t begin = slot * work.list_stride, end = begin + work.num_selected[slot];
-  alignas(64) float overlap_with[kTileSize];
-  for (int64_t first = begin; first < end; first += kTileSize) {
-    gathered.size = 0;
-    for (int64_t place = first; place < std::min(end, first + kTileSize); ++place) {
-      float area;
-      const Box box = predicted_box(work, key_index(work.selected[place]), area);
-      gathered.add(box, area, 0);
-    }
-    find_iou(gathered, object, work.area[slot], overlap_with);
-    if (problem_of(work).by_ciou) {
-      find_ciou(gathered, object, object_angle, overlap_with);
-    }
-    std::memcpy(work.selected_overlap + first, overlap_with, static_cast<size_t>(gathered.size) * sizeof(float));
-  }
-  gathered.size = 0;
-}
-
 static void select_by_metric(ImageWork& image_work, int64_t slot_begin, int64_t slot_end) {
   const DefaultFloatEnvironment environment;
   TaskAlignedWork& work = task_aligned(image_work);
@@ -296,137 +404,203 @@ static void select_by_metric(ImageWork& image_work, int64_t slot_begin, int64_t 
       size = static_cast<int32_t>(end - list);
     }
     work.num_selected[slot] = size;
-    find_overlaps(work, slot, object_angle, gathered);
   }
 }
 
-static float overlap_of(const RankedWork& work, uint32_t anchor, int32_t slot) {
+// ---------------------------------------------------------------------------------------------------------------------
+// Which slot an anchor belongs to
+
+static float overlap_of(const TaskAlignedWork& work, uint32_t anchor, int64_t slot) {
   float area;
   const Box box = predicted_box(work, anchor, area);
   return pair_overlap(problem_of(work), box, area, object_of(work, slot), work.area[slot]);
 }
 
-// The contested anchors, among all objects or those that they are inside of: the one of the largest overlap, the lower
-// slot on a tie.
-static void find_owners(const TaskAlignedWork& work, const NearbySlots& nearby, Positive* positives, int64_t count) {
+// The owners of the contested anchors, among all objects or those that they are inside of: the one of the largest
+// overlap, the lower slot on a tie.
+static void find_owners(TaskAlignedWork& work, const NearbySlots& nearby) {
   const TaskAlignedProblem& problem = problem_of(work);
-  for (int64_t i = 0; i < count; ++i) {
-    Positive& positive = positives[i];
-    positive.overlap = -1.0f;
+  for (int64_t i = 0; i < work.num_contested; ++i) {
+    Contested& contested = work.contested[i];
+    const uint32_t anchor = key_index(contested.key);
+    contested.overlap = -1.0f;
     float area;
-    const Box box = predicted_box(work, positive.anchor, area);
+    const Box box = predicted_box(work, anchor, area);
     const auto compete = [&](int32_t slot) {
       const Box object = object_of(work, slot);
       float overlap = box_iou(box, area, object, work.area[slot]);
-      if (problem.by_ciou && overlap > 0.0f && overlap >= positive.overlap) {  // which CIoU cannot be above
+      if (problem.by_ciou && overlap > 0.0f && overlap >= contested.overlap) {  // which CIoU cannot be above
         overlap = positive_ciou(box, object, box_angle(object), overlap);
       }
-      if (overlap > positive.overlap || (overlap == positive.overlap && slot < positive.slot)) {
-        positive.overlap = overlap;
-        positive.slot = slot;
+      if (overlap > contested.overlap || (overlap == contested.overlap && slot < contested.slot)) {
+        contested.overlap = overlap;
+        contested.slot = slot;
       }
     };
     if (problem.conflict == Conflict::kInside) {
-      const Point point = anchor_point(work, positive.anchor);
+      const Point point = anchor_point(work, anchor);
       const float margin = problem.center_margin;
       for_nearby(nearby, [&](const Box& gate) { return is_inside(point, gate, margin); }, compete);
     } else {
       for_nearby(nearby, [&](const Box& object) { return overlap(object, box); }, compete);
     }
-    positive.metric = pair_metric(problem, probability_of(work, positive.anchor, positive.slot), positive.overlap,
-                                  power(positive.overlap, problem.beta));
+    const float p = probability_of(work, anchor, contested.slot);
+    const float metric = pair_metric(problem, p, contested.overlap, power(contested.overlap, problem.beta));
+    contested.key = claim_key(iou_order(metric), anchor);
   }
 }
 
-// Gives each selected anchor to one slot; returns how many there are, in the order of their slots but for those that
-// were contested among all. `nearby_memory` is for the slots by their place.
-static int64_t resolve_conflicts(TaskAlignedWork& work, Positive* positives, char* nearby_memory) {
+// Writes the owner of each selected anchor, or that it is contested: then it is listed with its owner.
+static bool resolve_conflicts(ImageWork& image_work) {
+  const DefaultFloatEnvironment environment;
+  TaskAlignedWork& work = task_aligned(image_work);
   const TaskAlignedProblem& problem = problem_of(work);
-  int64_t count = 0;
-  for_selected(work, [&](int32_t slot, uint32_t anchor, int64_t place) {
-    int32_t& owner = work.selecting_owner[anchor];
+  int64_t* owners = owners_of(work);
+  int64_t num_contested = 0;
+  for_selected(work, [&](int32_t slot, uint32_t anchor, int64_t) {
+    int64_t& owner = owners[anchor];
     if (owner == kNobody) {
       owner = slot;
     } else if (problem.conflict == Conflict::kSelecting) {  // slots ascend: a tie stays with the lower one
-      owner = work.selected_overlap[place] > overlap_of(work, anchor, owner) ? slot : owner;
-    } else if (owner != kContested) {
-      owner = kContested;
-      positives[count++].anchor = anchor;
+      owner = overlap_of(work, anchor, slot) > overlap_of(work, anchor, owner) ? slot : owner;
+    } else if (owner != kSeveral) {
+      owner = kSeveral;
+      ++num_contested;
     }
   });
-  if (count > 0) {
-    NearbySlots nearby;
-    place_nearby(nearby, work.num_slots, nearby_memory);
-    load_nearby(nearby, work.num_slots, [&](int32_t slot) {
-      return problem.conflict == Conflict::kInside ? gate_of(work, slot) : object_of(work, slot);
-    });
-    find_owners(work, nearby, positives, count);
-  }
-  for_selected(work, [&](int32_t slot, uint32_t anchor, int64_t place) {
-    if (work.selecting_owner[anchor] == slot) {
-      const float metric = bits_float(key_order(work.selected[place]));
-      positives[count++] = {anchor, slot, metric, work.selected_overlap[place]};
-    }
-  });
-  return count;
-}
-
-// Leaves each slot the k_after_conflict best of its anchors; returns how many are left.
-static int64_t keep_best(Positive* positives, int64_t count, int32_t k_after_conflict) {
-  std::sort(positives, positives + count, [](const Positive& a, const Positive& b) {
-    return a.slot != b.slot ? a.slot < b.slot : a.metric != b.metric ? a.metric > b.metric : a.anchor < b.anchor;
-  });
-  int64_t kept = 0;
-  int32_t of_slot = 0, slot = kNobody;
-  for (int64_t i = 0; i < count; ++i) {
-    of_slot = positives[i].slot == slot ? of_slot + 1 : 0;
-    slot = positives[i].slot;
-    if (of_slot < k_after_conflict && positives[i].metric > 0.0f) {
-      positives[kept++] = positives[i];
-    }
-  }
-  return kept;
-}
-
-static bool label_positives(ImageWork& work) {
-  const DefaultFloatEnvironment environment;
-  const TaskAlignedProblem& problem = problem_of(work);
-  TaskAlignedWork& ranking = task_aligned(work);
-  int64_t num_selected = 0;
-  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
-    num_selected += ranking.num_selected[slot];
-  }
-  if (num_selected == 0) {
+  if (num_contested == 0) {
     return true;
   }
-  Positive* positives;
-  Placing placing{nullptr};
-  placing.place(positives, num_selected);
   NearbySlots nearby;
+  Placing placing{nullptr};
+  placing.place(work.contested, num_contested);
   if (!reserve(work.key_block, placing.bytes + place_nearby(nearby, work.num_slots, nullptr))) {
     return false;
   }
-  positives = reinterpret_cast<Positive*>(work.key_block.memory);
-  int64_t count = resolve_conflicts(ranking, positives, work.key_block.memory + placing.bytes);
-  if (problem.k_after_conflict > 0) {
-    count = keep_best(positives, count, problem.k_after_conflict);
+  work.contested = reinterpret_cast<Contested*>(work.key_block.memory);
+  for_selected(work, [&](int32_t, uint32_t anchor, int64_t) {
+    if (owners[anchor] == kSeveral) {
+      owners[anchor] = kListed;
+      work.contested[work.num_contested++].key = claim_key(0, anchor);
+    }
+  });
+  place_nearby(nearby, work.num_slots, work.key_block.memory + placing.bytes);
+  load_nearby(nearby, work.num_slots, [&](int32_t slot) {
+    return problem.conflict == Conflict::kInside ? gate_of(work, slot) : object_of(work, slot);
+  });
+  find_owners(work, nearby);
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Labels
+
+// The largest overlap of a slot with the anchors of its list.
+static float find_largest_overlap(const TaskAlignedWork& work, int32_t slot, Gathered& gathered) {
+  const Box object = object_of(work, slot);
+  const float object_angle = box_angle(object);
+  const int64_t begin = slot * work.list_stride, end = begin + work.num_selected[slot];
+  alignas(64) float overlap_with[kTileSize];
+  float largest = 0.0f;
+  for (int64_t first = begin; first < end; first += kTileSize) {
+    gathered.size = 0;
+    for (int64_t place = first; place < std::min(end, first + kTileSize); ++place) {
+      float area;
+      const Box box = predicted_box(work, key_index(work.selected[place]), area);
+      gathered.add(box, area, 0);
+    }
+    find_iou(gathered, object, work.area[slot], overlap_with);
+    if (problem_of(work).by_ciou) {
+      find_ciou(gathered, object, object_angle, overlap_with);
+    }
+    for (int64_t i = 0; i < gathered.size; ++i) {
+      largest = max_float(largest, overlap_with[i]);
+    }
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const Positive& positive = positives[i];
-    float &metric = ranking.largest_metric[positive.slot], &overlap = ranking.largest_overlap[positive.slot];
-    metric = max_float(metric, positive.metric);
-    overlap = max_float(overlap, positive.overlap);
+  return largest;
+}
+
+// Leaves in each slot's list the anchors that it owns.
+static void drop_lost(ImageWork& image_work, int64_t slot_begin, int64_t slot_end) {
+  const DefaultFloatEnvironment environment;
+  TaskAlignedWork& work = task_aligned(image_work);
+  const int64_t* owners = owners_of(work);
+  Gathered gathered;
+  for (int32_t slot = static_cast<int32_t>(slot_begin); slot < slot_end; ++slot) {
+    uint64_t* list = work.selected + slot * work.list_stride;
+    const uint64_t* end = std::remove_if(list, list + work.num_selected[slot],
+                                         [&](uint64_t key) { return owners[key_index(key)] != slot; });
+    work.num_selected[slot] = static_cast<int32_t>(end - list);
+    if (problem_of(work).k_after_conflict == 0 && end > list) {
+      work.largest_metric[slot] = bits_float(key_order(*std::max_element(list, list + work.num_selected[slot])));
+      work.largest_overlap[slot] = find_largest_overlap(work, slot, gathered);
+    }
+  }
+}
+
+// Leaves each slot the k_after_conflict best of its anchors, the contested ones included, all of them in its list, and
+// the others to nobody.
+static void keep_best(TaskAlignedWork& work) {
+  const TaskAlignedProblem& problem = problem_of(work);
+  int64_t* owners = owners_of(work);
+  std::sort(work.contested, work.contested + work.num_contested,
+            [](const Contested& a, const Contested& b) { return a.slot != b.slot ? a.slot < b.slot : a.key > b.key; });
+  const Contested *next = work.contested, *end = work.contested + work.num_contested;
+  for (int32_t slot = 0; slot < work.num_slots; ++slot) {
+    uint64_t keys[2 * kMaxK];
+    uint64_t* list = work.selected + slot * work.list_stride;
+    int32_t count = work.num_selected[slot];
+    std::memcpy(keys, list, static_cast<size_t>(count) * sizeof *keys);
+    for (int32_t i = 0; next < end && next->slot == slot; ++i, ++next) {
+      owners[key_index(next->key)] = kNobody;
+      if (i < problem.k_after_conflict) {
+        keys[count++] = next->key;
+      }
+    }
+    std::sort(keys, keys + count, [](uint64_t a, uint64_t b) { return a > b; });
+    int32_t kept = 0;
+    for (int32_t i = 0; i < count; ++i) {
+      const uint32_t anchor = key_index(keys[i]);
+      owners[anchor] = kNobody;
+      if (i < problem.k_after_conflict && key_order(keys[i]) > 0) {
+        list[kept++] = keys[i];
+        work.largest_metric[slot] = max_float(work.largest_metric[slot], bits_float(key_order(keys[i])));
+        work.largest_overlap[slot] = max_float(work.largest_overlap[slot], overlap_of(work, anchor, slot));
+      }
+    }
+    work.num_selected[slot] = kept;
+  }
+  work.num_contested = 0;
+}
+
+// Writes the labels in the place of the owners.
+static bool label_positives(ImageWork& image_work) {
+  const DefaultFloatEnvironment environment;
+  TaskAlignedWork& work = task_aligned(image_work);
+  const TaskAlignedProblem& problem = problem_of(work);
+  if (problem.k_after_conflict > 0) {
+    keep_best(work);
   }
   const int64_t first = work.image * problem.num_anchors;
   int32_t* num_pos = problem.num_pos + load_integer(problem.gt_offsets, work.image);
-  for (int64_t i = 0; i < count; ++i) {
-    const Positive& positive = positives[i];
-    const int32_t object = work.object[positive.slot];
-    problem.cls_match[first + positive.anchor] = object;
-    problem.soft_targets[first + positive.anchor] = soft_target(
-        problem, positive.metric, ranking.largest_metric[positive.slot], ranking.largest_overlap[positive.slot]);
+  const auto label = [&](int32_t slot, uint64_t key) {
+    const int32_t object = work.object[slot];
+    const int64_t anchor = first + key_index(key);
+    problem.cls_match[anchor] = object;
+    problem.soft_targets[anchor] =
+        soft_target(problem, bits_float(key_order(key)), work.largest_metric[slot], work.largest_overlap[slot]);
     ++num_pos[object];
+  };
+  for (int64_t i = 0; i < work.num_contested; ++i) {
+    const Contested& contested = work.contested[i];
+    float &metric = work.largest_metric[contested.slot], &overlap = work.largest_overlap[contested.slot];
+    metric = max_float(metric, bits_float(key_order(contested.key)));
+    overlap = max_float(overlap, contested.overlap);
   }
+  for (int64_t i = 0; i < work.num_contested; ++i) {
+    label(work.contested[i].slot, work.contested[i].key);
+  }
+  for_selected(work, [&](int32_t slot, uint32_t, int64_t place) { label(slot, work.selected[place]); });
   return true;
 }
 
@@ -439,11 +613,16 @@ static void label_crowds(ImageWork& work, int64_t tile_begin, int64_t tile_end) 
 
 RuleKernels task_aligned_kernels() {
   return {load_anchor_tiles,
-          create_ranked<true, TaskAlignedWork>,
+          create_task_aligned,
           destroy_task_aligned,
           begin_task_aligned,
           count_slots,
-          {{load_tiles}, {nullptr, nullptr, select_by_metric}, {nullptr, label_positives}, {label_crowds}}};
+          {{load_tiles},
+           {nullptr, nullptr, select_by_metric},
+           {nullptr, resolve_conflicts},
+           {nullptr, nullptr, drop_lost},
+           {nullptr, label_positives},
+           {label_crowds}}};
 }
 
 }  // namespace MG_OPS_CPU_TARGET
