@@ -13,13 +13,14 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
+from mg_ops.reference import BACKGROUND, IGNORED
+from mg_ops.triton.box import MAX_FLOAT
 from mg_ops.triton.det_math import exp, log2
 
-_MAX_FLOAT = tl.constexpr(3.402823466e38)
 _MIN_NORMAL = tl.constexpr(1.175494351e-38)
 _NEVER_POSITIVE = tl.constexpr(-1000.0)  # a logit whose loss and gradient as a negative are 0
-_BACKGROUND = tl.constexpr(-1)
-_IGNORED = tl.constexpr(-2)
+_BACKGROUND = tl.constexpr(BACKGROUND)
+_IGNORED = tl.constexpr(IGNORED)
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def positive_value(sigmoid, target, weight, gamma, WEIGH_BY_TARGET: tl.constexpr
     distance = tl.where(hard, -one_minus_p, p - target)
     size = tl.abs(distance)
     cross_entropy = tl.where(hard, -log_p, -(target * log_p + (1.0 - target) * log_one_minus_p))
-    log_size = tl.where(size > 0, log2(size) * 0.693147181, -_MAX_FLOAT)
+    log_size = tl.where(size > 0, log2(size) * 0.693147181, -MAX_FLOAT)
     modulator = exp(gamma * tl.where(hard, log_one_minus_p, log_size))
     if WEIGH_BY_TARGET:
         modulator *= target
