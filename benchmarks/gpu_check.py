@@ -64,7 +64,7 @@ CUDA_TESTS = (
     "tests/test_torch_integration.py",
 )
 """All files with tests that need a GPU but no Triton. Named, so that no other file's imports can stop them."""
-TRITON_TESTS = ("tests/test_triton_equals_reference.py",)
+TRITON_TESTS = ("tests/test_triton_equals_reference.py", "tests/test_triton_losses.py")
 TOOLS = ("g++", "cmake", "ninja", "nvcc", "compute-sanitizer", "ncu")
 TOOL_FOLDERS = (
     "usr/local/cuda/bin",
@@ -321,11 +321,12 @@ def kernel_profile(check: Check) -> Command:
 
 
 def triton_tests(check: Check) -> Command:
-    """The Triton backend, with few random batches: each may be a variant to compile.
+    """The Triton backend, with few random batches, and the losses of float32: each may be a variant to compile.
 
     In a dry run other kernels stand in, and then Triton's interpreter runs its own.
     """
-    command = gpu_tests(check, *([] if check.dry_run else TRITON_TESTS), "tests/test_gpu.py", "-k", "triton")
+    chosen = "triton and not (losses and (float16 or float64))"
+    command = gpu_tests(check, *([] if check.dry_run else TRITON_TESTS), "tests/test_gpu.py", "-k", chosen)
     if check.dry_run:
         command = in_a_row(command, pytest_command("tests/test_triton_interpreted.py", "-k", "small"))
     return command, {"OMP_NUM_THREADS": "2", "MG_OPS_FUZZ": "0.02"}

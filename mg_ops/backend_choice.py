@@ -18,6 +18,10 @@ DEVICES: dict[str, tuple[str, ...]] = {
 """Backend -> the types of device it takes, all of them if empty; on each device the first usable one is the default."""
 
 
+WITH_TRITON = ("mutual_match", "class_loss", "box_loss", "distribution_loss")
+"""The operators that have Triton kernels."""
+
+
 class BackendStatus(NamedTuple):
     """Whether a backend can be used here."""
 
@@ -27,7 +31,7 @@ class BackendStatus(NamedTuple):
 
 
 def backends() -> dict[str, BackendStatus]:
-    """The backends of `mutual_match` by name: which are usable here, and why the others are not.
+    """The backends of `mutual_match` and the losses by name: which are usable here, and why the others are not.
 
     Examples:
         >>> mg_ops.backends()["eager"].usable
@@ -80,7 +84,7 @@ def choose_backend(
     backend: str | None, device_type: str, device_index: int | None, operator: str = "mutual_match"
 ) -> str:
     """The backend to use for tensors on this device: the one asked for, or the first that can be used."""
-    has_triton = operator == "mutual_match"
+    has_triton = operator in WITH_TRITON
     cuda_index = device_index if device_type == "cuda" else None
     if backend is None:
         for name, device_types in DEVICES.items():

@@ -26,7 +26,7 @@ _CLASS_LOSS_ARGUMENTS = (
 _POSITIVES = "Tensor predictions, Tensor anchors, Tensor match, Tensor gt_boxes, Tensor gt_offsets, Tensor? weights"
 _BOX_LOSS_ARGUMENTS = f"{_POSITIVES}, float[]? box_coder, int loss, float alpha, float gamma, float beta"
 _DISTRIBUTION_LOSS_ARGUMENTS = f"{_POSITIVES}, Tensor strides, float margin"
-_COMPILED_OPERATORS = {name: rule.signature for name, rule in RULES.items()} | {
+LOSS_OPERATORS = {
     "class_loss": f"({_CLASS_LOSS_ARGUMENTS}) -> Tensor",
     "class_loss_backward": f"(Tensor grad_output, {_CLASS_LOSS_ARGUMENTS}) -> Tensor",
     "box_loss": f"({_BOX_LOSS_ARGUMENTS}) -> Tensor",
@@ -34,6 +34,8 @@ _COMPILED_OPERATORS = {name: rule.signature for name, rule in RULES.items()} | {
     "distribution_loss": f"({_DISTRIBUTION_LOSS_ARGUMENTS}) -> Tensor",
     "distribution_loss_backward": f"(Tensor grad_output, {_DISTRIBUTION_LOSS_ARGUMENTS}) -> Tensor",
 }
+"""The signatures of the losses and of their derivatives."""
+_COMPILED_OPERATORS = {name: rule.signature for name, rule in RULES.items()} | LOSS_OPERATORS
 
 LIBRARY_FILE = Path(__file__).parent / "libmg_ops.so"
 MINIMUM_TORCH = (2, 10)

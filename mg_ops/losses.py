@@ -6,6 +6,7 @@ made but that gradient: no one-hot targets, no probabilities, no loss per logit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def focal_loss(
         alpha: weight of the positives, in [0, 1]; the negatives weigh 1 - alpha. None: all weigh 1.
         gamma: exponent of the modulating factor, at least 0.
         normalizer: what the sum is divided by, such as the number of positives. A tensor stays on its device.
-        backend: None for the best one: "cpp" on the CPU, "cuda" on a GPU, "eager" elsewhere.
+        backend: None for the best one: "cpp" on the CPU, on a GPU "cuda" or else "triton", "eager" elsewhere.
 
     Returns:
         () float32. The gradient of cls_logits comes in their dtype.
@@ -180,7 +181,7 @@ def smooth_l1_loss(
         normalizer: what the sum over positives and coordinates is divided by, such as 4 times the number of positives.
             A tensor stays on its device.
         gt_box_format: of gt_boxes: "xyxy", "xywh" or "cxcywh".
-        backend: None for the best one: "cpp" on the CPU, "cuda" on a GPU, "eager" elsewhere.
+        backend: None for the best one: "cpp" on the CPU, on a GPU "cuda" or else "triton", "eager" elsewhere.
 
     Returns:
         () float32. The gradient of box_deltas comes in their dtype.
@@ -371,7 +372,7 @@ def distribution_focal_loss(
     else:
         length = torch.full((), _check_positive("strides", strides), dtype=torch.float32, device=device)
         strides = length.expand(num_anchors)
-    compute = torch.ops.mg_ops.distribution_loss.default if _is_fused(backend, device) else distribution_loss
+    compute = _computation("distribution_loss", distribution_loss, backend, device)
     return _normalize(compute(*positives, strides, margin), normalizer)
 
 
@@ -415,16 +416,23 @@ def _class_loss(
     if soft_targets is not None:
         check_tensor("soft_targets", soft_targets, "floating point", shape, device, "cls_logits")
         soft_targets = soft_targets.detach()
-    compute = torch.ops.mg_ops.class_loss.default if _is_fused(backend, device) else class_loss
-    total: Tensor = compute(cls_logits, class_targets, soft_targets, *numbers)
-    return _normalize(total, normalizer)
+    compute = _computation("class_loss", class_loss, backend, device)
+    return _normalize(compute(cls_logits, class_targets, soft_targets, *numbers), normalizer)
 
 
-def _is_fused(backend: str | None, device: torch.device) -> bool:
-    """Whether the operators of the library take a call, and not the definition."""
-    if backend == "triton":
-        raise ValueError("backend: expected None, 'cpp', 'cuda' or 'eager', of which torch.compile makes a kernel")
-    return choose_backend(backend, device.type, device.index) in ("cpp", "cuda")
+def _computation(
+    name: str, definition: Callable[..., Tensor], backend: str | None, device: torch.device
+) -> Callable[..., Tensor]:
+    """The operator of the backend that takes a call, or the definition."""
+    chosen = choose_backend(backend, device.type, device.index, name)
+    if chosen == "eager":
+        return definition
+    if chosen == "triton":
+        import mg_ops.triton.losses  # noqa: F401  # registers the operators
+
+        name = f"{name}_triton"
+    operator: Callable[..., Tensor] = getattr(torch.ops.mg_ops, name).default
+    return operator
 
 
 def _normalize(total: Tensor, normalizer: Tensor | float | None) -> Tensor:
@@ -453,7 +461,7 @@ def _box_loss(
     """The sum over the normalizer; `numbers` are the last arguments of `box_loss`, the loss by its name."""
     check_box_coder(box_coder)
     positives = _positives(name, predictions, 4, loc_match, anchors, gt_boxes, gt_offsets, gt_box_format, weights)
-    total: Tensor = (torch.ops.mg_ops.box_loss.default if _is_fused(backend, positives[0].device) else box_loss)(
+    total = _computation("box_loss", box_loss, backend, positives[0].device)(
         *positives,
         None if box_coder is None else [*box_coder.weights, box_coder.clip],
         BOX_LOSSES.index(numbers[0]),
@@ -506,8 +514,8 @@ def _fake_gradient(grad_output: Tensor, predictions: Tensor, *rest: Any) -> Tens
     return predictions.new_empty(predictions.shape)
 
 
-def _register_autograd(name: str) -> None:
-    """A loss operator gets its fake, and NAME_backward as its derivative with respect to its first argument."""
+def register_autograd(name: str) -> None:
+    """A loss operator gets NAME_backward as its derivative with respect to its first argument."""
 
     def keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
@@ -520,12 +528,11 @@ def _register_autograd(name: str) -> None:
         gradient = getattr(torch.ops.mg_ops, f"{name}_backward")(grad_output, *arguments)
         return (gradient, *[None] * (len(arguments) - 1))
 
-    torch.library.register_fake(f"mg_ops::{name}")(_fake_loss)
-    torch.library.register_fake(f"mg_ops::{name}_backward")(_fake_gradient)
     torch.library.register_autograd(f"mg_ops::{name}", differentiate, setup_context=keep_arguments)
 
 
 if not library.load_error:
-    _register_autograd("class_loss")
-    _register_autograd("box_loss")
-    _register_autograd("distribution_loss")
+    for _name in ("class_loss", "box_loss", "distribution_loss"):
+        torch.library.register_fake(f"mg_ops::{_name}")(_fake_loss)
+        torch.library.register_fake(f"mg_ops::{_name}_backward")(_fake_gradient)
+        register_autograd(_name)

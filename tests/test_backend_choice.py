@@ -55,9 +55,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 )
 def test_the_first_usable_backend_is_the_default(machine: Any, state: dict[str, Any], on_gpu: str, on_cpu: str) -> None:
     machine(**state)
-    assert backend_choice.choose_backend(None, "cuda", 0) == on_gpu
-    assert backend_choice.choose_backend(None, "cpu", None) == on_cpu
-    assert backend_choice.choose_backend(None, "meta", None) == "eager"
+    for operator in ("mutual_match", "class_loss", "box_loss", "distribution_loss"):
+        assert backend_choice.choose_backend(None, "cuda", 0, operator) == on_gpu
+        assert backend_choice.choose_backend(None, "cpu", None, operator) == on_cpu
+        assert backend_choice.choose_backend(None, "xpu", 0, operator) == "eager"
+        assert backend_choice.choose_backend(None, "meta", None, operator) == "eager"
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ WRONG = {
     "beta: expected a number, got str": {"beta": "0.1"},
     "weights: expected shape (1, 5)": {"weights": torch.zeros(5)},
     "normalizer: expected a finite number above 0": {"normalizer": -1.0},
-    "backend: expected None": {"backend": "triton"},
+    "backend: expected None": {"backend": "fused"},
 }
 
 

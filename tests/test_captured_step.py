@@ -222,7 +222,7 @@ def test_no_step_needs_data_or_the_host(monkeypatch: pytest.MonkeyPatch, strateg
     """On a device that has none: operators give shapes, sizes that depend on data and copies to the host are errors."""
     fused = backend_choice.operator_of
     monkeypatch.setattr(matching, "operator_of", lambda backend, device, *rest: fused("cpp", CPU, *rest))
-    monkeypatch.setattr(losses, "_is_fused", lambda backend, device: True)
+    monkeypatch.setattr(losses, "choose_backend", lambda *_: "cpp")
     # There is no autocast for it.
     monkeypatch.setattr(torch, "autocast", lambda *device, **options: contextlib.nullcontext())
     step = make_step("meta", strategy, cls_loss=cls_loss)

@@ -166,7 +166,7 @@ WRONG = {
     "beta: expected a finite number of at least 0, got nan": {"beta": math.nan},
     "normalizer: expected a finite number above 0": {"normalizer": 0},
     "normalizer: expected one number": {"normalizer": torch.ones(2)},
-    "backend: expected None, 'cpp', 'cuda' or 'eager'": {"backend": "triton"},
+    "backend: expected None or one of 'cuda', 'triton'": {"backend": "fused"},
 }
 
 

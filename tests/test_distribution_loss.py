@@ -175,7 +175,7 @@ WRONG = {
     "strides: expected a number": {"strides": [8.0] * 5},
     "margin: expected a number in [0, 1]": {"margin": 2.0},
     "weights: expected shape (1, 5)": {"weights": torch.zeros(5)},
-    "backend: expected None": {"backend": "triton"},
+    "backend: expected None": {"backend": "fused"},
 }
 
 

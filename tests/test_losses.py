@@ -142,11 +142,10 @@ def test_equals_the_definition_and_itself(name: str, dtype: torch.dtype) -> None
         assert_equal(value_and_gradient(loss, to_gpu(arguments), **options), (value, gradient))
 
 
-@pytest.mark.gpu
-@every_loss
-def test_nothing_waits_for_the_gpu_and_a_graph_holds_it(name: str) -> None:
+def assert_a_graph_holds(name: str, backend: str | None = None) -> None:
+    """A call and its gradient, captured, replay with other predictions; without a graph nothing waits for the GPU."""
     loss, arguments, options = arguments_of(name)
-    arguments = to_gpu(arguments)
+    arguments, options = to_gpu(arguments), {**options, "backend": backend}
     normalizer = torch.full((), 7.0, device="cuda")
     expected = value_and_gradient(loss, arguments, normalizer=normalizer, **options)
     torch.cuda.set_sync_debug_mode("error")
@@ -168,3 +167,9 @@ def test_nothing_waits_for_the_gpu_and_a_graph_holds_it(name: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_equal(captured, expected)
+
+
+@pytest.mark.gpu
+@every_loss
+def test_nothing_waits_for_the_gpu_and_a_graph_holds_it(name: str) -> None:
+    assert_a_graph_holds(name)

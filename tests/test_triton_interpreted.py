@@ -12,27 +12,33 @@ import pytest
 
 pytest.importorskip("triton")
 
-ALL_TESTS = Path(__file__).parent / "test_triton_equals_reference.py"
+TESTS = Path(__file__).parent
+MATCH, LOSSES = "test_triton_equals_reference.py", "test_triton_losses.py"
 # Parts, so that pytest -n can share them.
 PARTS = {
-    "clauses": "test_every_clause_of_the_definition",
-    "random batches 0, 1": "test_random_batches and (0 or 1) and not blocks",
-    "random batches 2, 3": "test_random_batches and (2 or 3) and not blocks",
-    "small blocks": "test_random_batches_in_small_blocks",
+    "clauses": (MATCH, "test_every_clause_of_the_definition"),
+    "random batches 0, 1": (MATCH, "test_random_batches and (0 or 1) and not blocks"),
+    "random batches 2, 3": (MATCH, "test_random_batches and (2 or 3) and not blocks"),
+    "small blocks": (MATCH, "test_random_batches_in_small_blocks"),
     # The thresholds between take as long and say the same; on a GPU they are tested too.
-    "thresholds of lists": "test_any_threshold_of_lists and not 0.0001 and not 0.2",
-    "the rest": "not test_random_batches and not test_every_clause_of_the_definition and not test_any_threshold",
+    "thresholds of lists": (MATCH, "test_any_threshold_of_lists and not 0.0001 and not 0.2"),
+    "the rest": (
+        MATCH,
+        "not test_random_batches and not test_every_clause_of_the_definition and not test_any_threshold",
+    ),
+    "losses": (LOSSES, "losses"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreted_kernels_equal_the_reference(part: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", PARTS[part]]
+    file, chosen = PARTS[part]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
     result = subprocess.run(
-        [*command, str(ALL_TESTS)],
+        [*command, str(TESTS / file)],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=ALL_TESTS.parent.parent,
+        cwd=TESTS.parent,
         capture_output=True,
         text=True,
         check=False,

@@ -23,7 +23,7 @@ import triton  # type: ignore[import-untyped]
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
-from mg_ops.triton import mutual_match
+from mg_ops.triton import losses, mutual_match
 
 KERNELS = ("claim", "settle", "own", "rank")
 CHIPS = {
@@ -44,6 +44,33 @@ def compile_kernel(kernel: str, chip: str, strategy: tuple[bool, bool] = (True, 
     if kernel == "claim" and chip.startswith("sm_"):
         options |= mutual_match.CLAIM_OPTIONS
     return triton.compile(ASTSource(function, types, constexprs=constants), target=CHIPS[chip], options=options)
+
+
+def compile_loss(
+    kernel: Any, chip: str, dtype: str, options: dict[str, Any], sizes: dict[str, Any] | None = None
+) -> Any:
+    """A kernel of a loss as `mg_ops.triton.losses` launches it.
+
+    Args:
+        dtype: of the predictions, as Triton writes it.
+        options: its compile-time constants.
+        sizes: the types or values of other arguments than those of their annotations, as torch.compile has them.
+    """
+    constants = options | {name: size for name, size in (sizes or {}).items() if not isinstance(size, str)}
+    types = {"class_targets": "*i64", "match": "*i64", "gt_offsets": "*i64"}
+    types |= {
+        "logits": f"*{dtype}",
+        "predictions": f"*{dtype}",
+        "result": f"*{dtype}" if options["GRADIENT"] else "*fp32",
+    }
+    types |= (sizes or {}) | dict.fromkeys(constants, "constexpr")
+    names = [parameter.name for parameter in kernel.params]
+    signature = {p.name: types.get(p.name, p.annotation_type or "*fp32") for p in kernel.params}
+    # Torch's memory is aligned, and most batches hold a multiple of 16 logits.
+    aligned = [names.index(name) for name in ("logits", "result", "total") if name in names and name not in constants]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=CHIPS[chip], options={"num_warps": losses.WARPS})
 
 
 def resources(compiled: Any) -> SimpleNamespace:

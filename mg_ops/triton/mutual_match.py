@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mg_ops.reference import BACKGROUND, split_arguments
+from mg_ops.triton.device import current
 from mg_ops.triton.inputs import FLOATING_TYPES, boxes_type, packed_integers, packed_rows
 from mg_ops.triton.mutual_match_kernels import (
     NUM_COUNTERS,
@@ -84,7 +84,7 @@ def mutual_match(*arguments: Any, longest_list: int = 0x7FFFFFFF) -> tuple[Tenso
     kind_of_boxes = boxes_type(pred_boxes)
     boxes_strides = pred_boxes.stride()
     listed = listed_orders(iou_ignored)
-    with _current(device):
+    with current(device):
         _launch(
             claim_kernel,
             device,
@@ -152,12 +152,6 @@ def mutual_match(*arguments: Any, longest_list: int = 0x7FFFFFFF) -> tuple[Tenso
             RANK_WARPS,
         )
     return cls_match, loc_match, num_pos, num_total
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
