@@ -103,7 +103,7 @@ struct LaunchedProblem : MatchProblem {
 };
 
 // Points the scratch arrays of a problem whose sizes are set into one allocation, aligned to 32 bytes. Returns how many
-// bytes that needs; with a null pointer that is all it is for. About 8.3 B A + 17 A + 476 N.
+// bytes that needs; with a null pointer that is all it is for. About 12.3 B A + 17 A + 476 N.
 inline size_t place_scratch(LaunchedProblem& problem, char* memory) {
   size_t bytes = 0;
   const auto place = [&](auto& array, int64_t count) {
@@ -117,8 +117,9 @@ inline size_t place_scratch(LaunchedProblem& problem, char* memory) {
   const int64_t num_tiles = (problem.num_anchors + kTile - 1) / kTile;
   const int64_t entries = problem.batch_size * problem.num_anchors / MG_OPS_CUDA_ANCHORS_AN_ENTRY;
   problem.pairs_room = entries + problem.num_gt * MG_OPS_CUDA_ENTRIES_AN_OBJECT / 2;
+  // Of these an object takes room before it is known how many it needs.
   problem.fronts_room =
-      problem.params.classification_by_regressed ? entries + problem.num_gt * MG_OPS_CUDA_ENTRIES_AN_OBJECT : 0;
+      problem.params.classification_by_regressed ? 2 * entries + problem.num_gt * MG_OPS_CUDA_ENTRIES_AN_OBJECT : 0;
   place(problem.image_starts, problem.batch_size + 1);
   place(problem.taken, 2);
   place(problem.anchor_boxes, problem.num_anchors);
