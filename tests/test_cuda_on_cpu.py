@@ -174,10 +174,8 @@ def test_launches_and_memory(small_blocks: cuda_on_cpu.Emulator) -> None:
         call = small_blocks.last_call
         assert call.launches <= 4
         pairs, tiles, objects = batch_size * num_anchors, -(-num_anchors // 64), batch_size * num_objects
-        per_tile = 16 * batch_size + 64
-        assert (
-            call.scratch_bytes <= 12 * pairs + 16 * num_anchors + per_tile * tiles + 476 * objects + 4 * batch_size + 500
-        )
+        of_tiles, of_images = tiles * (16 * batch_size + 64), 4 * batch_size
+        assert call.scratch_bytes <= 12 * pairs + 16 * num_anchors + of_tiles + 476 * objects + of_images + 500
     small_blocks.mutual_match(**detector_batch(2, 100, 0))
     assert small_blocks.last_call.launches == 1  # nothing but the background
 
