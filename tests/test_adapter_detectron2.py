@@ -189,7 +189,7 @@ def test_parameters_inference_and_copies_stay_as_they_are() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_bfloat16_autocast_trains() -> None:
-    # Of smaller images P6 is one cell; torch's gradient of a convolution in bfloat16 of one cell is not always a number.
+    # Of smaller images P6 is one cell, of which torch's gradient of a convolution in bfloat16 is not always a number.
     batch = small_batch(size=2 * SIZE)
     expected, _ = losses_and_gradients(use_mutual_guidance(small_retinanet()), batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
