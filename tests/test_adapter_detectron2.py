@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mg_ops
+from detector.program import process_group
 from mg_ops.adapters.detectron2 import use_mutual_guidance
 
 SIZE = 64
@@ -92,9 +94,14 @@ def test_other_models_are_refused() -> None:
         use_mutual_guidance(nn.Linear(1, 1))
 
 
+def needs_detectron2() -> Any:
+    """Its module of configurations; skips where it is not installed."""
+    return pytest.importorskip("detectron2.config", reason="detectron2 is not installed")
+
+
 def small_retinanet() -> nn.Module:
     """detectron2's own, of the smallest ResNet that it has."""
-    config = pytest.importorskip("detectron2.config", reason="detectron2 is not installed").get_cfg()
+    config = needs_detectron2().get_cfg()
     from detectron2.modeling import build_model
 
     config.MODEL.DEVICE = "cpu"
@@ -109,7 +116,7 @@ def small_retinanet() -> nn.Module:
     return build_model(config).train()
 
 
-def small_batch(num_objects: int = 2) -> list[dict[str, Any]]:
+def small_batch(num_objects: int = 2, size: int = SIZE) -> list[dict[str, Any]]:
     """Two images; the second has no objects."""
     from detectron2.structures import Boxes, Instances
 
@@ -117,8 +124,8 @@ def small_batch(num_objects: int = 2) -> list[dict[str, Any]]:
     boxes = torch.tensor([[3.0, 4.0, 20.0, 22.0], [30.0, 33.0, 61.0, 60.0]])
     batch = []
     for count in (num_objects, 0):
-        objects = Instances((SIZE, SIZE), gt_boxes=Boxes(boxes[:count]), gt_classes=torch.tensor([0, 2])[:count])
-        image = torch.randint(0, 256, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+        objects = Instances((size, size), gt_boxes=Boxes(boxes[:count]), gt_classes=torch.tensor([0, 2])[:count])
+        image = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "instances": objects})
     return batch
 
@@ -178,3 +185,47 @@ def test_parameters_inference_and_copies_stay_as_they_are() -> None:
     assert torch.equal(found.scores, expected.scores) and torch.equal(
         found.pred_boxes.tensor, expected.pred_boxes.tensor
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bfloat16_autocast_trains() -> None:
+    # Of smaller images P6 is one cell, of which torch's gradient of a convolution in bfloat16 is not always a number.
+    batch = small_batch(size=2 * SIZE)
+    expected, _ = losses_and_gradients(use_mutual_guidance(small_retinanet()), batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, gradients = losses_and_gradients(use_mutual_guidance(small_retinanet()), batch)
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiled_model_is_the_eager_one() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(use_mutual_guidance(small_retinanet()), backend="aot_eager")
+    model = use_mutual_guidance(small_retinanet())
+    for num_objects in (2, 0):
+        losses, gradients = losses_and_gradients(compiled, small_batch(num_objects))
+        expected, expected_gradients = losses_and_gradients(model, small_batch(num_objects))
+        torch.testing.assert_close(losses, expected)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
+
+
+def train_one_rank(rank: int, rendezvous: str) -> None:
+    """One of two processes, each with one of the two images; the averaged gradients are those of each alone."""
+    torch.set_num_threads(1)
+    with process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2):
+        alone = [losses_and_gradients(use_mutual_guidance(small_retinanet()), [image])[1] for image in small_batch()]
+        model = nn.parallel.DistributedDataParallel(use_mutual_guidance(small_retinanet()))
+        _, gradients = losses_and_gradients(model, small_batch()[rank : rank + 1])
+        averages = [(with_objects + without) / 2 for with_objects, without in zip(*alone, strict=True)]
+        torch.testing.assert_close(gradients, averages, rtol=1e-4, atol=1e-6)
+        assert all(gradient.any() for gradient in alone[0])
+        assert len(model.module.match.num_pos) == (2, 0)[rank]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_average_their_gradients_also_when_one_has_no_objects(tmp_path: Path) -> None:
+    needs_detectron2()
+    torch.multiprocessing.spawn(train_one_rank, args=(str(tmp_path / "rendezvous"),), nprocs=2)

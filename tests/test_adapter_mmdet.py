@@ -7,6 +7,7 @@ mmdetection imports its compiled companion mmcv in every `__init__`. Where only 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,9 +20,11 @@ from torch.nn import functional
 
 import mg_ops
 from benchmarks import upstream
+from detector.program import process_group
 from mg_ops.adapters import mmdet
 from mg_ops.adapters.labels import to_mmdet
 
+ROOT = Path(__file__).parent.parent
 ANCHORS = torch.tensor(
     [
         [0.0, 0.0, 10.0, 10.0],
@@ -344,7 +347,7 @@ def test_rules_and_what_they_read_are_named() -> None:
         mmdet.RuleAssigner("simota").assign(SimpleNamespace(priors=scene.points), scene.objects)
     with pytest.raises(ValueError, match="level_sizes: expected the number of anchors of each level"):
         mmdet.RuleAssigner("atss").assign(SimpleNamespace(priors=scene.anchors), scene.objects)
-    with pytest.raises(TypeError, match="k_nearest"):
+    with pytest.raises(TypeError, match=r"options: expected those of AtssMatcher, got k_nearest; .* add _delete_"):
         mmdet.RuleAssigner("atss", k_nearest=9)
 
 
@@ -630,3 +633,108 @@ def test_what_the_guided_head_cannot_take_is_named(retina_head: Any) -> None:
         retina_head(GUIDED, {"type": "ATSSAssigner", "topk": 9})
     with pytest.raises(ValueError, match="use_sigmoid: expected True"):
         retina_head(GUIDED, loss_cls={"type": "CrossEntropyLoss"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its detectors, as people train them
+
+
+DETECTORS = ("retinanet", "ddod", "tood", "rtmdet", "yolox")
+
+
+def small_detector(name: str) -> Any:
+    """A guided detector of examples/frameworks/train_mmdet.py, its batch statistics frozen."""
+    pytest.importorskip("mmcv.ops", reason="mmcv is not installed with its operators")
+    model = pytest.importorskip("mmengine.model")
+    registry = pytest.importorskip("mmdet.registry", reason="mmdet is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples/frameworks"))
+        example = importlib.import_module("train_mmdet")
+    example.register_all_modules()
+    importlib.import_module("mmengine").MessageHub.get_current_instance().update_info("epoch", 0)  # TOOD asks for it
+    logging.getLogger("mmengine").setLevel(logging.ERROR)  # it says how each parameter begins
+    torch.manual_seed(0)
+    detector = model.revert_sync_batchnorm(registry.MODELS.build(example.configuration(name, Path(), steps=1).model))
+    detector.init_weights()
+    detector.train()
+    for module in detector.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    if name == "rtmdet":
+        for layer in detector.bbox_head.rtm_reg:  # its boxes begin without an area, and so its targets at 0
+            torch.nn.init.constant_(layer.bias, 1.5)
+    return detector
+
+
+def detector_batch(images: slice = slice(None)) -> dict[str, list[Any]]:
+    """Two images, the second without objects."""
+    structures = pytest.importorskip("mmengine.structures")
+    sample_class = pytest.importorskip("mmdet.structures").DetDataSample
+    generator = torch.Generator().manual_seed(1)
+    boxes, labels = torch.tensor([[3.3, 4.1, 40.2, 44.7], [30.8, 33.2, 85.9, 80.1]]), torch.tensor([0, 2])
+    inputs, samples = [], []
+    for count in (2, 0):
+        inputs.append(torch.randint(0, 256, (3, 96, 96), generator=generator, dtype=torch.uint8))
+        samples.append(sample_class(metainfo={"img_shape": (96, 96), "ori_shape": (96, 96)}))
+        samples[-1].gt_instances = structures.InstanceData(bboxes=boxes[:count], labels=labels[:count])
+        samples[-1].ignored_instances = structures.InstanceData(bboxes=boxes[:0], labels=labels[:0])
+    return {"inputs": inputs[images], "data_samples": samples[images]}
+
+
+def detector_gradients(detector: Any, batch: dict[str, list[Any]], forward: Any = None) -> tuple[Any, list[Tensor]]:
+    """The losses and gradients of a detector, or of what wraps it."""
+    data = detector.data_preprocessor(batch, True)
+    forward = detector if forward is None else forward
+    total, losses = detector.parse_losses(forward(data["inputs"], data["data_samples"], mode="loss"))
+    total.backward()
+    gradients = [parameter.grad for parameter in detector.parameters() if parameter.grad is not None]
+    return {name: loss.detach() for name, loss in losses.items()}, gradients
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["retinanet", "rtmdet", "yolox"])
+def test_detectors_in_bfloat16(name: str) -> None:
+    """Without DDOD and TOOD: mmcv's deformable convolution has no bfloat16 on the CPU."""
+    expected, _ = detector_gradients(small_detector(name), detector_batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, gradients = detector_gradients(small_detector(name), detector_batch())
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiled_retinanet_is_the_eager_one() -> None:
+    expected = detector_gradients(small_detector("retinanet"), detector_batch())
+    torch._dynamo.reset()
+    detector = small_detector("retinanet")
+    found = detector_gradients(detector, detector_batch(), torch.compile(detector, backend="aot_eager"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def train_one_rank(rank: int, rendezvous: str) -> None:
+    """One of two processes, each with one of the two images."""
+    torch.set_num_threads(1)
+    wrapper = importlib.import_module("mmengine.model").MMDistributedDataParallel
+    expected = {}
+    for name in DETECTORS:
+        if name == "retinanet":  # each process divides by its own positives; the others, by the mean over processes
+            alone = [detector_gradients(small_detector(name), detector_batch(slice(i, i + 1)))[1] for i in range(2)]
+            expected[name] = [(one + other) / 2 for one, other in zip(*alone, strict=True)]
+        else:
+            expected[name] = detector_gradients(small_detector(name), detector_batch())[1]
+    with process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2):
+        for name in DETECTORS:
+            model = wrapper(small_detector(name))
+            _, gradients = detector_gradients(model.module, detector_batch(slice(rank, rank + 1)), model)
+            if name != "ddod":  # it weighs its levels by the positives that the process has had
+                torch.testing.assert_close(gradients, expected[name], rtol=1e-3, atol=1e-4)
+            assert all(gradient.isfinite().all() for gradient in gradients)
+            assert max(gradient.abs().max() for gradient in gradients) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_train_as_one_also_when_one_has_no_objects(tmp_path: Path) -> None:
+    small_detector("retinanet")  # skips where it is not installed
+    torch.multiprocessing.spawn(train_one_rank, args=(str(tmp_path / "rendezvous"),), nprocs=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import os
 import pickle
@@ -19,6 +20,7 @@ from small_data import draw_image, random_objects
 from torch import Tensor, nn
 
 import mg_ops
+from detector.program import process_group
 from mg_ops.adapters.ultralytics import MutualAssigner, guide_trainer, use_fused_assigner, use_mutual_guidance
 
 ROOT = Path(__file__).parent.parent
@@ -376,6 +378,77 @@ def test_the_callback_guides_the_model_inside_its_wrappers(losses: Any) -> None:
         assert model.criterion.assigner.anchor_size == 5.0
 
 
+def small_yolo(name: str) -> nn.Module:
+    """A YOLO as a trainer has it, its batch statistics frozen."""
+    tasks = pytest.importorskip("ultralytics.nn.tasks", reason="ultralytics is not installed")
+    torch.manual_seed(0)
+    model = tasks.DetectionModel(f"{name}.yaml", nc=CLASSES, verbose=False).train()
+    model.args = importlib.import_module("ultralytics.cfg").get_cfg(overrides={"epochs": 10})
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def yolo_batch(images: slice = slice(None)) -> dict[str, Tensor]:
+    """Two images of two and no objects."""
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))[images]
+    count = 2 if images.start in (None, 0) else 0
+    return {
+        "img": pictures,
+        "batch_idx": torch.zeros(count),
+        "cls": torch.tensor([[0.0], [2.0]])[:count],
+        "bboxes": torch.tensor([[0.3, 0.3, 0.5, 0.5], [0.6, 0.6, 0.4, 0.6]])[:count],
+    }
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_the_compiled_model_is_the_eager_one(name: str) -> None:
+    """As ultralytics' trainer has it: the network is compiled, and its loss is called by itself."""
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model, batch = small_yolo(name), yolo_batch()
+        wrapped = torch.compile(model, backend="aot_eager") if compiled else model
+        guide_trainer(SimpleNamespace(model=wrapped))
+        loss, _ = model.loss(batch, wrapped(batch["img"]))
+        loss.sum().backward()
+        found.append([loss.detach(), *gradients_of(model)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def train_one_rank(rank: int, rendezvous: str) -> None:
+    """One of two processes, each with one of the two images; the averaged gradients are those of each alone."""
+    torch.set_num_threads(1)
+    with process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2):
+        for name in ("yolo11n", "yolo26n"):
+            alone = []
+            for image in range(2):
+                model = small_yolo(name)
+                guide_trainer(SimpleNamespace(model=model))
+                model(yolo_batch(slice(image, image + 1)))[0].sum().backward()
+                alone.append(gradients_of(model))
+            model = nn.parallel.DistributedDataParallel(small_yolo(name), find_unused_parameters=True)
+            guide_trainer(SimpleNamespace(model=model))
+            model(yolo_batch(slice(rank, rank + 1)))[0].sum().backward()
+            averages = [(with_objects + without) / 2 for with_objects, without in zip(*alone, strict=True)]
+            torch.testing.assert_close(gradients_of(model), averages, rtol=1e-4, atol=1e-4)
+            assert max(gradient.abs().max() for gradient in averages) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_average_their_gradients_also_when_one_has_no_objects(tmp_path: Path) -> None:
+    small_yolo("yolo11n")  # skips where it is not installed
+    torch.multiprocessing.spawn(train_one_rank, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+
+
 TRAINING = """
 import functools, sys
 from ultralytics import YOLO
@@ -459,7 +532,8 @@ def test_checkpoints_of_a_training_load_without_mg_ops(tmp_path: Path, name: str
     (tmp_path / "data.yaml").write_text(
         f"path: {tmp_path}\ntrain: images\nval: images\nnames: {{0: square, 1: disc}}\n"
     )
-    environment = {**os.environ, "YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "true", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "true", "PYTHONPATH": paths}
     first = (TRAINING, [name], "calls 4") if training == "guided" else (FUSED_TRAINING, [name], "positives")
     for script, arguments, said in (first, (LOADING, [], "classes ['disc', 'square']")):
         command = [sys.executable, "-c", script, *arguments, str(tmp_path / "runs")]

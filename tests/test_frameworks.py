@@ -167,22 +167,33 @@ def test_effdet() -> None:
     assert float(found[1][2].sum() if isinstance(found[1][2], Tensor) else sum(found[1][2])) > 0
 
 
-def test_mmdetection() -> None:
+@pytest.mark.parametrize(
+    ("block", "base", "expected"),
+    [
+        (0, "retinanet/retinanet_r50_fpn_1x_coco.py", []),
+        (1, "ddod/ddod_r50_fpn_1x_coco.py", [("cls_logits", "classification"), ("cls_logits", "localization")]),
+        (2, "yolox/yolox_tiny_8xb8-300e_coco.py", [("cls_probabilities", "classification")]),
+    ],
+)
+def test_mmdetection(block: int, base: str, expected: list[tuple[str, str]], tmp_path: Path) -> None:
+    """As the configuration of a user, whose base is mmdetection's: what both have is merged."""
     needs("mmcv.ops")
-    registry = needs("mmdet.registry")
-    namespace: dict[str, Any] = {}
-    models = []
-    for code in lines_of("mmdetection"):
-        exec(code, namespace)
-        models.append(namespace["model"])
-    assert registry.MODELS.get(models[0]["bbox_head"]["type"]).__name__ == "GuidedRetinaHead"
-    assigners = [registry.TASK_UTILS.build(one) for model in models[1:] for one in model["train_cfg"].values()]
-    options = [(type(one.matcher).__name__, one.scores_name, one.task) for one in assigners]
-    assert options == [
-        ("MutualMatcher", "cls_logits", "classification"),
-        ("MutualMatcher", "cls_logits", "localization"),
-        ("SimOtaMatcher", "cls_probabilities", "classification"),
+    registry, mmdet, engine = needs("mmdet.registry"), needs("mmdet"), needs("mmengine")
+    folder = Path(mmdet.__file__).parent / ".mim/configs"
+    file = tmp_path / "config.py"
+    file.write_text(f"_base_ = {str(folder / base)!r}\n" + lines_of("mmdetection")[block])
+    model = engine.Config.fromfile(file).model
+    if block == 0:
+        head = registry.MODELS.build({**model.bbox_head, "train_cfg": model.train_cfg})
+        assert type(head).__name__ == "GuidedRetinaHead"
+    assigners = [
+        registry.TASK_UTILS.build(model.train_cfg[name])
+        for name in ("assigner", "reg_assigner")
+        if block > 0 and name in model.train_cfg
     ]
+    assert [(one.scores_name, one.task) for one in assigners] == expected
+    names = {1: "MutualMatcher", 2: "SimOtaMatcher"}
+    assert all(type(one.matcher).__name__ == names[block] for one in assigners)
 
 
 def test_every_section_is_run_here() -> None:

@@ -8,28 +8,20 @@ What matters is `guide`: the lines of a configuration that change. Needs mmdetec
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import mmdet
 import mmengine
-import numpy as np
-import torch
-from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
-from mmengine.model import revert_sync_batchnorm
-from mmengine.optim import OptimWrapper
-from mmengine.structures import InstanceData
-from PIL import Image
-from shapes import make_shapes
-from torch.utils.data import DataLoader
+from mmengine.runner import Runner
+from shapes import NAMES, make_shapes
 
 CONFIGURATIONS = {
     "retinanet": "retinanet/retinanet_r18_fpn_1x_coco.py",
+    "ddod": "ddod/ddod_r50_fpn_1x_coco.py",
     "tood": "tood/tood_r50_fpn_1x_coco.py",
     "rtmdet": "rtmdet/rtmdet_tiny_8xb32-300e_coco.py",
     "yolox": "yolox/yolox_tiny_8xb8-300e_coco.py",
@@ -41,6 +33,9 @@ def guide(name: str, model: Any) -> None:
     """Changes the configuration of a model."""
     if name == "retinanet":
         model.bbox_head.type = "mg_ops.adapters.mmdet.GuidedRetinaHead"
+    elif name == "ddod":
+        model.train_cfg.assigner = {"type": ASSIGNER, "scores_are_logits": True}
+        model.train_cfg.reg_assigner = {**model.train_cfg.assigner, "task": "localization"}
     elif name == "tood":
         model.train_cfg.assigner = {"type": ASSIGNER}
         model.train_cfg.initial_epoch = 0  # mutual guidance from the first epoch on
@@ -48,75 +43,79 @@ def guide(name: str, model: Any) -> None:
         model.train_cfg.assigner = {"type": ASSIGNER, "anchor_size": 4.0, "scores_are_logits": name == "rtmdet"}
 
 
-class Shapes(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
-    """Images (3, H, W) uint8, BGR, with their objects."""
+def configuration(name: str, data: Path, steps: int) -> Any:
+    """mmdetection's own, for small images and few steps."""
+    cfg = mmengine.Config.fromfile(Path(mmdet.__file__).parent / ".mim/configs" / CONFIGURATIONS[name])
+    model = cfg.model
+    model.bbox_head.num_classes = len(NAMES)
+    model.backbone.pop("init_cfg", None)  # random weights, so all of them learn
+    if model.backbone.type == "ResNet":
+        model.backbone.update(depth=18, frozen_stages=-1, norm_eval=False)
+        model.neck.in_channels = [64, 128, 256, 512]
+    if name == "ddod":  # mmcv's deformable convolution takes no map smaller than its kernel of 3 x 3
+        model.neck.num_outs = 3
+        model.bbox_head.anchor_generator.update(strides=[8, 16, 32], octave_base_scale=4)
+    model.data_preprocessor.update(batch_augments=None, pad_size_divisor=32)
+    guide(name, model)
 
-    def __init__(self, folder: Path) -> None:
-        content = json.loads((folder / "annotations.json").read_text())
-        self.files = [folder / "images" / image["file_name"] for image in content["images"]]
-        self.objects: list[list[Any]] = [[] for _ in self.files]
-        for one in content["annotations"]:
-            self.objects[one["image_id"]].append(one)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
-        image = torch.from_numpy(np.array(Image.open(self.files[index]))[:, :, ::-1].copy()).permute(2, 0, 1)
-        boxes = torch.tensor([one["bbox"] for one in self.objects[index]], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([one["category_id"] - 1 for one in self.objects[index]], dtype=torch.int64)
-        size = tuple(image.shape[1:])
-        sample = DetDataSample(metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)})
-        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
-        sample.ignored_instances = InstanceData(bboxes=boxes[:0], labels=labels[:0])
-        return image, sample
-
-
-def collate(pairs: list[tuple[torch.Tensor, Any]]) -> dict[str, list[Any]]:
-    """A batch as mmdetection's models take it."""
-    images, samples = zip(*pairs, strict=True)
-    return {"inputs": list(images), "data_samples": list(samples)}
+    pipeline = [
+        {"type": "LoadImageFromFile"},
+        {"type": "LoadAnnotations", "with_bbox": True},
+        # Of each image one of them: multi-scale training.
+        {"type": "RandomChoiceResize", "scales": [(96, 96), (128, 128)], "keep_ratio": True},
+        {"type": "PackDetInputs"},
+    ]
+    dataset = {
+        "type": "CocoDataset",
+        "data_root": str(data),
+        "ann_file": "annotations.json",
+        "data_prefix": {"img": "images/"},
+        "metainfo": {"classes": NAMES},
+        "filter_cfg": {"filter_empty_gt": False},
+        "pipeline": pipeline,
+    }
+    cfg.train_dataloader = {
+        "batch_size": 4,
+        "num_workers": 0,
+        "sampler": {"type": "InfiniteSampler"},
+        "batch_sampler": {"type": "AspectRatioBatchSampler"},  # rectangular batches
+        "dataset": dataset,
+    }
+    cfg.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": steps}
+    cfg.optim_wrapper = {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 2e-4}}
+    cfg.default_hooks.checkpoint = {"type": "CheckpointHook", "interval": steps, "by_epoch": False}
+    cfg.param_scheduler = None
+    for part in ("val", "test"):
+        for key in (f"{part}_dataloader", f"{part}_cfg", f"{part}_evaluator"):
+            cfg[key] = None
+    # The average of the weights (EMA) that RTMDet and YOLOX have, for all; it is what checkpoints hold.
+    cfg.custom_hooks = [{"type": "EMAHook", "ema_type": "ExpMomentumEMA", "momentum": 0.0002}]
+    cfg.randomness = {"seed": 0}
+    return cfg
 
 
 def main() -> None:
-    """Trains and prints losses; the checkpoint loads where mg_ops is not installed."""
+    """Trains and prints losses; the checkpoint is OUT/iter_STEPS.pth, and loads where mg_ops is not installed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=CONFIGURATIONS, default="retinanet")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--out", type=Path, help="where the weights go; none: they are not kept")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
+    parser.add_argument("--out", type=Path, help="folder of the run; none: it is not kept")
     arguments = parser.parse_args()
 
-    torch.manual_seed(0)
+    # The checkpoints of mmengine hold objects, which torch.load refuses unless it is told to trust them.
+    os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     register_all_modules()
-    file = Path(mmdet.__file__).parent / ".mim/configs" / CONFIGURATIONS[arguments.model]
-    configuration = mmengine.Config.fromfile(file).model
-    configuration.bbox_head.num_classes = 3
-    configuration.backbone.pop("init_cfg", None)  # random weights, so all of them learn
-    if configuration.backbone.type == "ResNet":
-        configuration.backbone.update(depth=18, frozen_stages=-1, norm_eval=False)
-        configuration.neck.in_channels = [64, 128, 256, 512]
-    configuration.data_preprocessor.update(batch_augments=None, pad_size_divisor=32)
-    guide(arguments.model, configuration)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = revert_sync_batchnorm(MODELS.build(configuration)).to(device)
-    model.init_weights()
-    model.train()
-    optimizer = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=2e-4))
-    with tempfile.TemporaryDirectory() as folder:
-        data = Shapes(make_shapes(Path(folder)))
-        loader = DataLoader(data, batch_size=4, shuffle=True, collate_fn=collate)
-        losses: list[float] = []
-        while len(losses) < arguments.steps:
-            # TOOD's head asks for the epoch.
-            mmengine.MessageHub.get_current_instance().update_info("epoch", len(losses) // len(loader))
-            for batch in itertools.islice(loader, arguments.steps - len(losses)):
-                losses.append(float(model.train_step(batch, optimizer)["loss"]))
+    with tempfile.TemporaryDirectory() as made:
+        folder = arguments.out or Path(made)
+        cfg = configuration(arguments.model, make_shapes(folder / "shapes"), arguments.steps)
+        cfg.work_dir, cfg.resume = str(folder), arguments.resume
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        losses = runner.message_hub.get_scalar("train/loss").data[0]
     for first in range(0, len(losses), 10):
         ten = losses[first : first + 10]
         print(f"steps from {first + 1}: loss {sum(ten) / len(ten):.3f}")
-    if arguments.out is not None:
-        torch.save(model.state_dict(), arguments.out)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     # RetinaNet by mutual guidance; its train_cfg stays as it is
     model = dict(bbox_head=dict(type="mg_ops.adapters.mmdet.GuidedRetinaHead"))
     # another head by mutual guidance
-    assigner = dict(type="mg_ops.adapters.mmdet.MutualAssigner")
+    assigner = dict(_delete_=True, type="mg_ops.adapters.mmdet.MutualAssigner")
     # a head by the rule that it has, fused
-    assigner = dict(type="mg_ops.adapters.mmdet.RuleAssigner", rule="simota")
+    assigner = dict(_delete_=True, type="mg_ops.adapters.mmdet.RuleAssigner", rule="simota")
 
-Nothing need be imported. Once this module is, mmdetection's registries have the classes by their bare names too.
+`_delete_` leaves out the options that the base configuration has for its assigner. Nothing need be imported. Once this
+module is, mmdetection's registries have the classes by their bare names too.
 
 Mutual guidance needs `pred_instances` with `priors`, `bboxes` and `scores`. DDOD's head gives them and asks an assigner
 for each task, so that both matches are used; TOOD's, RTMDet's and YOLOX's give them and ask one for both. Heads that
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -148,7 +149,8 @@ class RuleAssigner:
             last call.
 
     Raises:
-        TypeError, ValueError: an option that makes no sense; the message names it.
+        TypeError: an option that the matcher does not have; the message names it.
+        ValueError: an option that makes no sense, likewise.
     """
 
     def __init__(
@@ -164,6 +166,12 @@ class RuleAssigner:
         if anchor_size is not None and not anchor_size > 0:
             raise ValueError(f"anchor_size: expected a positive number of strides or None, got {anchor_size}")
         self.rule = RULES[rule]
+        unknown = options.keys() - {field.name for field in dataclasses.fields(cast(Any, self.rule.matcher))}
+        if unknown:
+            raise TypeError(
+                f"options: expected those of {self.rule.matcher.__name__}, got {', '.join(sorted(unknown))}; if they "
+                "are of the assigner in your base configuration, add _delete_=True"
+            )
         logits = self.rule.scores_are_logits if scores_are_logits is None else scores_are_logits
         self.scores_name = "cls_logits" if logits else "cls_probabilities"
         self.task = task
