@@ -109,6 +109,13 @@ ALL = (
         ),
         baseline=("iou", None),
     ),
+    Study(
+        "bccd-rules",
+        "BCCD at 160 pixels: the rules of other detectors, all else equal",
+        BCCD_160,
+        make_rows({"": LR}, ("iou", "mutual", "task_aligned", "atss")),
+        tuple(range(6)),
+    ),
     Study("aquarium", "Aquarium at 320 pixels: every detector", AQUARIUM_320, EVERY_DETECTOR),
     Study("bccd", "BCCD at 320 pixels: every detector", BCCD_320, EVERY_DETECTOR),
 )
