@@ -160,6 +160,10 @@ def test_isotonic_regression_on_val_repairs_the_scores_of_test() -> None:
     evaluations = [analysis.evaluate_boxes(data, found, "detections") for _ in range(2)]
     errors = analysis.calibration_errors(*evaluations)
     assert errors["laece"] == pytest.approx(0.35) and errors["laece_isotonic"] == pytest.approx(0)
+    for one in found:
+        one["score"] = 0.9
+    errors = analysis.calibration_errors(*(analysis.evaluate_boxes(data, found, "detections") for _ in range(2)))
+    assert errors["laece"] == pytest.approx(0.9 - 0.35) and errors["laece_isotonic"] == pytest.approx(0)
 
 
 def test_nothing_that_is_found_has_no_calibration_error() -> None:

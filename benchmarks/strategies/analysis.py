@@ -205,10 +205,12 @@ def calibration_errors(val: BoxEvaluation, test: BoxEvaluation) -> dict[str, flo
     for (val_scores, val_ious, num_objects), (scores, ious, _) in zip(overlaps_of(val), overlaps_of(test), strict=True):
         threshold = best_threshold(val_scores, val_ious, num_objects)
         kept = val_scores >= threshold
-        val_scores, val_ious = val_scores[kept][::-1], val_ious[kept][::-1]
+        # Equal scores, of which bfloat16 makes many, have one mean IoU.
+        val_scores, places, counts = np.unique(val_scores[kept], return_inverse=True, return_counts=True)
+        val_ious = np.bincount(places, val_ious[kept]) / counts
         scores, ious = (values[scores >= threshold] for values in (scores, ious))
         if len(scores) and len(val_scores):
-            fitted = isotonic_regression(val_ious).x
+            fitted = isotonic_regression(val_ious, weights=counts).x
             before.append(calibration_error(scores, ious))
             after.append(calibration_error(np.interp(scores, val_scores, fitted), ious))
     if not before:
