@@ -231,8 +231,9 @@ def test_an_interval_is_shown_beside_the_seeds_that_it_was_computed_of() -> None
     assert f"{row} - |" in compare.render(content, STUDY)
     interval = {"row": MUTUAL.name, "baseline": IOU.name, "AP": 0.02, "low": -0.01, "high": 0.04}
     for seeds, shown in (([0, 1, 2], "-1.0 to +4.0"), ([0, 1], "-")):
-        analysis = {"rows": {}, "differences": [{**interval, "seeds": seeds}]}
-        assert f"{row} {shown} |" in compare.render(content, STUDY, analysis)
+        analysis = {"rows": {}, "differences": [{**interval, "seeds": seeds}], "commit": "abc", "date": "2026-01-02"}
+        text = compare.render(content, STUDY, analysis)
+        assert f"{row} {shown} |" in text and "Analyzed at commit abc, 2026-01-02." in text
 
 
 @pytest.mark.parametrize(

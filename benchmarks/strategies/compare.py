@@ -59,6 +59,7 @@ def render(content: dict[str, Any], study: Study, analysis: dict[str, Any] | Non
         tables.format_classes(content),
         tables.format_agreement(content, study.baseline),
         *(format_reasons(content, analysis) if analysis is not None else ()),
+        [f"Analyzed at commit {analysis['commit']}, {analysis['date']}."] if analysis is not None else [],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -174,8 +175,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.data is None:
             raise ValueError(f"--analyze: --data is needed: the folder of {study.setting.data}")
         runs = [run for run in find_runs(study, study.rows, None, args.runs) if run.is_complete]
-        analysis = json.dumps(analyze(study, runs, args.data), indent=1)
-        write_text(records / "analyses" / f"{study.name}.json", analysis + "\n")
+        machine = describe_machine("cpu")
+        analysis = {"commit": machine["commit"], "date": machine["date"][:10], **analyze(study, runs, args.data)}
+        write_text(records / "analyses" / f"{study.name}.json", json.dumps(analysis, indent=1) + "\n")
     if args.collect or args.analyze:
         write(collect(study, args.runs))
     else:
