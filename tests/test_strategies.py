@@ -165,7 +165,8 @@ def test_only_what_is_between_the_markers_is_replaced() -> None:
 
 def test_a_lead_is_mutual_less_iou_seed_by_seed_and_each_run_is_drawn_once() -> None:
     content = content_of({IOU: {0: 0.28, 1: 0.30, 3: 0.9}, MUTUAL: {0: 0.30, 1: 0.33, 4: 0.1}})
-    (lead,) = figure.find_leads([content, content])
+    kept = {**content, "setting": {**content["setting"], "name": "tiny-64-kept"}}
+    (lead,) = figure.find_leads([content, content, kept])
     assert (lead.data, lead.label) == ("Tiny 64", "FSSD ResNet-18")
     for metric in ("AP", "AP75", "score_iou_correlation"):
         assert lead.differences[metric] == pytest.approx({0: 0.02, 1: 0.03})
