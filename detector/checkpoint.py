@@ -24,13 +24,14 @@ ADDED_LATER = {
     "box_loss": "balanced_l1",
     "val_fraction": None,
     "init_from": None,
+    "strategy_from_epoch": 0,
 }
 """Flags of detector.train that older checkpoints do not have, and what they were then."""
 
 
 # Flags that say where and how fast a run goes, not what it computes: they may differ when it is resumed.
 FREE_ON_RESUME = {"data", "format", "out", "resume", "backbone_weights", "init_from", "backend", "device", "workers"}
-FREE_ON_RESUME |= {"cache", "cuda_graph", "graph_objects", "save_minutes", "log_every", "eval_every"}
+FREE_ON_RESUME |= {"cache", "cuda_graph", "graph_objects", "save_minutes", "log_every", "eval_every", "keep_every"}
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
@@ -50,6 +51,12 @@ def save_atomically(content: dict[str, Any], path: Path) -> None:
             raise
 
 
+def weights_of(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without the state of the training: of its weights the averaged ones, if there are any."""
+    kept = {name: value for name, value in content.items() if name not in ("optimizer", "scaler")}
+    return {**kept, "model": content["ema"] or content["model"], "ema": None}
+
+
 def save_best(content: dict[str, Any], ap: float | None, folder: Path) -> None:
     """Writes best.pt and best.safetensors unless they hold weights of a higher AP; no state of the training.
 
@@ -67,8 +74,7 @@ def save_best(content: dict[str, Any], ap: float | None, folder: Path) -> None:
             best = read_checkpoint(path).get("AP")
             if (-1.0 if ap is None else ap) <= (-1.0 if best is None else best):
                 return
-    best_content = {name: value for name, value in content.items() if name not in ("optimizer", "scaler")}
-    best_content |= {"AP": ap, "model": content["ema"] or content["model"], "ema": None}
+    best_content = {**weights_of(content), "AP": ap}
     save_atomically(best_content, path)
     with contextlib.suppress(ImportError):  # a training without safetensors is not worth less
         save_weights(best_content, path.with_suffix(".safetensors"))

@@ -29,6 +29,16 @@ def check_rule(args: argparse.Namespace) -> None:
             f"--cls-loss {args.cls_loss}: needs soft targets, which --strategy {args.strategy} does not give; expected "
             f"focal, or a --strategy of {', '.join(SOFT_RULES)}"
         )
+    if args.strategy_from_epoch and args.cls_loss != "focal":
+        raise ValueError(
+            f"--strategy-from-epoch {args.strategy_from_epoch}: iou, which comes first, gives no soft targets; "
+            f"expected --cls-loss focal, got {args.cls_loss}"
+        )
+    if args.strategy_from_epoch and args.cuda_graph:
+        raise ValueError(
+            f"--strategy-from-epoch {args.strategy_from_epoch}: a captured step keeps its rule; expected no "
+            "--cuda-graph"
+        )
     if args.strategy in POINT_RULES and (args.anchors_per_location, args.anchor_size) != (1, FINEST_STRIDE):
         raise ValueError(
             f"--strategy {args.strategy}: takes the side of an anchor for the stride of its level; expected "

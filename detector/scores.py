@@ -174,6 +174,25 @@ def coco_scores(evaluation: BoxEvaluation) -> tuple[Scores, dict[Identifier, Sco
     return overall, per_category
 
 
+def scores_and_ious(evaluation: BoxEvaluation) -> dict[Identifier, np.ndarray]:
+    """Of each category's detections, as COCO matches them at the first IoU threshold: (D, 2) of score and IoU with the
+    object, 0 for those that are wrong. Those that match difficult objects and crowds are left out."""
+    found: dict[Identifier, list[tuple[float, float]]] = {category: [] for category in evaluation.category_ids}
+    for of_image in evaluation.evalImgs:
+        if of_image is None or of_image["aRng"] != evaluation.params.areaRng[0]:
+            continue
+        key = of_image["image_id"], of_image["category_id"]
+        ious = evaluation.ious[key]  # (detections best first, objects in the order of the annotations)
+        position = {entry["id"]: place for place, entry in enumerate(evaluation._gts[key])}
+        columns = of_image["dtScores"], of_image["dtMatches"][0], of_image["dtIgnore"][0]
+        found[evaluation.category_ids[key[1] - 1]] += [
+            (confidence, float(ious[place, position[int(object_id)]]) if object_id > 0 else 0.0)
+            for place, (confidence, object_id, ignored) in enumerate(zip(*columns, strict=True))
+            if not ignored
+        ]
+    return {category: np.array(pairs).reshape(-1, 2) for category, pairs in found.items()}
+
+
 def score_iou_agreement(evaluation: BoxEvaluation) -> tuple[Scores, dict[Identifier, Scores]]:
     """Whether the scores know which boxes are good, which is what Mutual Guidance is for.
 
@@ -185,26 +204,15 @@ def score_iou_agreement(evaluation: BoxEvaluation) -> tuple[Scores, dict[Identif
         The means over classes, weighted by these detections, and both by category id. None where they are too few, or
         all of one score or IoU.
     """
-    matched: dict[Identifier, list[tuple[float, float]]] = {category: [] for category in evaluation.category_ids}
-    for of_image in evaluation.evalImgs:
-        if of_image is None or of_image["aRng"] != evaluation.params.areaRng[0]:
-            continue
-        key = of_image["image_id"], of_image["category_id"]
-        ious = evaluation.ious[key]  # (detections best first, objects in the order of the annotations)
-        position = {entry["id"]: place for place, entry in enumerate(evaluation._gts[key])}
-        columns = of_image["dtScores"], of_image["dtMatches"][0], of_image["dtIgnore"][0]
-        matched[evaluation.category_ids[key[1] - 1]] += [
-            (confidence, float(ious[place, position[int(object_id)]]))
-            for place, (confidence, object_id, ignored) in enumerate(zip(*columns, strict=True))
-            if object_id > 0 and not ignored
-        ]
+    found = scores_and_ious(evaluation)
+    matched = {category: values[values[:, 1] > 0] for category, values in found.items()}
 
     by_category: dict[Identifier, Scores] = {}
     for category, pairs in matched.items():
-        confidences, ious = np.array(pairs).reshape(-1, 2).T
+        confidences, ious = pairs.T
         varied = len(np.unique(confidences)) > 1 and len(np.unique(ious)) > 1
         correlation = float(spearmanr(confidences, ious).statistic) if varied else None
-        values = correlation, float(ious.mean()) if pairs else None
+        values = correlation, float(ious.mean()) if len(pairs) else None
         by_category[category] = dict(zip(AGREEMENT_METRICS, values, strict=True))
 
     def weighted_mean(metric: str) -> float | None:

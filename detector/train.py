@@ -52,6 +52,7 @@ from detector.checkpoint import (
     read_checkpoint,
     save_atomically,
     save_best,
+    weights_of,
 )
 from detector.data import (
     Defects,
@@ -122,6 +123,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=2.0,
         help="mutual and dynamic_mutual: degree of amplification",
     )
+    static_first = "static matching (iou) for so many epochs, then --strategy"
+    add("--strategy-from-epoch", type=whole_number(0), default=0, help=static_first)
     add("--backend", help="of the matching; by default the best one for the device")
     soft = f"all but focal learn soft targets, of {', '.join(SOFT_RULES)}"
     add("--cls-loss", choices=CLS_LOSSES, default="focal", help=soft)
@@ -154,6 +157,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of the run; by default runs/DATA-MODEL-BACKBONE-STRATEGY-SIZE-...-seedN")
     add("--resume", action="store_true", help="continue the run in --out, if there is one; also to more --epochs")
     add("--eval-every", type=whole_number(0), default=0, help="epochs between evaluations; 0 is at the end only")
+    add("--keep-every", type=whole_number(0), default=0, help="epochs between checkpoints that stay; 0 keeps the last")
     add("--save-minutes", type=real_number(0), default=10.0, help="minutes between checkpoints")
     add("--log-every", type=whole_number(1), default=20, help="steps between log entries")
     args = parser.parse_args(argv)
@@ -302,6 +306,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
     matcher = make_matcher(args, device)
+    first_matcher = make_matcher(argparse.Namespace(**{**vars(args), "strategy": "iou"}), device)
 
     # ---- The run's folder, and the checkpoint to resume or to start from
     if args.format == "auto":
@@ -548,6 +553,8 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
             torch.manual_seed(combine_seed(args.seed, step, rank))  # nothing random to save or restore
             lr = learning_rate(step, num_steps, args.lr, args.warmup)
             set_learning_rate(optimizer, lr)
+            is_static = images_done < args.strategy_from_epoch * len(train_data.images)
+            step_of_batch.matcher = first_matcher if is_static else matcher
             done = take_step(*batch[:5])
             losses.watch(done.loss, step, batch.image_names)
             if average is not None:
@@ -579,6 +586,7 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
                 # Inside a graph the matching is not timed.
                 entry |= {"matching_share": share} if captured is None else {"eager_steps": captured.num_eager}
                 entry["waiting_share"] = waiting / seconds
+                entry["strategy"] = "iou" if is_static else args.strategy
                 if is_first:  # of the images of this process
                     summary = mg_ops.summarize(
                         done.match, done.gt_boxes, gt_offsets=done.gt_offsets, gt_crowd=done.gt_crowd
@@ -600,13 +608,16 @@ def train(args: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, Any
                     said_at = now
 
             # ---- Checkpoints, evaluation, signals
+            epochs_before, epochs_done = images_before // len(train_data.images), images_done // len(train_data.images)
+            if is_first and args.keep_every and epochs_done // args.keep_every > epochs_before // args.keep_every:
+                losses.check()
+                save_atomically(weights_of(checkpoint_of(step + 1)), args.out / f"epoch{epochs_done}.pt")
             if time.perf_counter() - saved_at > 60 * args.save_minutes and not is_last:
                 save(step + 1)
                 saved_at = time.perf_counter()
             if must_stop(step) and not is_last:
                 save(step + 1)
                 raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
-            epochs_before, epochs_done = images_before // len(train_data.images), images_done // len(train_data.images)
             if args.eval_every and not is_last and epochs_done // args.eval_every > epochs_before // args.eval_every:
                 save_and_evaluate(step + 1, epochs_done)
                 logged_at = saved_at = time.perf_counter()

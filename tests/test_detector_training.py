@@ -124,7 +124,8 @@ program.run_program(train.main)
 
 
 def test_a_run_that_was_terminated_and_resumed_equals_one_that_was_not(voc: Path, tmp_path: Path) -> None:
-    changes: dict[str, object] = {"epochs": 3, "workers": 1, "ema": 0.9}
+    # The sixth step is the first of --strategy.
+    changes: dict[str, object] = {"epochs": 3, "workers": 1, "ema": 0.9, "strategy-from-epoch": 2}
     detector.train.main(flags(voc, tmp_path / "whole", **changes))
 
     command = [sys.executable, "-W", "ignore", "-c", STOPPED, *flags(voc, tmp_path / "stopped", **changes)]
@@ -216,6 +217,29 @@ def test_the_strategy_changes_nothing_but_the_strategy(
     assert {"mutual", "dynamic_mutual", "atss", "task_aligned", "simota", "dynamic_soft_label"} <= differing
 
 
+def test_the_strategy_follows_the_epochs_of_static_matching(voc: Path, tmp_path: Path) -> None:
+    for name, changes in (("static", {"strategy": "iou"}), ("later", {"strategy-from-epoch": 1}), ("at once", {})):
+        detector.train.main(flags(voc, tmp_path / name, **changes))
+    static, later, at_once = (loss_curve(tmp_path / name, "loss") for name in ("static", "later", "at once"))
+    # Batches of 3 of 7 images an epoch: the first image of the fourth step is of epoch 1.
+    assert later[:3] == static[:3] != at_once[:3] and later[3] != static[3]
+    strategies = [strategy for _, strategy in loss_curve(tmp_path / "later", "strategy")]
+    assert strategies == ["iou"] * 3 + ["mutual"] * (len(static) - 3)
+
+
+def test_checkpoints_stay_where_they_are_asked_to(voc: Path, tmp_path: Path) -> None:
+    detector.train.main(flags(voc, tmp_path, epochs=3, ema=0.9, **{"keep-every": 2}))
+    assert [path.name for path in tmp_path.glob("epoch*.pt")] == ["epoch2.pt"]
+    kept, last = read_checkpoint(tmp_path / "epoch2.pt"), read_checkpoint(tmp_path)
+    assert kept["step"] == 5  # the first to end in epoch 2: 15 of 7 images an epoch
+    detector.train.main(flags(voc, tmp_path, epochs=4, ema=0.9, resume=True, **{"keep-every": 1}))
+    assert sorted(path.name for path in tmp_path.glob("epoch*.pt")) == ["epoch2.pt", "epoch4.pt"]
+    model, content = load_detector(tmp_path / "epoch4.pt", "cpu")
+    averaged, weight = read_checkpoint(tmp_path)["ema"], "neck.fuse.0.weight"
+    assert model.state_dict()[weight].equal(averaged[weight]) and not averaged[weight].equal(last["ema"][weight])
+    assert "optimizer" not in content
+
+
 @pytest.mark.parametrize("cls_loss", CLS_LOSSES)
 def test_soft_targets_are_learned(voc: Path, tmp_path: Path, cls_loss: str) -> None:
     matching = {"strategy": "task_aligned", "cls-loss": cls_loss, "anchors-per-location": 1}
@@ -232,6 +256,11 @@ def test_flags_of_the_matching_that_do_not_go_together_are_refused(capsys: pytes
         ),
         ("--strategy simota", "expected --anchors-per-location 1 --anchor-size 8, got 6 and 24"),
         ("--strategy dynamic_soft_label --anchors-per-location 1", "--anchor-size 8, got 1 and 24"),
+        (
+            "--strategy task_aligned --cls-loss soft_bce --strategy-from-epoch 3",
+            "3: iou, which comes first, gives no soft targets; expected --cls-loss focal, got soft_bce",
+        ),
+        ("--strategy-from-epoch 3 --cuda-graph", "a captured step keeps its rule; expected no --cuda-graph"),
     ):
         with pytest.raises(SystemExit) as stop:
             detector.train.main(["--data", "absent", *words.split()])

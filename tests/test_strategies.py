@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, and those beside the paper's, say what the runs found: nothing else, nothing less."""
+"""The tables of docs/results/, and those beside the paper's, say what the runs found: nothing else, nothing less."""
 
 from __future__ import annotations
 
@@ -33,19 +33,21 @@ TINY = Setting(
 )
 STUDY = Study("tiny", "Tiny", TINY, tuple(Row("fssd", "resnet18", strategy) for strategy in ("iou", "mutual")), (0, 1))
 IOU, MUTUAL = STUDY.rows
-DOCUMENT, RECORD, RUNS = Path("results.md"), Path("results/tiny.json"), Path("runs/strategies")
+DOCUMENT, RECORD, RUNS = Path("docs/results/tiny.md"), Path("results/tiny.json"), Path("runs/strategies")
 FOLDER = RUNS / "tiny-64"
 COLLECT = ["--study", "tiny", "--record", "--collect"]
 
 
 @pytest.fixture(autouse=True)
 def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a test runs: runs/, results/ and results.md are here, in place of the checkout."""
+    """Where a test runs: runs/, results/ and docs/ are here, in place of the checkout."""
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(STUDIES, "tiny", STUDY)
     monkeypatch.setattr(compare, "RECORDS", Path("results"))
-    monkeypatch.setattr(compare, "DOCUMENT", DOCUMENT)
+    monkeypatch.setattr(compare, "DOCS", Path("docs"))
+    DOCUMENT.parent.mkdir(parents=True)
+    Path("docs/results.md").touch()
     marks = f"<!-- begin tiny: written by {compare.SCRIPT} -->\nold\n<!-- end tiny -->"
     DOCUMENT.write_text(f"above\n{marks}\nbelow\n")
 
@@ -138,7 +140,7 @@ def test_a_baseline_without_a_note_is_the_one_of_the_same_note() -> None:
     text = compare.render(content_of(aps, study), study)
     assert "| mutual - iou | 0 | -10.0 | -10.0 | -10.0 |" in text
     assert "| mutual, other losses - iou, other losses | 0 | +10.0 | +10.0 | +10.0 |" in text
-    assert text.count(" - iou") == 2
+    assert text.count(" - iou") == 4  # in both tables
 
 
 def test_a_class_without_objects_has_no_ap() -> None:
@@ -157,11 +159,14 @@ def test_only_what_is_between_the_markers_is_replaced() -> None:
     assert "old" not in once and compare.replace_section(once, "tiny", "new\n") == once
     with pytest.raises(ValueError, match="begin y"):
         compare.replace_section(document, "y", "new\n")
+    with pytest.raises(ValueError, match=r"expected the line '<!-- begin y: .*' in a page of results"):
+        compare.find_page("y")
 
 
 def test_a_lead_is_mutual_less_iou_seed_by_seed_and_each_run_is_drawn_once() -> None:
     content = content_of({IOU: {0: 0.28, 1: 0.30, 3: 0.9}, MUTUAL: {0: 0.30, 1: 0.33, 4: 0.1}})
-    (lead,) = figure.find_leads([content, content])
+    kept = {**content, "setting": {**content["setting"], "name": "tiny-64-kept"}}
+    (lead,) = figure.find_leads([content, content, kept])
     assert (lead.data, lead.label) == ("Tiny 64", "FSSD ResNet-18")
     for metric in ("AP", "AP75", "score_iou_correlation"):
         assert lead.differences[metric] == pytest.approx({0: 0.02, 1: 0.03})
@@ -219,6 +224,17 @@ def test_without_record_results_stay_beside_the_runs(capsys: pytest.CaptureFixtu
     text = Path("runs/strategies/tiny.md").read_text()
     assert "| mutual | 0 | 20.0 |" in text and text in capsys.readouterr().out
     assert not Path("results").exists() and DOCUMENT.read_text() == document
+
+
+def test_an_interval_is_shown_beside_the_seeds_that_it_was_computed_of() -> None:
+    content = content_of({IOU: {0: 0.30, 1: 0.31, 2: 0.32}, MUTUAL: {0: 0.31, 1: 0.33, 2: 0.35}})
+    row = "| FSSD ResNet-18 | mutual - iou | 0, 1, 2 | +1.0, +2.0, +3.0 | 0.25 |"
+    assert f"{row} - |" in compare.render(content, STUDY)
+    interval = {"row": MUTUAL.name, "baseline": IOU.name, "AP": 0.02, "low": -0.01, "high": 0.04}
+    for seeds, shown in (([0, 1, 2], "-1.0 to +4.0"), ([0, 1], "-")):
+        analysis = {"rows": {}, "differences": [{**interval, "seeds": seeds}], "commit": "abc", "date": "2026-01-02"}
+        text = compare.render(content, STUDY, analysis)
+        assert f"{row} {shown} |" in text and "Analyzed at commit abc, 2026-01-02." in text
 
 
 @pytest.mark.parametrize(
@@ -428,15 +444,20 @@ def test_the_detectors_own_runs_fill_the_tables() -> None:
 # What is committed
 
 
-def test_the_page_holds_what_the_json_files_say() -> None:
-    document = (compare.ROOT / "docs" / "results.md").read_text()
+def test_the_pages_hold_what_the_json_files_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "DOCS", compare.ROOT / "docs")
     studies = [name for name in STUDIES if name != "tiny"]
     results = compare.ROOT / "benchmarks" / "strategies" / "results"
     assert sorted(file.stem for file in results.glob("*.json")) == sorted(studies)
     for name in studies:
         content = json.loads((results / f"{name}.json").read_text())
         assert [row["name"] for row in content["rows"]] == [row.name for row in STUDIES[name].rows]
-        assert compare.replace_section(document, name, compare.render(content, STUDIES[name])) == document
+        document, analysis = compare.find_page(name).read_text(), compare.read_analysis(results, name)
+        assert compare.replace_section(document, name, compare.render(content, STUDIES[name], analysis)) == document
+        if name == compare.SUMMARIZED:
+            document = (compare.DOCS / "results.md").read_text()
+            summary = compare.render_summary(content, STUDIES[name], analysis)
+            assert compare.replace_section(document, "summary", summary) == document
         assert not re.search(r"\"[^\" ]*(/home|/root|/tmp|/work)/", json.dumps(content))
 
 

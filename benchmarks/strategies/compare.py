@@ -1,15 +1,16 @@
-"""Trains and evaluates the runs behind docs/results.md: does Mutual Guidance help, on which data, by how much?
+"""Trains and evaluates the runs behind docs/results.md: which rule is best, on which data, by how much, and why?
 
     python benchmarks/strategies/compare.py --study bccd-fssd-resnet18 --data BCCD --parallel 2
     python benchmarks/strategies/compare.py --study bccd-fssd-resnet18 --data BCCD --dry-run   # the commands alone
-    python benchmarks/strategies/compare.py --render   # docs/results.md from the recorded JSON files
+    python benchmarks/strategies/compare.py --study bccd-rules --data BCCD --analyze   # of the runs that are there
+    python benchmarks/strategies/compare.py --render   # the pages from the recorded JSON files
     python benchmarks/strategies/compare.py --plot docs/figures/leads.png   # and its first picture
 
 A study is a list of rows (what is trained) in a setting (what all of them have in common); each row is trained once a
 seed, by `detector.train`, and its last checkpoint is scored by `detector.evaluate`. Runs that are complete are not run
 again, interrupted ones are resumed, and a run that several studies ask for is shared by them. After each run the
 study's JSON file and its tables are written anew, beside the runs in runs/strategies/, which git ignores; with --record
-to benchmarks/strategies/results/ and docs/results.md.
+to benchmarks/strategies/results/ and docs/results/.
 
 Whatever is tuned is chosen by the val split, for both strategies with the same budget, and reported on test.
 """
@@ -24,21 +25,25 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks/strategies/results"
-DOCUMENT = ROOT / "docs/results.md"
+DOCS = ROOT / "docs"
+"""results.md and the pages behind it, results/*.md."""
+SUMMARIZED = "bccd-rules"
+"""The study of the table in docs/results.md."""
 sys.path.append(str(ROOT))
 
 from benchmarks.machine import describe_machine  # noqa: E402
+from benchmarks.strategies.analysis import analyze, chance_cells, format_chance, format_reasons  # noqa: E402
 from benchmarks.strategies.figure import draw_leads, find_leads  # noqa: E402
 from benchmarks.strategies.studies import STUDIES  # noqa: E402
 from detector import tables  # noqa: E402
 from detector.program import run_program  # noqa: E402
-from detector.runs import Study, add_arguments, collect, join_flags, run_study, write_text  # noqa: E402
+from detector.runs import Study, add_arguments, collect, find_runs, join_flags, run_study, write_text  # noqa: E402
 
 SCRIPT = "benchmarks/strategies/compare.py"
 
 
-def render(content: dict[str, Any], study: Study) -> str:
-    """A study's part of docs/results.md, in Markdown."""
+def render(content: dict[str, Any], study: Study, analysis: dict[str, Any] | None = None) -> str:
+    """A study's part of its page, in Markdown; with the tables of its analysis if there is one."""
     pretrained = any(row.backbone in study.pretrained for row in study.rows)
     weights = " --backbone-weights VGG16_WEIGHTS" if pretrained else ""
     flags = " ".join(join_flags({**dict(study.setting.flags), **({} if pretrained else {"backbone-weights": "none"})}))
@@ -50,10 +55,58 @@ def render(content: dict[str, Any], study: Study) -> str:
         tables.format_provenance(content),
         tables.format_scores(content),
         tables.format_differences(content, study.baseline) if study.baseline is not None else [],
+        format_chance(content, analysis or {}, study.baseline) if study.baseline is not None else [],
         tables.format_classes(content),
         tables.format_agreement(content, study.baseline),
+        *(format_reasons(content, analysis) if analysis is not None else ()),
+        [f"Analyzed at commit {analysis['commit']}, {analysis['date']}."] if analysis is not None else [],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def render_summary(content: dict[str, Any], study: Study, analysis: dict[str, Any] | None = None) -> str:
+    """The table of docs/results.md: what a reader wants to know first of a study."""
+    chance = {cells[1]: cells for cells in chance_cells(content, analysis or {}, study.baseline or ("iou", ""))}
+    rows = []
+    for row in content["rows"]:
+        means = [tables.format_mean(tables.read_values(row, "test", metric)) for metric in ("AP", "AP75")]
+        correlation = tables.read_values(row, "test", "score_iou_correlation")
+        *_, by_seed, p, interval = chance.get(f"{row['strategy']} - iou", ["", "", ""])
+        cells = [row["strategy"], tables.format_seeds(run["seed"] for run in row["runs"]), *means]
+        rows.append([*cells, by_seed, p, interval, tables.format_mean(correlation, scale=1, digits=3)])
+    heads = ["rule", "seeds", "AP", "AP75", "AP over `iou`, by seed", "p over seeds", "95% over images"]
+    return "\n".join(tables.format_table([*heads, "rank correlation of score and IoU"], rows)) + "\n"
+
+
+def publish(content: dict[str, Any]) -> None:
+    """Puts a study's recorded tables where its markers are."""
+    name = content["study"]
+    study, analysis = STUDIES[name], read_analysis(RECORDS, name)
+    sections = {name: render(content, study, analysis)}
+    if name == SUMMARIZED:
+        sections["summary"] = render_summary(content, study, analysis)
+    for of, text in sections.items():
+        page = find_page(of)
+        write_text(page, replace_section(page.read_text(), of, text))
+
+
+def read_analysis(folder: Path, name: str) -> dict[str, Any] | None:
+    """What --analyze wrote of a study beside its records, if it did."""
+    file = folder / "analyses" / f"{name}.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else None
+
+
+def find_page(name: str) -> Path:
+    """The page that has the markers of a study; ValueError if none has."""
+    for page in (*sorted(DOCS.glob("results/*.md")), DOCS / "results.md"):
+        if begin_marker(name) in page.read_text():
+            return page
+    raise ValueError(f"expected the line {begin_marker(name)!r} in a page of results: put it where the tables belong")
+
+
+def begin_marker(name: str) -> str:
+    """The line before a study's part of its page."""
+    return f"<!-- begin {name}: written by {SCRIPT} -->"
 
 
 def replace_section(document: str, name: str, text: str) -> str:
@@ -62,7 +115,7 @@ def replace_section(document: str, name: str, text: str) -> str:
     Raises:
         ValueError: the document does not have the study's markers.
     """
-    begin, end = f"<!-- begin {name}: written by {SCRIPT} -->\n", f"<!-- end {name} -->\n"
+    begin, end = f"{begin_marker(name)}\n", f"<!-- end {name} -->\n"
     before, found_begin, rest = document.partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:
@@ -85,8 +138,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--study", choices=STUDIES, help="which table; see below")
     add_arguments(parser)
     parser.add_argument("--runs", type=Path, default=Path("runs/strategies"), help="folder of the runs (%(default)s)")
-    parser.add_argument("--record", action="store_true", help="write the results that docs/results.md shows")
+    parser.add_argument("--record", action="store_true", help="write the results that docs/results/ shows")
     parser.add_argument("--collect", action="store_true", help="run nothing: read the runs that are there and write")
+    analysis = "likewise: what of it could be chance, kinds of errors, calibration, labels (needs tidecv)"
+    parser.add_argument("--analyze", action="store_true", help=analysis)
     parser.add_argument("--render", action="store_true", help="run and read nothing: tables from the JSON files")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="likewise: mutual less iou in every setting, drawn")
     args = parser.parse_args(argv)
@@ -94,8 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         files = [RECORDS / f"{name}.json" for name in STUDIES]
         contents = [json.loads(file.read_text()) for file in files if file.is_file()]
         for content in contents if args.render else ():
-            name = content["study"]
-            write_text(DOCUMENT, replace_section(DOCUMENT.read_text(), name, render(content, STUDIES[name])))
+            publish(content)
         if args.plot is not None:
             draw_leads(find_leads(contents), args.plot)
         return 0
@@ -104,26 +158,34 @@ def main(argv: list[str] | None = None) -> int:
     study = STUDIES[args.study]
     if args.format is not None:
         study = study._replace(setting=study.setting._replace(layout=args.format))
-    files = [RECORDS / f"{study.name}.json", DOCUMENT]
-    if not args.record:
-        files = [args.runs / f"{study.name}.json", args.runs / f"{study.name}.md"]
+    records = RECORDS if args.record else args.runs
 
     def write(content: dict[str, Any]) -> None:
         if any(row["runs"] for row in content["rows"]):  # else the results that are there stay
-            text = render(content, study)
-            write_text(files[0], json.dumps(content, indent=1) + "\n")
-            write_text(files[1], replace_section(DOCUMENT.read_text(), study.name, text) if args.record else text)
-            print(f"written to {files[0]} and {files[1]}")
+            write_text(records / f"{study.name}.json", json.dumps(content, indent=1) + "\n")
+            if args.record:
+                publish(content)
+            else:
+                text = render(content, study, read_analysis(records, study.name))
+                write_text(records / f"{study.name}.md", text)
+            print(f"written to {records / study.name}.json and {find_page(study.name) if args.record else 'its .md'}")
 
     code = 0
-    if args.collect:
+    if args.analyze:
+        if args.data is None:
+            raise ValueError(f"--analyze: --data is needed: the folder of {study.setting.data}")
+        runs = [run for run in find_runs(study, study.rows, None, args.runs) if run.is_complete]
+        machine = describe_machine("cpu")
+        analysis = {"commit": machine["commit"], "date": machine["date"][:10], **analyze(study, runs, args.data)}
+        write_text(records / "analyses" / f"{study.name}.json", json.dumps(analysis, indent=1) + "\n")
+    if args.collect or args.analyze:
         write(collect(study, args.runs))
     else:
         machine = describe_machine(args.device)
         provenance = {name: machine[name] for name in ("device", "torch", "mg_ops", "commit")}
         code = run_study(study, args, args.runs, provenance, write)
     if not args.dry_run:
-        print(render(collect(study, args.runs), study))
+        print(render(collect(study, args.runs), study, read_analysis(records, study.name)))
     return code
 
 

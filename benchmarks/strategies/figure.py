@@ -36,8 +36,9 @@ def find_leads(contents: Sequence[dict[str, Any]]) -> list[Lead]:
     """
     rows: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
     for content in (content for content in contents if content["split"] == "test"):
+        setting = f"{content['setting']['data']} {content['setting']['flags']}"
         for row in content["rows"]:
-            rows.setdefault((content["setting"]["name"], row["name"]), (content, row))
+            rows.setdefault((setting, row["name"]), (content, row))
     leads = []
     for (setting, name), (content, row) in rows.items():
         _, against = rows.get((setting, name.replace("-mutual", "-iou", 1)), (None, None))
