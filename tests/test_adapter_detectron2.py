@@ -118,6 +118,7 @@ def small_retinanet() -> nn.Module:
 
 def small_batch(num_objects: int = 2, size: int = SIZE) -> list[dict[str, Any]]:
     """Two images; the second has no objects."""
+    needs_detectron2()
     from detectron2.structures import Boxes, Instances
 
     generator = torch.Generator().manual_seed(1)

@@ -149,8 +149,8 @@ def test_the_losses_fit_their_registers(loss: Any, chip: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-def test_every_variant_of_the_losses_compiles(chip: str) -> None:
+def test_every_variant_of_the_losses_compiles() -> None:
+    """For sm_90; the longest ones are compiled for every chip above."""
     names = ("HAS_SOFT_TARGETS", "CONTIGUOUS", "GRADIENT")
     variants = [
         class_loss(EXPONENT=exponent, **dict(zip(names, switches, strict=True)))
@@ -163,7 +163,7 @@ def test_every_variant_of_the_losses_compiles(chip: str) -> None:
         ]
         variants += [distribution_loss(num_bins, GRADIENT=gradient) for num_bins in (2, 32, 1024)]
     for (kernel, options), dtype in zip(variants, itertools.cycle(("fp32", "fp16", "bf16", "fp64", "bf16"))):
-        assert resources(compile_loss(kernel, chip, dtype, options)).spilled == 0, (options, dtype)
+        assert resources(compile_loss(kernel, "sm_90", dtype, options)).spilled == 0, (options, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
