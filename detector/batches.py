@@ -325,9 +325,9 @@ def end_workers() -> None:
 
 
 def wait_for_the_lost(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
-    """Raises RuntimeError for the worker whose connection broke, as soon as it has ended; none is left to wait for.
+    """Raises RuntimeError if a worker has ended, or ends within ten seconds: its connection breaks a little earlier.
 
-    While this waits, torch's handler of SIGCHLD may do so first, in much the same words.
+    Meanwhile torch's handler of SIGCHLD may raise the same, in much the same words.
     """
     ends = {worker.sentinel: worker for worker in workers}
     for end in multiprocessing.connection.wait(list(ends), timeout=10):

@@ -102,6 +102,20 @@ def _check_positives(
         check_tensor("weights", weights, "floating point", (batch_size, num_anchors), device, "predictions")
 
 
+def _positives(
+    predictions: Tensor, anchors: Tensor, match: Tensor, gt_boxes: Tensor, gt_offsets: Tensor, weights: Tensor | None
+) -> tuple[Tensor, ...]:
+    """As the kernels read them; without weights the place of theirs is not read."""
+    return (
+        predictions,
+        anchors.float().contiguous(),
+        match.contiguous(),
+        gt_boxes.float().contiguous(),
+        gt_offsets.contiguous(),
+        match if weights is None else weights.contiguous(),
+    )
+
+
 def _run_box_loss(
     grad_output: Tensor | None,
     predictions: Tensor,
@@ -123,12 +137,7 @@ def _run_box_loss(
     if num_programs:
         with current(predictions.device):
             wrap_triton(box_loss_kernel)[(num_programs,)](
-                predictions,
-                anchors.float().contiguous(),
-                match.contiguous(),
-                gt_boxes.float().contiguous(),
-                gt_offsets.contiguous(),
-                match if weights is None else weights.contiguous(),
+                *_positives(predictions, anchors, match, gt_boxes, gt_offsets, weights),
                 match if grad_output is None else grad_output,
                 result,
                 num_rows,
@@ -174,12 +183,7 @@ def _run_distribution_loss(
     if num_programs:
         with current(predictions.device):
             wrap_triton(distribution_loss_kernel)[(num_programs,)](
-                predictions,
-                anchors.float().contiguous(),
-                match.contiguous(),
-                gt_boxes.float().contiguous(),
-                gt_offsets.contiguous(),
-                match if weights is None else weights.contiguous(),
+                *_positives(predictions, anchors, match, gt_boxes, gt_offsets, weights),
                 strides.float().contiguous(),
                 match if grad_output is None else grad_output,
                 result,
