@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -224,6 +225,24 @@ def test_without_record_results_stay_beside_the_runs(capsys: pytest.CaptureFixtu
     text = Path("runs/strategies/tiny.md").read_text()
     assert "| mutual | 0 | 20.0 |" in text and text in capsys.readouterr().out
     assert not Path("results").exists() and DOCUMENT.read_text() == document
+
+
+def test_recorded_runs_of_other_seeds_stay_and_those_of_another_command_do_not() -> None:
+    """So a study can be completed on several machines."""
+    finish_all(RUNS, {IOU: {0: 0.2, 1: 0.25}, MUTUAL: {0: 0.3}})
+    assert compare.main(COLLECT) == 0
+    shutil.rmtree(FOLDER)
+    finish_all(RUNS, {IOU: {1: 0.4, 2: 0.5}})
+    assert compare.main(COLLECT) == 0
+    rows = json.loads(RECORD.read_text())["rows"]
+    assert [{run["seed"]: run["test"]["AP"] for run in row["runs"]} for row in rows] == [
+        {0: 0.2, 1: 0.4, 2: 0.5},
+        {0: 0.3},
+    ]
+    none = [{**row, "runs": []} for row in rows]
+    assert compare.join_records({"rows": none}, {"rows": rows}) == {"rows": rows}
+    longer = [{**row, "command": f"{row['command']} --epochs 80"} for row in none]
+    assert compare.join_records({"rows": longer}, {"rows": rows}) == {"rows": longer}
 
 
 def test_an_interval_is_shown_beside_the_seeds_that_it_was_computed_of() -> None:

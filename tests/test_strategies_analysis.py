@@ -107,6 +107,20 @@ def test_the_interval_holds_the_mean_difference_of_the_seeds() -> None:
     assert 0 < interval["low"] < interval["AP"] < interval["high"] < difference
 
 
+def test_matches_are_kept_for_other_seeds_to_come(tmp_path: Path) -> None:
+    data, found = random_split(3)
+    runs = {("fssd", 0): analysis.matches_of(analysis.evaluate_boxes(data, found, "detections")), ("fssd", 1): []}
+    runs["ssd", 0] = runs["fssd", 0][1:]
+    with (tmp_path / "matches.npz").open("wb") as file:
+        analysis.write_matches(file, runs)
+    read = analysis.read_matches(tmp_path / "matches.npz")
+    assert read.keys() == runs.keys() - {("fssd", 1)} and len(read["ssd", 0]) == len(runs["fssd", 0]) - 1
+    for run, classes in read.items():
+        for ours, theirs in zip(classes, runs[run], strict=True):
+            assert all(np.array_equal(*pair) for pair in zip(ours, theirs, strict=True))
+    assert analysis.read_matches(tmp_path / "none.npz") == {}
+
+
 # ---- Errors
 
 
@@ -210,3 +224,7 @@ def test_a_study_is_analyzed_from_what_its_runs_left(tmp_path: Path, monkeypatch
     for title in ("Could it be chance?", "TIDE", "LaECE", "Whom does the rule make learn?", "Do rules agree?"):
         assert title in text
     assert "| FSSD ResNet-18 | iou | 0 | 0.00 |" in text
+    # With the runs gone, what they showed can be analyzed again, and added to.
+    matches = analysis.read_matches(Path("runs/strategies/analyses/tiny.npz"))
+    again, kept = analysis.analyze(STUDIES["tiny"], [], tmp_path / "voc", content, matches)
+    assert again == {name: content[name] for name in again} and kept.keys() == matches.keys()

@@ -13,7 +13,7 @@ import io
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -265,14 +265,54 @@ def labels_of(
 # A study
 
 
-def analyze(study: Study, runs: Sequence[Run], data_folder: Path) -> dict[str, Any]:
-    """The records of a study's complete runs, as JSON keeps them, and the differences from its baseline."""
+Matches = dict[tuple[str, int], list[ClassMatches]]
+"""Of the test split, by row and seed."""
+
+
+def write_matches(file: IO[bytes], matches: Matches) -> None:
+    """Keeps matches as a compressed archive of NumPy's."""
+    arrays = {
+        f"{row}/{seed}/{position}/{name}": array
+        for (row, seed), classes in matches.items()
+        for position, of_class in enumerate(classes)
+        for name, array in of_class._asdict().items()
+    }
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # taken for an option of the function
+
+
+def read_matches(path: Path) -> Matches:
+    """What `write_matches` kept; nothing where there is no file."""
+    parts: dict[tuple[str, int], dict[int, dict[str, np.ndarray]]] = {}
+    if path.is_file():
+        with np.load(path) as arrays:
+            for key, array in arrays.items():
+                row, seed, position, name = key.split("/")
+                parts.setdefault((row, int(seed)), {}).setdefault(int(position), {})[name] = array
+    return {run: [ClassMatches(**classes[position]) for position in sorted(classes)] for run, classes in parts.items()}
+
+
+def analyze(
+    study: Study, runs: Sequence[Run], data_folder: Path, known: dict[str, Any], matches: Matches
+) -> tuple[dict[str, Any], Matches]:
+    """What a study's complete runs show, as JSON keeps it, and the differences from its baseline.
+
+    Args:
+        study: whose rows they are.
+        runs: those to analyze.
+        data_folder: what they were trained and tested on.
+        known: an earlier analysis; what it says of other runs stays.
+        matches: those of the earlier analysis.
+
+    Returns:
+        The analysis, and the matches of all runs in it.
+    """
     layout, flags = study.setting.layout, dict(study.setting.flags)
     train = read_data(data_folder, layout, flags["train-split"])
     val, test = (read_data(data_folder, layout, name, train.class_names) for name in (flags["eval-split"], "test"))
     strategies = list(dict.fromkeys(row.strategy for row in study.rows))
-    matches: dict[tuple[str, int], list[ClassMatches]] = {}
-    records: dict[str, list[dict[str, Any]]] = {row.name: [] for row in study.rows}
+    matches = dict(matches)
+    earlier = known.get("rows", {})
+    records = {row.name: {record["seed"]: record for record in earlier.get(row.name, ())} for row in study.rows}
     for run in runs:
         files = [run.folder / "detections.json", run.folder / "test/detections.json"]
         found = [read_json(file, "COCO's list of results") for file in files]
@@ -289,9 +329,9 @@ def analyze(study: Study, runs: Sequence[Run], data_folder: Path) -> dict[str, A
         names = [path.stem.removeprefix("epoch") for path in kept[1:]]
         changed = [1 - shared_labels(*pair) for pair in itertools.pairwise(by_epoch)]
         record["changed_labels"] = dict(zip(names, changed, strict=True))
-        records[run.row.name].append(record)
+        records[run.row.name][run.seed] = record
 
-    rows = [{**row._asdict(), "name": row.name, "runs": records[row.name]} for row in study.rows]
+    rows = [{**row._asdict(), "name": row.name} for row in study.rows]
     differences = []
     for row in rows if study.baseline is not None else ():
         against = find_baseline({"rows": rows}, row, study.baseline)
@@ -300,7 +340,8 @@ def analyze(study: Study, runs: Sequence[Run], data_folder: Path) -> dict[str, A
             pair = [[matches[name, seed] for seed in seeds] for name in (row["name"], against["name"])]
             interval = bootstrap_difference(*pair, len(test.images))
             differences.append({"row": row["name"], "baseline": against["name"], "seeds": seeds, **interval})
-    return {"study": study.name, "rows": {name: of for name, of in records.items() if of}, "differences": differences}
+    found_of = {name: [of[seed] for seed in sorted(of)] for name, of in records.items() if of}
+    return {"study": study.name, "rows": found_of, "differences": differences}, matches
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ A study is a list of rows (what is trained) in a setting (what all of them have 
 seed, by `detector.train`, and its last checkpoint is scored by `detector.evaluate`. Runs that are complete are not run
 again, interrupted ones are resumed, and a run that several studies ask for is shared by them. After each run the
 study's JSON file and its tables are written anew, beside the runs in runs/strategies/, which git ignores; with --record
-to benchmarks/strategies/results/ and docs/results/.
+to benchmarks/strategies/results/ and docs/results/, where the recorded runs of other seeds stay.
 
 Whatever is tuned is chosen by the val split, for both strategies with the same budget, and reported on test.
 """
@@ -32,10 +32,18 @@ SUMMARIZED = "bccd-rules"
 sys.path.append(str(ROOT))
 
 from benchmarks.machine import describe_machine  # noqa: E402
-from benchmarks.strategies.analysis import analyze, chance_cells, format_chance, format_reasons  # noqa: E402
+from benchmarks.strategies.analysis import (  # noqa: E402
+    analyze,
+    chance_cells,
+    format_chance,
+    format_reasons,
+    read_matches,
+    write_matches,
+)
 from benchmarks.strategies.figure import draw_leads, find_leads  # noqa: E402
 from benchmarks.strategies.studies import STUDIES  # noqa: E402
 from detector import tables  # noqa: E402
+from detector.outputs import whole_file  # noqa: E402
 from detector.program import run_program  # noqa: E402
 from detector.runs import Study, add_arguments, collect, find_runs, join_flags, run_study, write_text  # noqa: E402
 
@@ -94,6 +102,16 @@ def read_analysis(folder: Path, name: str) -> dict[str, Any] | None:
     """What --analyze wrote of a study beside its records, if it did."""
     file = folder / "analyses" / f"{name}.json"
     return dict(json.loads(file.read_text())) if file.is_file() else None
+
+
+def join_records(content: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """The records of a study, and of rows that are run by the same command those recorded before of other seeds."""
+    earlier = {(row["name"], row["command"]): row["runs"] for row in recorded["rows"]}
+    rows = []
+    for row in content["rows"]:
+        runs = {run["seed"]: run for run in (*earlier.get((row["name"], row["command"]), ()), *row["runs"])}
+        rows.append({**row, "runs": [runs[seed] for seed in sorted(runs)]})
+    return {**content, "rows": rows}
 
 
 def find_page(name: str) -> Path:
@@ -162,13 +180,16 @@ def main(argv: list[str] | None = None) -> int:
 
     def write(content: dict[str, Any]) -> None:
         if any(row["runs"] for row in content["rows"]):  # else the results that are there stay
-            write_text(records / f"{study.name}.json", json.dumps(content, indent=1) + "\n")
+            file = records / f"{study.name}.json"
+            if args.record and file.is_file():
+                content = join_records(content, json.loads(file.read_text()))
+            write_text(file, json.dumps(content, indent=1) + "\n")
             if args.record:
                 publish(content)
             else:
                 text = render(content, study, read_analysis(records, study.name))
                 write_text(records / f"{study.name}.md", text)
-            print(f"written to {records / study.name}.json and {find_page(study.name) if args.record else 'its .md'}")
+            print(f"written to {file} and {find_page(study.name) if args.record else 'its .md'}")
 
     code = 0
     if args.analyze:
@@ -176,8 +197,13 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--analyze: --data is needed: the folder of {study.setting.data}")
         runs = [run for run in find_runs(study, study.rows, None, args.runs) if run.is_complete]
         machine = describe_machine("cpu")
-        analysis = {"commit": machine["commit"], "date": machine["date"][:10], **analyze(study, runs, args.data)}
+        known = (read_analysis(records, study.name) if args.record else None) or {}
+        matches_file = records / "analyses" / f"{study.name}.npz"
+        found, matches = analyze(study, runs, args.data, known, read_matches(matches_file) if known else {})
+        analysis = {"commit": machine["commit"], "date": machine["date"][:10], **found}
         write_text(records / "analyses" / f"{study.name}.json", json.dumps(analysis, indent=1) + "\n")
+        with whole_file(matches_file) as file:
+            write_matches(file, matches)
     if args.collect or args.analyze:
         write(collect(study, args.runs))
     else:
