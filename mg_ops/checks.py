@@ -153,6 +153,26 @@ def check_levels_are_of_one_image(levels: object, name: str, prediction: object)
         )
 
 
+def check_levels_are_not_images(levels: object, num_images: int, check: bool) -> None:
+    """Raises ValueError if anchors without predictions beside them are a list of the same tensor for each image.
+
+    Args:
+        levels: the anchors as given.
+        num_images: of the objects.
+        check: whether a GPU may be waited for.
+    """
+    if not isinstance(levels, (list, tuple)) or not len(levels) == num_images > 1:
+        return
+    first, *others = levels
+    shown = type(first).__torch_dispatch__ is Tensor.__torch_dispatch__ and not torch.compiler.is_compiling()
+    if first.device.type != "meta" and (first.is_cpu or check) and shown:
+        if len(first) > 1 and all(torch.equal(first, other) for other in others):
+            raise ValueError(
+                f"anchors: expected one tensor per feature level, got the same {len(first)} anchors {num_images} "
+                f"times; if they are those of {num_images} images, pass those of one"
+            )
+
+
 def check_bool(name: str, value: object) -> bool:
     """Raises TypeError unless value is True or False; returns it."""
     if not isinstance(value, bool):

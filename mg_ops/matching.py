@@ -13,6 +13,7 @@ from mg_ops.backend_choice import operator_of
 from mg_ops.boxes import BoxCoder, check_box_coder
 from mg_ops.checks import (
     check_bool,
+    check_levels_are_not_images,
     check_levels_are_of_one_image,
     check_predictions,
     check_tensor,
@@ -312,6 +313,7 @@ def call_operator(
         objects = _pack(*of_objects, batch_size=num_images, device=device, labels_reader=labels_reader)
         if num_images is None:
             num_images = objects.gt_offsets.shape[0] - 1
+            check_levels_are_not_images(anchors, num_images, check)
         if check:
             check_values(all_anchors, boxes, scores, objects, box_coder, scores_name)
         # What is not read the operator is given in the shape it expects, without memory of its own.

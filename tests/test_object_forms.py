@@ -279,3 +279,16 @@ def test_labels_that_are_missing_or_of_some_images_alone_are_refused() -> None:
     ):
         with pytest.raises(error, match=f"^{message}"):
             mg_ops.max_iou_match(ANCHORS, **objects)
+
+
+@pytest.mark.parametrize("match_of", [mg_ops.atss_match, mg_ops.max_iou_match, mg_ops.MutualMatcher(strategy="iou")])
+def test_the_same_anchors_for_each_image_are_no_levels(match_of: Any) -> None:
+    """What torchvision's anchor generators return; nothing else tells where no prediction is given."""
+    objects = {"gt_boxes": [torch.tensor([BOX])] * 2}
+    with pytest.raises(ValueError, match=r"^anchors: expected one tensor per feature level, got the same 3 .* of one$"):
+        match_of([ANCHORS, ANCHORS.clone()], **objects)
+    levels = [ANCHORS, ANCHORS + 1]
+    assert match_of(levels, **objects).cls_match.shape == (2, 6)
+    assert match_of([ANCHORS[:1]] * 2, **objects).cls_match.shape == (2, 2)  # two levels of one cell
+    found = torch.compile(match_of, backend="eager", fullgraph=True)(levels, **objects)
+    assert found.cls_match.shape == (2, 6)
