@@ -283,8 +283,25 @@ def test_the_install_line_of_the_detectors_brings_what_they_import() -> None:
     assert extra - set(settings["dependency-groups"]["dev"]) == {"torchvision"}
 
 
+RELEASED_CODE = ROOT / "benchmarks/results/amd-epyc-2-cores/released_code.json"
+
+
+def test_the_figures_of_the_definition_are_those_recorded() -> None:
+    recorded, page = json.loads(RELEASED_CODE.read_text()), (ROOT / "docs/definition.md").read_text()
+    machine, cases = recorded["machine"], {name: case["differences"] for name, case in recorded["cases"].items()}
+    voc = next(iter(cases.values()))
+    text = (
+        f"{voc['classes_differ']} of {voc['labelled']:,} labeled anchors learn another class in `{next(iter(cases))}`, "
+    )
+    in_others = (f"{of['classes_differ']} of {of['labelled']:,} in `{name}`" for name, of in list(cases.items())[1:])
+    text += " and ".join(in_others) + ". Another box is learned by "
+    first, *rest = (f"{of['boxes_differ']} of {of['learn_a_box']:,}" for of in cases.values())
+    assert f"{text}{first}, {' and '.join(rest)} anchors." in page.replace("\n", " ")
+    assert f"commit {machine['commit']}, {machine['date'][:10]}, seed {recorded['seed']}" in page
+
+
 def test_the_figures_of_the_readme_are_those_recorded() -> None:
-    recorded = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/released_code.json").read_text())
+    recorded = json.loads(RELEASED_CODE.read_text())
     machine, readme = recorded["machine"], (ROOT / "README.md").read_text()
 
     def say(seconds: float) -> str:
