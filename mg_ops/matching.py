@@ -203,7 +203,7 @@ def mutual_match(
             ignored, in (0, 1].
         check: raise on values that are otherwise passed over: boxes that are not finite or inverted, NaN scores,
             unknown labels, objects that no anchor overlaps, wrong offsets; warn of logits that look like probabilities,
-            and of boxes that look like deltas. Costs a device synchronization.
+            and of boxes that look like deltas. Costs a device synchronization, and graph breaks under torch.compile.
         backend: None for the best one of the tensors' device, or one of `mg_ops.backends()`.
 
     Returns:
