@@ -85,6 +85,7 @@ class ImageRecord:
     width: int | None  # as annotated, in pixels; both None where either is missing or not positive
     height: int | None
     objects: list[AnnotatedObject] = field(default_factory=list)
+    is_annotated: bool = True  # False where a file of its own would have said so, and there is none
 
     @property
     def name(self) -> str:
@@ -491,28 +492,34 @@ def parse_xml(content: bytes) -> ElementTree.Element | None:
 
 
 def read_yolo_labels(
-    path: Path, place: str, size: tuple[int, int], class_names: Sequence[str], defects: Defects
+    path: Path,
+    place: str,
+    size: tuple[int, int],
+    class_names: Sequence[str],
+    defects: Defects,
+    has_keypoints: bool = False,
 ) -> list[AnnotatedObject]:
     """The objects of a text file with a line for each: its class, then center, width and height of its box, or the
-    corners of its outline, as fractions of the image's `size` (width, height).
+    corners of its outline, as fractions of the image's `size` (width, height). Keypoints, and a score, follow the box.
     """
     objects = []
     for position, line in enumerate(read_lines(path)):
         where, (label, *words) = f"{place} line {position + 1}", line.split()
         numbers = [number for word in words if (number := as_number(word)) is not None]
-        kind, index = None, as_identifier(label)
-        if len(numbers) < len(words) or len(words) < 4 or (len(words) > 5 and len(words) % 2):
+        kind, index = None, as_identifier(as_number(label))  # 1.0 is class 1
+        is_outline = len(words) > 5 and not has_keypoints
+        if len(numbers) < len(words) or len(words) < 4 or (is_outline and len(words) % 2):
             kind = "line that is not a class and the numbers of a box or an outline: left out"
         elif not isinstance(index, int) or not 0 <= index < len(class_names):
             kind = f"object of the unknown class {label!r}: left out"
-        elif max(map(abs, numbers[:4])) > 2:
+        elif max(map(abs, numbers if is_outline else numbers[:4])) >= 2:
             kind = "object with a coordinate that is not a fraction of its image: left out"
         if kind is not None or not isinstance(index, int):
             defects.add(str(kind), where)
             continue
-        if len(words) > 5:
+        if is_outline:
             x1, y1, x2, y2 = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
-        else:  # a fifth number is a score
+        else:
             x, y, width, height = numbers[:4]
             x1, y1, x2, y2 = x - width / 2, y - height / 2, x + width / 2, y + height / 2
         box = (x1 * size[0], y1 * size[1], x2 * size[0], y2 * size[1])

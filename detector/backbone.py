@@ -140,7 +140,9 @@ def load_torch_file(path: Path, what: str, device: torch.device | str = "cpu") -
     except OSError:
         raise
     except Exception as error:  # of many types: pickle runs whatever the bytes of the file say
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0]
+        # torch's advice to load whatever the file says to run is none to pass on.
+        reason = type(error).__name__ if not reason or "weights_only" in reason else reason
         raise ValueError(
             f"{what}: {path} cannot be read: it is not a state dict or checkpoint of torch.save, or cut off ({reason})"
         ) from error

@@ -164,6 +164,12 @@ def files_below(folder: Path, *suffixes: str) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
 
 
+def annotation_file(path: Path) -> Path:
+    """The path, or the same with its suffix in upper case where only that is a file."""
+    upper = path.with_suffix(path.suffix.upper())
+    return upper if not is_file(path) and is_file(upper) else path
+
+
 class VocSplit(NamedTuple):
     """Names of images, and the folders of their annotations and files."""
 
@@ -269,7 +275,8 @@ def recognize_format(root: Path, layout: str = "auto") -> str:
         ValueError: there is no such folder, or it looks like none of them or several.
     """
     if not root.is_dir():
-        raise ValueError(f"--data: expected a folder, and there is no folder {root}")
+        hint = f"; pass {root.parent}, which holds this file" if root.is_file() else ""
+        raise ValueError(f"--data: expected a folder, and there is no folder {root}{hint}")
     if layout != "auto":
         return layout
     splits = (*TRAIN_SPLITS, *EVAL_SPLITS, "train2017", "val2017")
@@ -337,7 +344,7 @@ def read_voc(root: Path, split: str, class_names: Sequence[str] | None = None) -
                 defects.add("image listed twice: the second skipped", place)
                 continue
             listed.add((base, name))
-            record = read_voc_annotation(here.annotations / f"{name}.xml", place, len(found), defects)
+            record = read_voc_annotation(annotation_file(here.annotations / f"{name}.xml"), place, len(found), defects)
             if record is None:
                 continue
             file = _voc_image_file(name, record, here.images, image_files, place, defects)
@@ -358,7 +365,7 @@ def _listed_name(line: str, annotations: Path) -> str:
     stem = line[: -len(Path(line).suffix)] if Path(line).suffix.lower() in IMAGE_SUFFIXES else line
     flag = re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)
     candidates = [line, stem, *([flag[1]] if flag else [])]
-    return next((name for name in candidates if is_file(annotations / f"{name}.xml")), line)
+    return next((name for name in candidates if is_file(annotation_file(annotations / f"{name}.xml"))), line)
 
 
 def _voc_image_file(
@@ -470,9 +477,10 @@ def read_yolo(root: Path, split: str, class_names: Sequence[str] | None = None) 
         if last is not None:
             candidates[0] = candidates[0].joinpath(*parts[last + 1 :], file_name)
         record = ImageRecord(len(found), name, *size)
-        labels = next((place for place in candidates if is_file(place)), None)
+        labels = next((place for place in map(annotation_file, candidates) if is_file(place)), None)
+        record.is_annotated = labels is not None
         if labels is not None:
-            record.objects = read_yolo_labels(labels, name, size, config["names"], defects)
+            record.objects = read_yolo_labels(labels, name, size, config["names"], defects, "kpt_shape" in config)
         found[name] = record, name, path
     names = list(dict.fromkeys(config["names"])) if class_names is None else class_names
     return _annotated_images(root, split, found.values(), names, list(range(1, len(names) + 1)), defects)
@@ -505,8 +513,9 @@ def _annotated_images(
             elif (box := entry.inside(width, height, defects)) is not None:
                 kept.append((entry, box))
         if all(entry.crowd for entry, _ in kept):
-            kind = "image with nothing but crowd regions" if kept else "image without objects: kept as background"
-            defects.add(kind, name)
+            kind = "without objects" if record.is_annotated else "without a label file"
+            kind = "with nothing but crowd regions" if kept else f"{kind}: kept as background"
+            defects.add(f"image {kind}", name)
         images.append(
             AnnotatedImage(
                 record.image_id,
@@ -541,8 +550,17 @@ def read_data(root: Path, layout: str, split: str, class_names: Sequence[str] | 
     """
     data = READERS[recognize_format(root, layout)](root, split, class_names)
     if data.num_objects() == 0:
+        if class_names is not None and (others := classes_left_out(data)):
+            wanted = ", ".join(map(repr, class_names))
+            raise ValueError(f"{root}: no object of {wanted} in split {split!r}; it has {', '.join(sorted(others))}")
         raise ValueError(f"{root}: no object in split {split!r}\n{data.defects.report()}")
     return data
+
+
+def classes_left_out(data: AnnotatedImages) -> list[str]:
+    """The classes, quoted, whose objects were not read."""
+    known = "object of the unknown class "
+    return [kind.removeprefix(known).split(":")[0] for kind in data.defects.found if kind.startswith(known)]
 
 
 def check_classes(data: AnnotatedImages, class_names: Sequence[str]) -> None:
@@ -550,8 +568,7 @@ def check_classes(data: AnnotatedImages, class_names: Sequence[str]) -> None:
     counts = torch.cat([image.labels for image in data.images]).bincount(minlength=len(data.class_names)).tolist()
     lacking = [name for name, count in zip(data.class_names, counts, strict=True) if count == 0 and name in class_names]
     if lacking:
-        known = "object of the unknown class "
-        others = [kind.removeprefix(known).split(":")[0] for kind in data.defects.found if kind.startswith(known)]
+        others = classes_left_out(data)
         others += [repr(name) for name, count in zip(data.class_names, counts, strict=True) if count]
         raise ValueError(
             f"--classes: no object of {', '.join(map(repr, lacking))} in split {data.name!r}; "

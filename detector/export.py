@@ -15,6 +15,7 @@ import contextlib
 import copy
 import importlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -57,7 +58,10 @@ def suppress(boxes: Tensor, scores: Tensor, score_threshold: Tensor, max_detecti
     image, label, anchor = (scores > score_threshold).nonzero().unbind(1)  # (N,)
     # Images and classes are moved apart, so that no two of them overlap; in float64 that changes no IoU.
     group = (image * scores.shape[1] + label).double() * (boxes.amax().double() + 1)
-    keep = nms(boxes[image, anchor].double() + group[:, None], scores[image, label, anchor].double(), NMS_IOU)
+    moved, score = boxes[image, anchor].double() + group[:, None], scores[image, label, anchor].double()
+    # torch.export takes it that NMS keeps two boxes or more: two that overlap none and come last, whatever there is.
+    others = moved.new_tensor([[-2, -2, -1, -1], [-4, -4, -3, -3]])
+    keep = nms(torch.cat([moved, others]), torch.cat([score, others[:, 0]]), NMS_IOU)[:-2]
     return torch.stack([image[keep], label[keep], anchor[keep]], dim=1)
 
 
@@ -150,26 +154,26 @@ def in_order(boxes: Any, scores: Any, labels: Any) -> np.ndarray:
     return np.stack([image[np.lexsort(image.T[::-1])] for image in table])
 
 
-def choose_threshold(reference: ExportedDetector, images: Tensor) -> float:
-    """A threshold that about 100 boxes an image exceed, set in the reference: what finds nothing checks nothing."""
+def choose_thresholds(reference: ExportedDetector, images: Tensor) -> list[float]:
+    """Thresholds that about 100 boxes an image exceed, a single box, and none."""
     scores = reference.decode(images)[1].flatten()
-    threshold = scores.topk(min(100 * len(images), len(scores))).values[-1].item()
-    reference.score_threshold.fill_(threshold)
-    return threshold
+    best = scores.topk(min(100 * len(images), len(scores))).values
+    return [best[-1].item(), best[1].item(), 1.0]
 
 
 def compare(
-    reference: ExportedDetector, half: bool, run: Callable[[Tensor], tuple[Any, Any, Any]], images: Tensor
+    reference: ExportedDetector, half: bool, run: Callable[[Tensor, float], tuple[Any, Any, Any]], images: Tensor
 ) -> str:
-    """Compares an exported detector with PyTorch, on a batch and on its first image alone.
+    """Compares an exported detector with PyTorch, on a batch and on its first image alone, with many boxes and few.
 
     In two steps, since the smallest difference can turn an NMS: the boxes and scores of all anchors must be near, and
     what is selected of them equal.
 
     Args:
-        reference: in float32, with the threshold of what is compared.
+        reference: in float32.
         half: whether what is compared has its network in float16.
-        run: images -> what the exported detector gives; its boxes (B, A, 4) and its scores (B, C, A) before the NMS.
+        run: images and a threshold -> what the exported detector gives; its boxes (B, A, 4) and its scores (B, C, A)
+            before the NMS.
         images: (B, 3, S, S) uint8.
 
     Returns:
@@ -179,8 +183,9 @@ def compare(
         RuntimeError: they differ.
     """
     farthest, count = [0.0, 0.0], 0
-    for batch in (images[:1], images):
-        outputs, boxes, scores = run(batch)
+    for threshold, batch in itertools.product(choose_thresholds(reference, images), (images[:1], images)):
+        reference.score_threshold.fill_(threshold)
+        outputs, boxes, scores = run(batch, threshold)
         boxes, scores = torch.as_tensor(boxes), torch.as_tensor(scores)
         true_boxes, true_scores = reference.decode(batch)
         both = (scores > 0) & (true_scores > 0)  # candidates in both: all but a few at the limit
@@ -237,12 +242,13 @@ def export_onnx(
     (nms_node,) = (node for node in checked.graph.node if node.op_type == "NonMaxSuppression")
     checked.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in nms_node.input[:2])
     (stored,) = (tensor for tensor in checked.graph.initializer if tensor.name == "score_threshold")
-    threshold = np.array([choose_threshold(reference, images)], np.float32)
-    stored.CopyFrom(onnx.numpy_helper.from_array(threshold, stored.name))
+    checked.graph.initializer.remove(stored)
+    checked.graph.input.append(onnx.helper.make_tensor_value_info(stored.name, stored.data_type, stored.dims))
     session = onnxruntime.InferenceSession(checked.SerializeToString(), providers=["CPUExecutionProvider"])
 
-    def run(batch: Tensor) -> tuple[Any, Any, Any]:
-        *outputs, boxes, scores = session.run(None, {"images": batch.numpy()})
+    def run(batch: Tensor, threshold: float) -> tuple[Any, Any, Any]:
+        inputs = {"images": batch.numpy(), "score_threshold": np.array([threshold], np.float32)}
+        *outputs, boxes, scores = session.run(None, inputs)
         return outputs, boxes, scores
 
     found = compare(reference, half, run, images)
@@ -258,9 +264,13 @@ def export_torch(
     file = io.BytesIO()
     torch.export.save(program, file, extra_files=about)
     loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
-    loaded.get_buffer("score_threshold").fill_(choose_threshold(reference, images))
+
+    def run(batch: Tensor, threshold: float) -> tuple[Any, Any, Any]:
+        loaded.get_buffer("score_threshold").fill_(threshold)
+        return (loaded(batch), *exported.decode(batch))
+
     with torch.backends.cudnn.flags(deterministic=True):  # the same network twice gives the same
-        found = compare(reference, half, lambda batch: (loaded(batch), *exported.decode(batch)), images)
+        found = compare(reference, half, run, images)
     return file.getvalue(), f"loaded again {found}"
 
 

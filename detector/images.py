@@ -66,8 +66,7 @@ def decode(path: Path) -> DecodedImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the limit is an error
             with Image.open(path) as image:
-                is_deep, orientation = _is_deep(image), _orientation(image)  # in this order: the second may read it
-                pixels, notes = _to_rgb(ImageOps.exif_transpose(image), is_deep)
+                return decode_pillow(image)
     except Image.DecompressionBombError as error:
         raise OSError(f"more pixels than Pillow reads (PIL.Image.MAX_IMAGE_PIXELS): {error}") from None
     except (OSError, MemoryError) as error:
@@ -76,6 +75,12 @@ def decode(path: Path) -> DecodedImage:
         Exception
     ) as error:  # plug-ins raise what they like at a damaged file: RuntimeError, SyntaxError, struct.error
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def decode_pillow(image: Image.Image) -> DecodedImage:
+    """An image of Pillow's as `decode` gives that of its file; OSError for values that have no place in 0 to 255."""
+    is_deep, orientation = _is_deep(image), _orientation(image)  # in this order: the second may read it
+    pixels, notes = _to_rgb(ImageOps.exif_transpose(image), is_deep)
     return DecodedImage(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), orientation, notes)
 
 

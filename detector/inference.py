@@ -20,7 +20,7 @@ from tqdm import tqdm
 from detector.batches import EvaluationImages, EvaluationSample
 from detector.checkpoint import load_detector
 from detector.detectors import OneStageDetector
-from detector.images import Placement, decode_image
+from detector.images import Placement, decode_image, decode_pillow
 from detector.program import default_device
 from mg_ops import BoxCoder
 
@@ -261,10 +261,15 @@ def to_pixels(image: object) -> Tensor:
         except OSError as error:
             raise OSError(f"{image}: {error}") from error
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        try:
+            return decode_pillow(image).pixels
+        except OSError as error:
+            raise ValueError(f"images: {error}") from error
     if isinstance(image, np.ndarray):
         layout, channels = "an array (H, W, 3)", -1
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        if image.dtype.kind not in "biuf":
+            raise ValueError(f"images: expected an array of uint8, or floating values from 0 to 1, got {image.dtype}")
+        image = torch.from_numpy(np.require(image, requirements=["C", "W"]))  # a copy of what cannot be written to
     elif isinstance(image, Tensor):
         layout, channels = "a tensor (3, H, W)", 0
     else:

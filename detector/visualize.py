@@ -280,7 +280,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     curves.add_argument("--runs", nargs="+", type=Path, required=True, help="folders of detector.train")
 
     for figure in (amplification, assignment, detections, curves):
-        figure.add_argument("--out", type=Path, required=True, help="file to write: .png, .jpg, .pdf or .svg")
+        figure.add_argument("--out", type=Path, required=True, help="file to write: .png, .jpg, .pdf, .svg, ...")
         figure.add_argument("--dpi", type=whole_number(1), default=150, help="of a .png or .jpg")
     args = parser.parse_args(argv)
     suffixes = sorted(Figure().canvas.get_supported_filetypes())

@@ -198,22 +198,38 @@ def test_every_defect_of_yolo_is_counted(tmp_path: Path) -> None:
         "0 0.5 nan 0.25 0.25\n"
         "1 60 40 20 20\n"  # pixels
         "1 0.5 0.5 0 0.5\n"
-        "1 1.0 0.5 0.5 0.5\n"
+        "1.0 1.0 0.5 0.5 0.5\n"  # a class as NumPy and pandas write it
+        "0 0.5 0.5 0.5 0.5 0.4 0.4 2 0.6 0.6 2\n"  # keypoints, which are no outline, though data.yaml has none
         "1 0.25 0.25 0.75 0.25 0.75 0.5 0.25 0.5\n"  # an outline
     )
     labels[1].unlink()
+    labels[3].write_text("")
+    labels[4].rename(labels[4].with_suffix(".TXT"))
     (root / "train" / "images" / f"{labels[2].stem}.png").write_bytes(b"")
     data = read_data(root, "yolo", "train")
     assert data.images[0].boxes.tolist() == [[48, 36, 80, 60], [96, 24, 128, 72], [32, 24, 96, 48]]
     assert data.defects.counts() == {
         "object of the unknown class '7': left out": 1,
         "line that is not a class and the numbers of a box or an outline: left out": 2,
-        "object with a coordinate that is not a fraction of its image: left out": 1,
+        "object with a coordinate that is not a fraction of its image: left out": 2,
         "object without area inside its image: left out": 1,
         "box reaching out of its image by over a pixel: clipped": 1,
         "image without objects: kept as background": 1,
+        "image without a label file: kept as background": 1,
         "image that cannot be decoded: skipped": 1,
     }
+
+
+@pytest.mark.parametrize("visibility", ["", " 2"])
+def test_keypoints_are_no_outline(tmp_path: Path, visibility: str) -> None:
+    """Of data for pose estimation the boxes are read."""
+    root = yolo_roboflow(tmp_path / "data")
+    config = root / "data.yaml"
+    config.write_text(f"{config.read_text()}\nkpt_shape: [2, {2 + bool(visibility)}]\n")
+    for path in (root / "train" / "labels").iterdir():
+        path.write_text(f"0 0.5 0.5 0.25 0.25 0.4 0.4{visibility} 0.6 0.9{visibility}\n")
+    data = read_data(root, "yolo", "train")
+    assert [image.boxes.tolist() for image in data.images] == [[[48, 36, 80, 60]]] * 6 and not data.defects.found
 
 
 def test_what_is_held_out_is_a_share_of_every_class_and_of_the_seed_alone(tmp_path: Path) -> None:
@@ -241,6 +257,24 @@ def test_a_class_that_is_not_there_and_a_set_without_objects_are_refused(tmp_pat
         path.write_text("<annotation><size><width>128</width><height>96</height></size></annotation>")
     with pytest.raises(ValueError, match="no object in split 'val'"):
         read_data(root, "voc", "val", ["disc"])
+
+
+def test_classes_of_other_capitals_and_a_file_for_a_folder_say_what_is_there(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"train": 2})
+    with pytest.raises(ValueError, match=r"no object of 'Disc' in split 'train'; it has 'disc', 'square'$"):
+        read_data(root, "voc", "train", ["Disc"])
+    (root / "data.yaml").write_text("names: [disc]")
+    with pytest.raises(ValueError, match=rf"there is no folder .*data.yaml; pass {root}, which holds this file$"):
+        recognize_format(root / "data.yaml")
+
+
+def test_annotation_files_may_have_suffixes_of_upper_case(tmp_path: Path) -> None:
+    for write in (voc_lists, voc_beside):
+        root = write(tmp_path / write.__name__)
+        for path in [*root.rglob("*.xml")]:
+            path.rename(path.with_suffix(".XML"))
+        data = read_data(root, "voc", "train")
+        assert len(data.images) == 6 and data.defects.counts() == {}
 
 
 @pytest.mark.parametrize("write", [yolo_roboflow, coco_roboflow, voc_beside])

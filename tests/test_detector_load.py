@@ -74,6 +74,30 @@ def test_every_form_of_an_image_gives_the_same(best: Path, picture: Path) -> Non
     assert detector([]) == []
 
 
+def test_an_image_of_pillows_is_seen_as_its_file_is(best: Path, tmp_path: Path) -> None:
+    """Turned as EXIF says, and of 16 bits the upper 8."""
+    detector, random = Detector.load(best, "cpu"), np.random.default_rng(1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(random.integers(0, 65536, (40, 50), dtype=np.uint16)).save(tmp_path / "b.png")
+    for name in ("a.png", "b.png"):
+        found = detector(tmp_path / name)
+        assert isinstance(found, dict) and len(found["labels"]) > 5
+        with Image.open(tmp_path / name) as image:
+            assert_same(detector(image), found)
+    with pytest.raises(ValueError, match=r"^images: floating values from 5 to 5: expected 0 to 1"):
+        detector(Image.new("F", (4, 4), 5.0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_cannot_be_written_to_is_an_image(best: Path, picture: Path) -> None:
+    with Image.open(picture) as image:
+        array = np.asarray(image)
+    assert not array.flags.writeable
+    assert_same(Detector.load(best, "cpu")(array), Detector.load(best, "cpu")(picture))  # type: ignore[arg-type]
+
+
 def test_boxes_are_in_pixels_of_each_image(best: Path, picture: Path) -> None:
     """Of the image as given, not of the network's input: the same as `detector.detect` finds, and within the image."""
     detector = Detector.load(best, "cpu")
@@ -112,6 +136,7 @@ def test_boxes_are_in_pixels_of_each_image(best: Path, picture: Path) -> None:
         (torch.full((3, 4, 5), torch.nan), ValueError, "from 0 to 1, got nan"),
         (torch.zeros(3, 4, 5, dtype=torch.int64), ValueError, r"expected uint8.*got torch\.int64"),
         (np.zeros((4, 5, 3), np.int16), ValueError, r"expected uint8.*got torch\.int16"),
+        (np.zeros((4, 5, 3), object), ValueError, "expected an array of uint8.*got object"),
         (3, TypeError, "paths, PIL images, arrays or tensors, got int"),
         ([None], TypeError, "got NoneType"),
         ("absent.png", OSError, "^absent.png: No such file"),
