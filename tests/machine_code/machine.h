@@ -1312,6 +1312,15 @@ class Machine {
         });
         ++path.at;
         break;
+      case Op::kLeaveBarrier: {
+        Words& barrier = warp.barriers[static_cast<size_t>(in.operands[0].index)];
+        uint32_t members = 0;
+        for_lanes(lanes, [&](int lane) { members |= barrier[static_cast<size_t>(lane)]; });
+        for_lanes(members, [&](int lane) { barrier[static_cast<size_t>(lane)] &= ~lanes; });
+        ++path.at;
+        meet(warp);
+        break;
+      }
       case Op::kSyncBarrier:
         path.wait = Wait::kLanes;
         path.barrier = in.operands[0].index;
