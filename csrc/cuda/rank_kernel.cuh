@@ -87,10 +87,11 @@ MG_OPS_DEVICE void contest_anchor(const LaunchedProblem& problem, const Ranking&
     if (tested < ranking.objects.count && tested != ranking.own) {
       const uint32_t index = ranking.objects.first + tested;
       const Object rival = problem.objects[index];
-      near = rival.kind == ObjectKind::kObject &&
-             (can_exceed(bounds, rival.box, rival.area, least) ||
-              anchors.may_have(forced_anchor(problem, index, kByAnchor)) ||
-              (amplified && anchors.may_have(forced_anchor(problem, index, kByAmplified))));
+      if (rival.kind == ObjectKind::kObject && can_overlap(bounds.box, rival.box)) {
+        near = can_exceed(bounds, rival.box, rival.area, least) ||
+               anchors.may_have(forced_anchor(problem, index, kByAnchor)) ||
+               (amplified && anchors.may_have(forced_anchor(problem, index, kByAmplified)));
+      }
     }
     for (uint32_t left = __ballot_sync(kAllLanes, near); left != 0; left &= left - 1) {
       const uint32_t number = group + static_cast<uint32_t>(__ffs(static_cast<int>(left))) - 1;
