@@ -6,13 +6,17 @@
 
 #include "strided_input.cuh"
 
-// Threads of a block of the first three launches.
+// Threads of a block that prepares or claims.
 #ifndef MG_OPS_CUDA_THREADS
 #define MG_OPS_CUDA_THREADS 256
 #endif
+// Threads of a block that lists the pairs of an object.
+#ifndef MG_OPS_CUDA_OBJECT_THREADS
+#define MG_OPS_CUDA_OBJECT_THREADS (MG_OPS_CUDA_THREADS < 512 ? 2 * MG_OPS_CUDA_THREADS : 1024)
+#endif
 // Threads of a block that ranks.
 #ifndef MG_OPS_CUDA_RANK_THREADS
-#define MG_OPS_CUDA_RANK_THREADS (MG_OPS_CUDA_THREADS < 128 ? MG_OPS_CUDA_THREADS : 128)
+#define MG_OPS_CUDA_RANK_THREADS (MG_OPS_CUDA_THREADS < 256 ? MG_OPS_CUDA_THREADS : 256)
 #endif
 // The longest list of an object. One that would be longer is not kept: rank_kernel then looks at all anchors.
 #ifndef MG_OPS_CUDA_LIST_ROOM
@@ -43,12 +47,17 @@ using Word64 = unsigned long long;
 
 constexpr int kThreads = MG_OPS_CUDA_THREADS;
 constexpr int kWarps = kThreads / 32;
+constexpr int kObjectThreads = MG_OPS_CUDA_OBJECT_THREADS;
+constexpr int kObjectWarps = kObjectThreads / 32;
 constexpr int kRankThreads = MG_OPS_CUDA_RANK_THREADS;
 constexpr int kRankWarps = kRankThreads / 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
-constexpr uint32_t kTile = 64;  // neighboring anchors that a warp handles at a time, two a lane
+constexpr uint32_t kTile = 64;            // neighboring anchors that a warp handles at a time, two a lane
+constexpr uint32_t kGroupTiles = kWarps;  // neighboring tiles with bounds of their own: those that a block prepares
 constexpr uint32_t kListRoom = MG_OPS_CUDA_LIST_ROOM;
 static_assert(kThreads % 32 == 0 && kWarps <= 32, "a block is whole warps, and one warp can hold a value of each");
+static_assert(32 % kGroupTiles == 0, "a warp has a lane for each tile of whole groups");
+static_assert(kObjectThreads % 32 == 0 && kObjectWarps <= 32, "a block is whole warps");
 static_assert(kRankThreads % 32 == 0 && kRankWarps <= 32, "a block is whole warps");
 
 // The three qualities, and the arrays that hold something for each.
@@ -86,24 +95,45 @@ constexpr uint32_t kNoList = 0xffffffffu;
 
 // Everything a launch needs: the problem, and scratch.
 struct LaunchedProblem : MatchProblem {
-  int32_t* image_starts;     // (B + 1,) gt_offsets, clamped: within 0 and N, and never decreasing
-  Word64* taken;             // (2,) entries of `pairs` and `fronts` that objects have asked for
-  float4* anchor_boxes;      // (A,) the anchors as float32, empty where they are not finite
-  TileBounds* anchor_tiles;  // (A / kTile, 2) rounded up: bounds of the parts of each tile
-  float4* pred_tiles;        // (B, A / kTile) boxes around the predicted boxes
-  Object* objects;           // (N,)
-  ObjectLists* lists;        // (N,)
-  float* front_quality;      // (N,) an object's front has the anchors it claims from this q_regressed on
-  Word64* best[kQualities];  // (N,) claim_key(quality, anchor) of each object's best anchor; 0: every quality is 0
+  int32_t* image_starts;      // (B + 1,) gt_offsets, clamped: within 0 and N, and never decreasing
+  Word64* taken;              // (2,) entries of `pairs` and `fronts` that objects have asked for
+  float4* anchor_boxes;       // (A,) the anchors as float32, empty where they are not finite
+  TileBounds* anchor_tiles;   // (A / kTile, 2) rounded up: bounds of the parts of each tile
+  TileBounds* anchor_groups;  // (A / kTile / kGroupTiles) rounded up: bounds of the tiles of each group
+  float4* pred_tiles;         // (B, A / kTile) boxes around the predicted boxes
+  Object* objects;            // (N,)
+  ObjectLists* lists;         // (N,)
+  float* front_quality;       // (N,) an object's front has the anchors it claims from this q_regressed on
+  Word64* best[kQualities];   // (N,) claim_key(quality, anchor) of each object's best anchor; 0: every quality is 0
   // For each object its anchors that may matter under q_anchor and q_amplified, whoever owns them:
   // claim_key(q_amplified or q_anchor, anchor), as localization ranks them.
   Word64* pairs;
   Word64* fronts;  // for each object the anchors it claims under q_regressed, from its front_quality on
   int64_t pairs_room, fronts_room;
+  // The exponent of q_amplified at p = 1 is this times log2(q_anchor), and rounding keeps order: every exponent lies
+  // between that and log2(q_anchor).
+  float least_exponent_factor;
+  float strong_quality;  // pair_quality of every object that has an anchor of iou_positive
 };
 
-// Points the scratch arrays of a problem whose sizes are set into one allocation, aligned to 32 bytes. Returns how many
-// bytes that needs; with a null pointer that is all it is for. About 12.3 B A + 17 A + 476 N.
+// An object's pairs are those from this q_anchor on, given its largest q_anchor. Below it a pair is not counted in
+// num_total, and its q_amplified is below both the largest q_anchor and iou_positive: clearly below, so that enough
+// pairs are left even where other objects take some.
+constexpr float kPairMargin = 0.9f;
+MG_OPS_INLINE float pair_quality(const LaunchedProblem& problem, float best) {
+  float quality = problem.params.iou_ignored;
+  if (problem.params.localization_by_amplified) {
+    const float limit = min_float(best, problem.params.iou_positive);
+    const float amplified = det_exp(det_log2(limit) / problem.least_exponent_factor * 0.6931471806f) * kPairMargin;
+    // NaN where sigma is 1 in float32. Below 1e-30 the slack would not cover the error of so large an exponent.
+    quality = amplified >= 1e-30f ? min_float(quality, amplified) : 0.0f;
+  }
+  return quality;
+}
+
+// Points the scratch arrays of a problem that is set else into one allocation, aligned to 32 bytes, and sets what
+// follows from the parameters. Returns how many bytes the arrays need; with a null pointer that is all it is for.
+// About 12.3 B A + 17 A + 476 N.
 inline size_t place_scratch(LaunchedProblem& problem, char* memory) {
   size_t bytes = 0;
   const auto place = [&](auto& array, int64_t count) {
@@ -114,6 +144,8 @@ inline size_t place_scratch(LaunchedProblem& problem, char* memory) {
   if (problem.num_gt == 0) {  // only the background is written
     return 0;
   }
+  problem.least_exponent_factor = amplified_exponent(1.0f, 1.0f, problem.params.sigma);
+  problem.strong_quality = pair_quality(problem, 1.0f);
   const int64_t num_tiles = (problem.num_anchors + kTile - 1) / kTile;
   const int64_t entries = problem.batch_size * problem.num_anchors / MG_OPS_CUDA_ANCHORS_AN_ENTRY;
   problem.pairs_room = entries + problem.num_gt * MG_OPS_CUDA_ENTRIES_AN_OBJECT / 2;
@@ -124,6 +156,7 @@ inline size_t place_scratch(LaunchedProblem& problem, char* memory) {
   place(problem.taken, 2);
   place(problem.anchor_boxes, problem.num_anchors);
   place(problem.anchor_tiles, 2 * num_tiles);
+  place(problem.anchor_groups, (num_tiles + kGroupTiles - 1) / kGroupTiles);
   place(problem.pred_tiles, problem.params.classification_by_regressed ? problem.batch_size * num_tiles : 0);
   place(problem.objects, problem.num_gt);
   place(problem.lists, problem.num_gt);
@@ -160,6 +193,10 @@ MG_OPS_DEVICE void store_relaxed(Word64* address, Word64 value) {
 
 MG_OPS_DEVICE uint32_t count_tiles(const LaunchedProblem& problem) {
   return (static_cast<uint32_t>(problem.num_anchors) + (kTile - 1)) / kTile;
+}
+
+MG_OPS_DEVICE uint32_t count_tile_groups(const LaunchedProblem& problem) {
+  return (count_tiles(problem) + (kGroupTiles - 1)) / kGroupTiles;
 }
 
 // The objects of an image: number `first` to `first + count` of the packed ones.
@@ -304,27 +341,6 @@ constexpr float kLog2Slack = 1.0f + 1e-5f;
 // Under q_regressed every pair from this quality on is compared with all others of its anchor, and objects with good
 // predictions list what they own from here on.
 MG_OPS_DEVICE float common_front_quality(const LaunchedProblem& problem) { return 0.5f * problem.params.iou_ignored; }
-
-// The exponent of q_amplified at p = 1 is this times log2(q_anchor), and rounding keeps order: every exponent lies
-// between that and log2(q_anchor).
-MG_OPS_DEVICE float least_exponent_factor(const LaunchedProblem& problem) {
-  return amplified_exponent(1.0f, 1.0f, problem.params.sigma);
-}
-
-// An object's pairs are those from this q_anchor on, given its largest q_anchor. Below it a pair is not counted in
-// num_total, and its q_amplified is below both the largest q_anchor and iou_positive: clearly below, so that enough
-// pairs are left even where other objects take some.
-constexpr float kPairMargin = 0.9f;
-MG_OPS_DEVICE float pair_quality(const LaunchedProblem& problem, float best) {
-  float quality = problem.params.iou_ignored;
-  if (problem.params.localization_by_amplified) {
-    const float limit = min_float(best, problem.params.iou_positive);
-    const float amplified = det_exp(det_log2(limit) / least_exponent_factor(problem) * 0.6931471806f) * kPairMargin;
-    // NaN where sigma is 1 in float32. Below 1e-30 the slack would not cover the error of so large an exponent.
-    quality = amplified >= 1e-30f ? min_float(quality, amplified) : 0.0f;
-  }
-  return quality;
-}
 
 // The order of q_amplified of a pair with this q_anchor > 0.
 MG_OPS_DEVICE uint32_t amplified_order(const LaunchedProblem& problem, uint32_t image, uint32_t anchor, int32_t label,

@@ -1,6 +1,6 @@
 // Mutual matching of a batch on a GPU in four launches, for any number of anchors and objects. No torch in here.
 //
-//   prepare_kernel  bounds of every 64 anchors, and where images begin.
+//   prepare_kernel  bounds of every 64 anchors and of neighboring ones together, and where images begin.
 //   object_kernel   a block an object: all that needs no predicted box. Its best anchors, and the list of its pairs.
 //   claim_kernel    a warp 64 anchors of an image: the only pass over predicted boxes. Writes the background, and
 //                   appends each anchor to its owner's list if it could be chosen.
@@ -29,8 +29,8 @@ void launch_mutual_match(const LaunchedProblem& problem, LaunchKernel launch) {
   const int64_t num_tiles = (problem.num_anchors + kTile - 1) / kTile;
   const int64_t tile_blocks = (num_tiles + kWarps - 1) / kWarps;
   if (problem.num_gt > 0) {
-    launch((num_tiles + kWarps) / kWarps, 1, kThreads, prepare_kernel);
-    launch(problem.num_gt, 1, kThreads, object_kernel);
+    launch(tile_blocks + 1, 1, kThreads, prepare_kernel);
+    launch(problem.num_gt, 1, kObjectThreads, object_kernel);
   }
   if (problem.batch_size > 0 && num_tiles > 0) {
     launch(problem.batch_size, tile_blocks < kMostByY ? tile_blocks : kMostByY, kThreads, claim_kernel);

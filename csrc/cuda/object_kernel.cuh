@@ -14,7 +14,9 @@ struct ObjectShared {
   uint32_t iou[kListRoom];     // order of q_anchor
   uint32_t num_pairs, num_near, num_far;
   Word64 first_pair;
-  uint32_t warp_order[kWarps], warp_anchor[kWarps];
+  uint32_t warp_order[kObjectWarps], warp_anchor[kObjectWarps];
+  uint32_t tiles[kObjectThreads * kGroupTiles];  // that are to be looked at, in any order
+  uint32_t num_tiles[2];                         // how many: in turns, so that one is cleared while the other is in use
 };
 
 // The image of an object, or one that does not exist if no image has it. Every lane must call it.
@@ -50,7 +52,7 @@ MG_OPS_DEVICE BestAnchor block_best(BestAnchor best, ObjectShared& shared) {
     shared.warp_anchor[warp_index()] = best.anchor;
   }
   __syncthreads();
-  const bool is_one = lane_index() < kWarps;
+  const bool is_one = lane_index() < kObjectWarps;
   const BestAnchor all = warp_best(
       {is_one ? shared.warp_order[lane_index()] : 0, is_one ? shared.warp_anchor[lane_index()] : 0xffffffffu});
   __syncthreads();
@@ -83,6 +85,82 @@ MG_OPS_DEVICE void add_pairs(ObjectShared& shared, const bool adds[2], const uin
   }
 }
 
+// Lists the tiles of up to kObjectThreads groups whose bounds allow a pair of a quality, and returns how many they are.
+// `round` counts the calls. A barrier must come before the next call; every thread must call it.
+MG_OPS_DEVICE uint32_t list_tiles(const LaunchedProblem& problem, const Object& object, float sought,
+                                  uint32_t first_group, uint32_t round, ObjectShared& shared) {
+  uint32_t& num_tiles = shared.num_tiles[round & 1];
+  if (threadIdx.x == 0) {
+    shared.num_tiles[~round & 1] = 0;
+  }
+  const float below = just_below(sought);
+  // Neighboring groups go to different warps.
+  const uint32_t tested = first_group + static_cast<uint32_t>(lane_index() * kObjectWarps + warp_index());
+  const bool may_have =
+      tested < count_tile_groups(problem) && can_exceed(problem.anchor_groups[tested], object.box, object.area, below);
+  // As many groups at a time as have a lane for each tile.
+  constexpr uint32_t kAtATime = 32 / kGroupTiles;
+  const uint32_t which = static_cast<uint32_t>(lane_index()) / kGroupTiles;
+  for (uint32_t left = __ballot_sync(kAllLanes, may_have); left != 0;) {
+    uint32_t own = left;
+#pragma unroll
+    for (uint32_t i = 0; i < kAtATime; ++i) {
+      own = i < which ? own & (own - 1) : own;
+      left &= left - 1;
+    }
+    const uint32_t lane = static_cast<uint32_t>(__ffs(static_cast<int>(own))) - 1;
+    const uint32_t group = first_group + lane * kObjectWarps + static_cast<uint32_t>(warp_index());
+    const uint32_t tile = group * kGroupTiles + static_cast<uint32_t>(lane_index()) % kGroupTiles;
+    const bool near =
+        own != 0 && tile < count_tiles(problem) && can_exceed(load_tile(problem, tile), object.box, object.area, below);
+    const uint32_t near_ones = __ballot_sync(kAllLanes, near);
+    uint32_t first = 0;
+    if (lane_index() == 0) {
+      first = atomicAdd(&num_tiles, static_cast<uint32_t>(__popc(near_ones)));
+    }
+    first = __shfl_sync(kAllLanes, first, 0);
+    if (near) {
+      shared.tiles[first + static_cast<uint32_t>(__popc(near_ones & lower_lanes()))] = tile;
+    }
+  }
+  __syncthreads();
+  return num_tiles;
+}
+
+// Makes room for the anchors that claim_kernel will find the object to own, and looks at the prediction of its best
+// anchor. By one thread.
+MG_OPS_DEVICE void begin_front(const LaunchedProblem& problem, uint32_t index, const Object& object, BestAnchor best,
+                               uint32_t num_pairs) {
+  Word64 best_regressed = 0, first_front = 0, front_room = 0;
+  float front = common_front_quality(problem);
+  if (best.order != 0 && problem.params.classification_by_regressed) {
+    // A good lower bound to begin with, so that claim_kernel can leave out most pairs.
+    const Box box = load_pred(problem, object.image, best.anchor, load_anchor(problem, best.anchor));
+    const float q = box_iou(box, box_area(box), object.box, object.area);
+    best_regressed = q > 0.0f ? claim_key(iou_order(q), best.anchor) : 0;
+    // Where even this prediction is bad, another object may have the only good one: then worse ones are listed too.
+    front = q > 0.0f ? min_float(front, 0.5f * q) : front;
+    // Predictions are near their anchors, so about as many of them are near the object: mostly less than twice the
+    // pairs, and more where there is room. An object must not take what the others need.
+    const Word64 room = static_cast<Word64>(problem.fronts_room);
+    const Word64 share = room / static_cast<Word64>(problem.num_gt);
+    const Word64 some = 2 * static_cast<Word64>(num_pairs) + 32;
+    const Word64 plenty = 3 * static_cast<Word64>(num_pairs) + 128;
+    Word64 wanted = some > share / 2 ? some : share / 2;
+    wanted = wanted < plenty ? wanted : plenty;
+    wanted = wanted < kListRoom ? wanted : kListRoom;
+    first_front = atomicAdd(problem.taken + 1, wanted);
+    const Word64 left = first_front < room ? room - first_front : 0;
+    front_room = wanted < left ? wanted : left;
+  }
+  problem.best[kByRegressed][index] = best_regressed;
+  problem.front_quality[index] = front;
+  ObjectLists& lists = problem.lists[index];
+  lists.first_front = first_front;
+  lists.front_room = static_cast<uint32_t>(front_room);
+  lists.num_fronts = 0;
+}
+
 // What a pass over the anchors looks for. Nearly all objects need the first pass only: it keeps the pairs of an object
 // that has an anchor of iou_positive. Where that finds no anchor, kBest looks for the best. kWeak keeps the pairs that
 // matter only to objects whose best anchor is bad. kTooMany amplifies the pairs where they stand, if they were too many
@@ -91,7 +169,7 @@ enum Pass : int { kStrong, kBest, kWeak, kTooMany };
 
 // Every thread of a block must call it.
 MG_OPS_DEVICE void find_pairs(const LaunchedProblem& problem, uint32_t index, Object& object, ObjectShared& shared) {
-  const uint32_t num_tiles = count_tiles(problem);
+  const uint32_t num_groups = count_tile_groups(problem);
   const uint32_t num_anchors = static_cast<uint32_t>(problem.num_anchors);
   const bool amplified = problem.params.localization_by_amplified;
   const uint32_t near_order = iou_order(problem.params.iou_ignored);
@@ -99,12 +177,14 @@ MG_OPS_DEVICE void find_pairs(const LaunchedProblem& problem, uint32_t index, Ob
     shared.num_pairs = 0;
     shared.num_near = 0;
     shared.num_far = 0;
+    shared.num_tiles[0] = 0;
   }
   __syncthreads();
 
   BestAnchor best{0, 0xffffffffu}, best_amplified{0, 0xffffffffu};
-  const float strong = pair_quality(problem, 1.0f);
+  const float strong = problem.strong_quality;
   float least = strong;
+  uint32_t round = 0;
 #pragma unroll 1
   for (int pass = kStrong; pass <= kTooMany; ++pass) {
     const bool runs = pass == kStrong || (pass == kBest && best.order == 0) || (pass == kWeak && least < strong) ||
@@ -113,18 +193,16 @@ MG_OPS_DEVICE void find_pairs(const LaunchedProblem& problem, uint32_t index, Ob
       continue;
     }
     float sought = pass == kBest ? 0.0f : least;
-    for (uint32_t first = 0; first < num_tiles; first += kThreads) {
-      // Neighboring tiles go to different warps.
-      const uint32_t tested = first + static_cast<uint32_t>(lane_index() * kWarps + warp_index());
-      SplitBounds bounds{no_bounds(), no_bounds()};
-      if (tested < num_tiles) {
-        bounds = load_tile(problem, tested);
-      }
-      uint32_t left = __ballot_sync(kAllLanes, can_exceed(bounds, object.box, object.area, just_below(sought)));
-      while (left != 0) {
-        const uint32_t bit = static_cast<uint32_t>(__ffs(static_cast<int>(left))) - 1;
-        left &= left - 1;
-        const uint32_t first_anchor = (first + bit * kWarps + static_cast<uint32_t>(warp_index())) * kTile;
+    for (uint32_t first = 0; first < num_groups; first += kObjectThreads) {
+      const uint32_t num_tiles = list_tiles(problem, object, sought, first, round++, shared);
+      for (uint32_t i = static_cast<uint32_t>(warp_index()); i < num_tiles; i += kObjectWarps) {
+        const uint32_t tile = shared.tiles[i];
+        // The better the best so far, the fewer tiles can have a better one.
+        if (pass == kBest && sought > 0.0f &&
+            !can_exceed(load_tile(problem, tile), object.box, object.area, just_below(sought))) {
+          continue;
+        }
+        const uint32_t first_anchor = tile * kTile;
         uint32_t order[2];
 #pragma unroll
         for (uint32_t slot = 0; slot < 2; ++slot) {
@@ -156,16 +234,16 @@ MG_OPS_DEVICE void find_pairs(const LaunchedProblem& problem, uint32_t index, Ob
           }
         }
         if (pass == kBest) {
-          // The better the best so far, the fewer tiles can have a better one.
           sought = bits_float(__reduce_max_sync(kAllLanes, best.order));
-          left &= __ballot_sync(kAllLanes, can_exceed(bounds, object.box, object.area, just_below(sought)));
         }
       }
+      __syncthreads();
     }
-    __syncthreads();
     if (pass == kStrong || pass == kBest) {
       best = block_best(best, shared);
-      least = best.order == 0 ? least : min_float(strong, pair_quality(problem, bits_float(best.order)));
+      if (best.order != 0 && best.order < iou_order(problem.params.iou_positive)) {
+        least = min_float(strong, pair_quality(problem, bits_float(best.order)));
+      }
     }
   }
 
@@ -175,9 +253,12 @@ MG_OPS_DEVICE void find_pairs(const LaunchedProblem& problem, uint32_t index, Ob
     shared.first_pair = kept ? atomicAdd(problem.taken, static_cast<Word64>(num_pairs)) : 0;
   }
   __syncthreads();
+  if (threadIdx.x == kObjectThreads - 1) {  // its warp has the least to do
+    begin_front(problem, index, object, best, num_pairs);
+  }
   const Word64 first_pair = shared.first_pair;
   const bool fits = kept && first_pair + num_pairs <= static_cast<Word64>(problem.pairs_room);
-  for (uint32_t first = 0; kept && first < num_pairs; first += kThreads) {
+  for (uint32_t first = 0; kept && first < num_pairs; first += kObjectThreads) {
     const uint32_t i = first + threadIdx.x;
     const bool exists = i < num_pairs;
     const uint32_t anchor = exists ? shared.anchor[i] : 0;
@@ -215,40 +296,15 @@ MG_OPS_DEVICE void find_pairs(const LaunchedProblem& problem, uint32_t index, Ob
     problem.best[kByAnchor][index] = takes_part ? claim_key(best.order, best.anchor) : 0;
     problem.best[kByAmplified][index] =
         amplified && takes_part ? claim_key(best_amplified.order, best_amplified.anchor) : 0;
-    Word64 best_regressed = 0;
-    float front = common_front_quality(problem);
-    ObjectLists lists{};
+    ObjectLists& lists = problem.lists[index];
     lists.first_pair = first_pair;
     lists.num_near = shared.num_near;
     lists.num_pairs = fits ? num_pairs : kNoList;
-    if (takes_part && problem.params.classification_by_regressed) {
-      // A good lower bound to begin with, so that claim_kernel can leave out most pairs.
-      const Box box = load_pred(problem, object.image, best.anchor, load_anchor(problem, best.anchor));
-      const float q = box_iou(box, box_area(box), object.box, object.area);
-      best_regressed = q > 0.0f ? claim_key(iou_order(q), best.anchor) : 0;
-      // Where even this prediction is bad, another object may have the only good one: then worse ones are listed too.
-      front = q > 0.0f ? min_float(front, 0.5f * q) : front;
-      // Predictions are near their anchors, so about as many of them are near the object: mostly less than twice the
-      // pairs, and more where there is room. An object must not take what the others need.
-      const Word64 room = static_cast<Word64>(problem.fronts_room);
-      const Word64 share = room / static_cast<Word64>(problem.num_gt);
-      const Word64 some = 2 * static_cast<Word64>(num_pairs) + 32;
-      const Word64 plenty = 3 * static_cast<Word64>(num_pairs) + 128;
-      Word64 wanted = some > share / 2 ? some : share / 2;
-      wanted = wanted < plenty ? wanted : plenty;
-      wanted = wanted < kListRoom ? wanted : kListRoom;
-      lists.first_front = atomicAdd(problem.taken + 1, wanted);
-      const Word64 left = lists.first_front < room ? room - lists.first_front : 0;
-      lists.front_room = static_cast<uint32_t>(wanted < left ? wanted : left);
-    }
-    problem.best[kByRegressed][index] = best_regressed;
-    problem.front_quality[index] = front;
-    problem.lists[index] = lists;
   }
 }
 
 // A block an object.
-__global__ void __launch_bounds__(kThreads, 4) object_kernel(const __grid_constant__ LaunchedProblem problem) {
+__global__ void __launch_bounds__(kObjectThreads, 2) object_kernel(const __grid_constant__ LaunchedProblem problem) {
   MG_OPS_SHARED(ObjectShared, shared);
   const uint32_t index = blockIdx.x;
   const uint32_t image = image_of(problem, index);

@@ -12,8 +12,8 @@ MG_OPS_DEVICE float center_distance(const Box& a, const Box& b) {
 }
 
 // Writes a tile's anchors and its bounds, cut in two at the largest step from one anchor to the next if that makes them
-// much smaller. By one warp.
-MG_OPS_DEVICE void prepare_tile(const LaunchedProblem& problem, uint32_t tile) {
+// much smaller. Returns the bounds of the whole tile. By one warp.
+MG_OPS_DEVICE TileBounds prepare_tile(const LaunchedProblem& problem, uint32_t tile) {
   const uint32_t lane = static_cast<uint32_t>(lane_index());
   Box box[2] = {};
 #pragma unroll
@@ -59,18 +59,37 @@ MG_OPS_DEVICE void prepare_tile(const LaunchedProblem& problem, uint32_t tile) {
     problem.anchor_tiles[2 * tile] = cut ? first : both;
     problem.anchor_tiles[2 * tile + 1] = second;
   }
+  return both;
 }
 
-// A warp a tile, and one more.
+struct PrepareShared {
+  TileBounds tiles[kWarps];
+};
+
+// A block a group of tiles, a warp a tile; and one block more.
 __global__ void __launch_bounds__(kThreads, 4) prepare_kernel(const __grid_constant__ LaunchedProblem problem) {
-  const uint32_t warp = blockIdx.x * kWarps + static_cast<uint32_t>(warp_index());
-  if (warp == 0) {
-    write_image_starts(problem, problem.image_starts);
-    if (lane_index() < 2) {
-      problem.taken[lane_index()] = 0;
+  MG_OPS_SHARED(PrepareShared, shared);
+  const uint32_t group = blockIdx.x;
+  if (group == count_tile_groups(problem)) {
+    if (warp_index() == 0) {
+      write_image_starts(problem, problem.image_starts);
+      if (lane_index() < 2) {
+        problem.taken[lane_index()] = 0;
+      }
     }
-  } else if (warp <= count_tiles(problem)) {
-    prepare_tile(problem, warp - 1);
+    return;
+  }
+  const uint32_t tile = group * kGroupTiles + static_cast<uint32_t>(warp_index());
+  const TileBounds bounds = tile < count_tiles(problem) ? prepare_tile(problem, tile) : no_bounds();
+  if (lane_index() == 0) {
+    shared.tiles[warp_index()] = bounds;
+  }
+  __syncthreads();
+  if (warp_index() == 0) {
+    const TileBounds all = warp_bounds(lane_index() < kWarps ? shared.tiles[lane_index()] : no_bounds());
+    if (lane_index() == 0) {
+      problem.anchor_groups[group] = all;
+    }
   }
 }
 

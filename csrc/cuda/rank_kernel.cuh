@@ -42,28 +42,62 @@ MG_OPS_DEVICE bool is_stronger(uint32_t order, uint32_t object, uint32_t than_or
   return order > than_order || (order == than_order && object < than_object);
 }
 
-// Takes away what other objects claim more strongly, under q_anchor and q_amplified. `bounds` are of the anchors of the
-// warp that compete. Every lane must call it.
-MG_OPS_DEVICE void contest_anchor(const LaunchedProblem& problem, const Ranking& ranking, const Box& bounds,
-                                  bool amplified, Claim& claim) {
-  // An object of less q_anchor cannot have more q_amplified, whatever its score.
+// A set of a warp's anchors, by their last ten bits: it may seem to have others too.
+class AnchorSet {
+ public:
+  // Of the lanes that take part. Every lane must call it, and once done with the set __syncwarp().
+  __device__ __forceinline__ AnchorSet(RankShared& shared, bool takes_part, uint32_t anchor)
+      : bits_(shared.anchor_bits[warp_index()]) {
+    bits_[lane_index()] = 0;
+    __syncwarp();
+    if (takes_part) {
+      atomicOr(bits_ + (anchor >> 5 & 31), 1u << (anchor & 31));
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ bool may_have(uint32_t anchor) const {
+    return (bits_[anchor >> 5 & 31] >> (anchor & 31) & 1) != 0;
+  }
+
+ private:
+  uint32_t* bits_;
+};
+
+// Takes away what other objects claim more strongly, under q_anchor and q_amplified. Every lane must call it.
+MG_OPS_DEVICE void contest_anchor(const LaunchedProblem& problem, const Ranking& ranking, bool amplified, Claim& claim,
+                                  RankShared& shared) {
+  // An object of less q_anchor than this changes nothing: it cannot have more q_amplified either, whatever its score.
+  float contested = claim.iou != 0 ? bits_float(claim.iou) : kMaxFloat;
   float needed = 0.0f;
   if (amplified && claim.exponent != 0) {
-    const float exponent = bits_float(~claim.exponent) / least_exponent_factor(problem);
+    const float exponent = bits_float(~claim.exponent) / problem.least_exponent_factor;
     needed = det_exp(exponent * 0.6931471806f) * (1.0f - 1e-4f);
+    needed = needed > 0.0f ? needed : 0.0f;  // NaN where sigma is 1 in float32
+    contested = min_float(contested, needed);
   }
+  const bool competes = (claim.iou | claim.exponent) != 0;
+  TileBounds bounds = no_bounds();
+  widen(bounds, claim.box, claim.area, competes);
+  bounds = warp_bounds(bounds);
+  const float least = just_below(bits_float(__reduce_min_sync(kAllLanes, float_bits(contested))));
+  const AnchorSet anchors(shared, competes, claim.anchor);
   for (uint32_t group = 0; group < ranking.objects.count; group += 32) {
     const uint32_t tested = group + static_cast<uint32_t>(lane_index());
     bool near = false;
     if (tested < ranking.objects.count && tested != ranking.own) {
-      const Object rival = problem.objects[ranking.objects.first + tested];
-      near = rival.kind == ObjectKind::kObject && can_overlap(bounds, rival.box);
+      const uint32_t index = ranking.objects.first + tested;
+      const Object rival = problem.objects[index];
+      if (rival.kind == ObjectKind::kObject && can_overlap(bounds.box, rival.box)) {
+        near = can_exceed(bounds, rival.box, rival.area, least) ||
+               anchors.may_have(forced_anchor(problem, index, kByAnchor)) ||
+               (amplified && anchors.may_have(forced_anchor(problem, index, kByAmplified)));
+      }
     }
     for (uint32_t left = __ballot_sync(kAllLanes, near); left != 0; left &= left - 1) {
       const uint32_t number = group + static_cast<uint32_t>(__ffs(static_cast<int>(left))) - 1;
       const uint32_t index = ranking.objects.first + number;
       const Object rival = problem.objects[index];
-      const float q = box_iou(claim.box, claim.area, rival.box, rival.area);
+      const float q = iou_above(claim.box, claim.area, rival.box, rival.area, just_below(contested));
       if (claim.iou != 0) {
         const bool forces = forced_anchor(problem, index, kByAnchor) == claim.anchor;
         if (is_stronger(forces ? kForcedIouOrder : iou_order(q), number, claim.iou, ranking.own)) {
@@ -83,6 +117,7 @@ MG_OPS_DEVICE void contest_anchor(const LaunchedProblem& problem, const Ranking&
       }
     }
   }
+  __syncwarp();
 }
 
 // The same under q_regressed: `order` becomes 0 where another object has the anchor. may_matter(rival, its best key,
@@ -153,9 +188,12 @@ MG_OPS_DEVICE bool read_lists(const LaunchedProblem& problem, const Ranking& ran
   // Anchors that are not in the list are below this; those in it that are below it too do not compete.
   uint32_t least_exponent = 0;
   if (amplified) {
-    const float quality = min_float(pair_quality(problem, 1.0f), pair_quality(problem, bits_float(best_order)));
+    float quality = problem.strong_quality;
+    if (best_order < iou_order(problem.params.iou_positive)) {
+      quality = min_float(quality, pair_quality(problem, bits_float(best_order)));
+    }
     if (quality > 0.0f) {
-      least_exponent = exponent_order(least_exponent_factor(problem) * det_log2(quality) * (2.0f - kLog2Slack)) + 1;
+      least_exponent = exponent_order(problem.least_exponent_factor * det_log2(quality) * (2.0f - kLog2Slack)) + 1;
     }
   }
 
@@ -165,7 +203,6 @@ MG_OPS_DEVICE bool read_lists(const LaunchedProblem& problem, const Ranking& ran
   for (uint32_t first = static_cast<uint32_t>(warp_index()) * 32; first < listed + extra; first += kRankThreads) {
     const uint32_t i = first + static_cast<uint32_t>(lane_index());
     Claim claim{Box{}, 0.0f, 0xffffffffu, 0, 0};
-    TileBounds bounds = no_bounds();
     if (i < listed + extra) {
       const Word64 pair = i < listed ? problem.pairs[lists.first_pair + i] : claim_key(0, best_anchor);
       claim.anchor = key_index(pair);
@@ -178,11 +215,8 @@ MG_OPS_DEVICE bool read_lists(const LaunchedProblem& problem, const Ranking& ran
                          : key_order(pair) >= least_exponent                                 ? key_order(pair)
                                                                                              : 0;
       }
-      if ((claim.iou | claim.exponent) != 0) {
-        widen(bounds, claim.box, claim.area);
-      }
     }
-    contest_anchor(problem, ranking, warp_box(bounds.box), amplified, claim);
+    contest_anchor(problem, ranking, amplified, claim, shared);
     count_owned(problem, claim.iou, shared);
     if (!regressed && i < listed + extra) {
       const uint32_t order = amplified ? claim.exponent : claim.iou;
@@ -222,25 +256,18 @@ MG_OPS_DEVICE bool read_lists(const LaunchedProblem& problem, const Ranking& ran
       if (__ballot_sync(kAllLanes, is_weak) != 0) {
         weak.box = warp_box(weak.box);
       }
-      uint32_t* bits = shared.anchor_bits[warp_index()];
-      bits[lane_index()] = 0;
-      __syncwarp();
-      if (order != 0) {
-        atomicOr(bits + (anchor >> 5 & 31), 1u << (anchor & 31));
-      }
-      __syncwarp();
+      const AnchorSet anchors(shared, order != 0, anchor);
       const auto may_matter = [&](const Object& rival, Word64 best, uint32_t other) {
-        return (bits[other >> 5 & 31] >> (other & 31) & 1) != 0 || key_order(best) == kForcedIouOrder ||
-               can_overlap(weak.box, rival.box);
+        return anchors.may_have(other) || key_order(best) == kForcedIouOrder || can_overlap(weak.box, rival.box);
       };
       const auto order_of = [&](const Object& rival) {
-        return compares ? iou_order(box_iou(box, box_area(box), rival.box, rival.area)) : 0;
+        return compares ? iou_order(iou_above(box, box_area(box), rival.box, rival.area, 0.0f)) : 0;
       };
       contest_regressed(problem, ranking, anchor, may_matter, order_of, order);
       if (i < num_keys) {
         shared.keys[i] = order != 0 ? claim_key(order, anchor) : 0;
       }
-      __syncwarp();  // all are done with the bits
+      __syncwarp();  // all are done with the set
     }
   }
   __syncthreads();
@@ -328,7 +355,6 @@ MG_OPS_DEVICE void search_anchors(const LaunchedProblem& problem, const Ranking&
         const uint32_t anchor = tile * kTile + slot * 32 + static_cast<uint32_t>(lane_index());
         const bool exists = anchor < num_anchors;
         Claim claim{Box{}, 0.0f, anchor, 0, 0};
-        TileBounds bounds = no_bounds();
         if (exists) {
           claim.box = load_anchor(problem, anchor);
           claim.area = box_area(claim.box);
@@ -339,12 +365,9 @@ MG_OPS_DEVICE void search_anchors(const LaunchedProblem& problem, const Ranking&
                                  ? kForcedExponentOrder
                                  : amplified_order(problem, ranking.object.image, anchor, ranking.object.label, q);
           }
-          if (q > 0.0f) {
-            widen(bounds, claim.box, claim.area);
-          }
         }
         if (__ballot_sync(kAllLanes, claim.iou != 0) != 0) {
-          contest_anchor(problem, ranking, warp_box(bounds.box), amplified, claim);
+          contest_anchor(problem, ranking, amplified, claim, shared);
           count_owned(problem, claim.iou, shared);
         }
         uint32_t order = amplified ? claim.exponent : claim.iou;
@@ -352,7 +375,7 @@ MG_OPS_DEVICE void search_anchors(const LaunchedProblem& problem, const Ranking&
           Box box{};
           float area = 0.0f;
           order = 0;
-          bounds = no_bounds();
+          TileBounds bounds = no_bounds();
           if (exists) {
             box = load_pred(problem, ranking.object.image, anchor, claim.box);
             area = box_area(box);
@@ -443,11 +466,12 @@ MG_OPS_DEVICE void rank_all(const LaunchedProblem& problem, const Ranking& ranki
 }
 
 // A block an object and task.
-__global__ void __launch_bounds__(kRankThreads, 4) rank_kernel(const __grid_constant__ LaunchedProblem problem) {
+__global__ void __launch_bounds__(kRankThreads, 768 / kRankThreads)
+    rank_kernel(const __grid_constant__ LaunchedProblem problem) {
   MG_OPS_SHARED(RankShared, shared);
   Ranking ranking;
   ranking.index = blockIdx.x;
-  ranking.classification = blockIdx.y == 0;
+  ranking.classification = blockIdx.y != 0;  // the longer work first
   ranking.object = problem.objects[ranking.index];
   if (ranking.object.kind != ObjectKind::kObject) {
     return;

@@ -49,7 +49,7 @@ class StridedArray(ctypes.Structure):
 
 
 class EmulatedCall(ctypes.Structure):
-    """As in mutual_match_on_cpu.cpp."""
+    """As in mutual_match_call.h."""
 
     _fields_ = (
         *(

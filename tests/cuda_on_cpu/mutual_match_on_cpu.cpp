@@ -1,46 +1,12 @@
-// The CUDA kernels of mutual matching as a plain C function, run by cuda_on_cpu.h. Python calls it through ctypes
-// (tests/cuda_on_cpu/__init__.py mirrors EmulatedCall).
+// The CUDA kernels of mutual matching as a plain C function, run by cuda_on_cpu.h. Python calls it through ctypes.
 #include "cuda_on_cpu.h"
 // The built-ins come first.
-#include "../../csrc/cuda/mutual_match_kernels.cuh"
+#include "mutual_match_call.h"
 
 #include <cstdio>
 #include <stdexcept>
 
 namespace {
-
-struct StridedArray {
-  const void* data;
-  int64_t strides[3];  // in elements, outermost first; anchors and objects have an image stride of 0
-  int32_t type;        // FloatType; of integers: 1 for int64, 0 for int32
-  int32_t whole_rows;
-};
-
-struct EmulatedCall {
-  StridedArray anchors, pred_boxes, cls_scores, gt_boxes, gt_labels, gt_offsets, gt_crowd;
-  int64_t batch_size, num_anchors, num_classes, num_gt;
-  int32_t decode;
-  float weight_x, weight_y, weight_w, weight_h, clip;
-  int32_t scores_are_probabilities, classification_by_regressed, localization_by_amplified;
-  float sigma, iou_positive, iou_ignored, crowd_overlap;
-  int64_t *cls_match, *loc_match;
-  int32_t *num_pos, *num_total;
-  uint64_t seed;
-  int64_t scores_read, scratch_bytes, launches;  // results
-};
-
-mg_ops::FloatInput float_input(const StridedArray& array) {
-  return {array.data,
-          array.strides[0],
-          array.strides[1],
-          array.strides[2],
-          static_cast<mg_ops::FloatType>(array.type),
-          array.whole_rows != 0};
-}
-
-mg_ops::IntegerInput integer_input(const StridedArray& array) {
-  return {array.data, array.strides[0], array.type != 0};
-}
 
 void launch(int64_t grid_x, int64_t grid_y, int threads, uint64_t seed, std::function<void()> kernel) {
   cuda_on_cpu::LaunchOptions options;
@@ -53,40 +19,7 @@ void launch(int64_t grid_x, int64_t grid_y, int threads, uint64_t seed, std::fun
 
 void match(EmulatedCall& call) {
   mg_ops::cuda::LaunchedProblem problem{};
-  problem.anchors = float_input(call.anchors);
-  problem.pred_boxes = float_input(call.pred_boxes);
-  problem.cls_scores = float_input(call.cls_scores);
-  problem.gt_boxes = float_input(call.gt_boxes);
-  problem.gt_labels = integer_input(call.gt_labels);
-  problem.gt_offsets = integer_input(call.gt_offsets);
-  problem.gt_crowd = static_cast<const uint8_t*>(call.gt_crowd.data);
-  problem.crowd_stride = call.gt_crowd.strides[0];
-  problem.batch_size = call.batch_size;
-  problem.num_anchors = call.num_anchors;
-  problem.num_classes = call.num_classes;
-  problem.num_gt = call.num_gt;
-  problem.decode = call.decode != 0;
-  problem.scores_are_probabilities = call.scores_are_probabilities != 0;
-  problem.coder = {call.weight_x, call.weight_y, call.weight_w, call.weight_h, call.clip};
-  problem.params = {call.classification_by_regressed != 0,
-                    call.localization_by_amplified != 0,
-                    call.sigma,
-                    call.iou_positive,
-                    call.iou_ignored,
-                    call.crowd_overlap};
-  problem.cls_match = call.cls_match;
-  problem.loc_match = call.loc_match;
-  problem.num_pos = call.num_pos;
-  problem.num_total = call.num_total;
-
-  const size_t bytes = mg_ops::cuda::place_scratch(problem, nullptr);
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 32, bytes == 0 ? 32 : bytes) != 0) {
-    throw std::bad_alloc();
-  }
-  const std::unique_ptr<void, void (*)(void*)> owner(memory, std::free);
-  std::memset(memory, 0xa5, bytes);  // what new_empty returns is anything
-  mg_ops::cuda::place_scratch(problem, static_cast<char*>(memory));
+  const Scratch scratch = make_problem(call, problem);
 
   const int64_t number_bytes[] = {2, 2, 4, 8};
   const uintptr_t scores = reinterpret_cast<uintptr_t>(call.cls_scores.data);
@@ -101,7 +34,6 @@ void match(EmulatedCall& call) {
     launch(grid_x, grid_y, threads, call.seed + static_cast<uint64_t>(call.launches++), [&] { kernel(problem); });
   });
   call.scores_read = cuda_on_cpu::watched_loads().count;
-  call.scratch_bytes = static_cast<int64_t>(bytes);
 }
 
 }  // namespace

@@ -1,0 +1,2 @@
+// What is compiled to machine code.
+#include "../../csrc/cuda/mutual_match_kernels.cuh"
