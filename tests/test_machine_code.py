@@ -26,9 +26,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+NVCC = "release 13.0"
+"""Another one may use instructions that the interpreter does not know."""
+
+
 @pytest.fixture(scope="module")
 def interpreter() -> machine_code.Interpreter:
-    return machine_code.build()
+    try:
+        return machine_code.build()
+    except RuntimeError as error:
+        if NVCC in subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout:
+            raise
+        pytest.skip(f"made for nvcc of {NVCC}: {error}")
 
 
 def test_named_cases(interpreter: machine_code.Interpreter) -> None:
@@ -59,20 +68,20 @@ def test_counts_of_a_batch(interpreter: machine_code.Interpreter) -> None:
     assert counts["claim_kernel"].blocks == 2 * math.ceil(1000 / 64 / 8)
 
 
-def test_an_unknown_instruction_is_named() -> None:
-    line = "        /*{:04x}*/                   {} ;  /* 0x0000000000000000 */\n        /* 0x0000000000000000 */\n"
-    known = "Function : claim_kernel\n" + line.format(0, "IADD3 R1, P0, -R2, c[0x0][0x210], RZ")
-    interpreter = machine_code.build()
-    interpreter.load(known)
-    for wrong in ("FROB.U32 R1, R2", "IADD3.ODD R1, R2, R3, RZ", "IADD3 R1, R2, Q3, RZ"):
-        with pytest.raises(RuntimeError, match="unknown") as error:
-            interpreter.load(known + line.format(16, wrong))
-        assert "\n" not in str(error.value)
-
-
-def test_the_command_prints_a_table() -> None:
+def test_the_command_prints_a_table(interpreter: machine_code.Interpreter) -> None:
     command = [sys.executable, str(Path(machine_code.__file__).parent), "coco320", "--images", "1"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     rows = [line for line in printed if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| prepare", "| object", "| claim", "| rank", "| all"]
     assert len({row.count(" | ") for row in rows}) == 1
+
+
+def test_an_unknown_instruction_is_named(interpreter: machine_code.Interpreter) -> None:
+    """The last test: the interpreter forgets the kernels."""
+    line = "        /*{:04x}*/                   {} ;  /* 0x0000000000000000 */\n        /* 0x0000000000000000 */\n"
+    known = "Function : claim_kernel\n" + line.format(0, "IADD3 R1, P0, -R2, c[0x0][0x210], RZ")
+    interpreter.load(known)
+    for wrong in ("FROB.U32 R1, R2", "IADD3.ODD R1, R2, R3, RZ", "IADD3 R1, R2, Q3, RZ"):
+        with pytest.raises(RuntimeError, match="unknown") as error:
+            interpreter.load(known + line.format(16, wrong))
+        assert "\n" not in str(error.value)
