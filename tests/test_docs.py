@@ -214,7 +214,7 @@ def repository_files() -> list[Path]:
 
 def comments_of(path: Path) -> list[str]:
     """What a file says to its reader."""
-    if path.suffix in (".json", ".png", ".jpg"):
+    if path.suffix in (".json", ".npz", ".png", ".jpg"):
         return []
     text = path.read_text()
     if path.suffix != ".py":

@@ -173,6 +173,10 @@ def test_a_lead_is_mutual_less_iou_seed_by_seed_and_each_run_is_drawn_once() -> 
         assert lead.differences[metric] == pytest.approx({0: 0.02, 1: 0.03})
     assert figure.find_leads([{**content, "split": "val"}]) == []  # it has tuned something
     assert figure.find_leads([content_of({IOU: {0: 0.3}, MUTUAL: {1: 0.3}})]) == []
+    fewer, more = (content_of({row: dict.fromkeys(range(seeds), 0.3) for row in (IOU, MUTUAL)}) for seeds in (1, 2))
+    for contents in ([fewer, more], [more, fewer]):
+        (lead,) = figure.find_leads(contents)
+        assert lead.differences["AP"].keys() == {0, 1}
 
 
 def test_a_lead_is_over_iou_with_the_same_flags() -> None:

@@ -29,7 +29,8 @@ class Lead(NamedTuple):
 
 
 def find_leads(contents: Sequence[dict[str, Any]]) -> list[Lead]:
-    """Every row of `mutual` that has an `iou` row with the same flags and a seed in common, each run once.
+    """Every row of `mutual` that has an `iou` row with the same flags and a seed in common, each row once: of the study
+    that has the most seeds of it.
 
     Args:
         contents: of the studies' JSON files. Those that report val have tuned something, and are left out.
@@ -38,7 +39,9 @@ def find_leads(contents: Sequence[dict[str, Any]]) -> list[Lead]:
     for content in (content for content in contents if content["split"] == "test"):
         setting = f"{content['setting']['data']} {content['setting']['flags']}"
         for row in content["rows"]:
-            rows.setdefault((setting, row["name"]), (content, row))
+            key = setting, row["name"]
+            if key not in rows or len(row["runs"]) > len(rows[key][1]["runs"]):
+                rows[key] = content, row
     leads = []
     for (setting, name), (content, row) in rows.items():
         _, against = rows.get((setting, name.replace("-mutual", "-iou", 1)), (None, None))
