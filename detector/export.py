@@ -59,7 +59,7 @@ def suppress(boxes: Tensor, scores: Tensor, score_threshold: Tensor, max_detecti
     # Images and classes are moved apart, so that no two of them overlap; in float64 that changes no IoU.
     group = (image * scores.shape[1] + label).double() * (boxes.amax().double() + 1)
     moved, score = boxes[image, anchor].double() + group[:, None], scores[image, label, anchor].double()
-    # torch.export takes it that NMS keeps two boxes or more: two that overlap none and come last, whatever there is.
+    # torch.export takes it that NMS keeps at least two boxes. So two go along that overlap none and come last.
     others = moved.new_tensor([[-2, -2, -1, -1], [-4, -4, -3, -3]])
     keep = nms(torch.cat([moved, others]), torch.cat([score, others[:, 0]]), NMS_IOU)[:-2]
     return torch.stack([image[keep], label[keep], anchor[keep]], dim=1)
